@@ -1,0 +1,60 @@
+"""The command: ``gateway-queue``, or ``python -m gateway_queue``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve
+
+from gateway_queue import __version__, app
+from gateway_queue.listener import listen
+from gateway_queue.process import EXIT_USAGE
+from gateway_queue.settings import BadSetting, describe
+
+EXIT_UNAVAILABLE = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, and return the exit status."""
+    _parser().parse_args(arguments)
+    # Not at the top: it reads the environment, which --help does not need.
+    from gateway_queue import server
+
+    host, port = server.settings.host, server.settings.port
+    config = Config.from_object(server)
+    try:
+        listener = listen(host, port, config.backlog)
+    except BadSetting as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    except OSError as error:
+        print(f"cannot listen on {host}:{port}: {error.strerror}", file=sys.stderr)
+        return EXIT_UNAVAILABLE
+    config.bind = [f"fd://{listener.detach()}"]
+    trio.run(_serve, config)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gateway-queue",
+        description="Lets the shards of a Discord bot start their sessions one a window.",
+        epilog=f"environment variables:\n{describe()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gateway-queue {__version__}")
+    return parser
+
+
+async def _serve(config: Config) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        await serve(app, config, shutdown_trigger=signals.__anext__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

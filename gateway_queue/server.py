@@ -1,0 +1,34 @@
+"""Hypercorn's settings for a server of stalled requests.
+
+For Hypercorn's own command line: ``hypercorn -c python:gateway_queue.server gateway_queue:app``.
+Hypercorn takes every name below as one of its settings, so this module reads the environment
+when it is imported, as no other does.
+"""
+
+import logging
+
+from gateway_queue.process import load_settings
+
+settings = load_settings()
+
+worker_class = "trio"
+bind = [f"{settings.host}:{settings.port}"]
+
+# The fleet that starts at once: whoever finds the backlog full waits for its next SYN, a second
+# or more. The kernel takes no more than net.core.somaxconn.
+backlog = 65_535
+
+# Every shard of a process may stall on one connection, for as long as the process lives.
+h2_max_concurrent_streams = 2**31 - 1
+keep_alive_max_requests = 2**31 - 1
+
+# Any headers are welcome, within reason: a limit for each connection that is not a request yet.
+h11_max_incomplete_size = 128 * 1024
+
+# Waiting requests end at once when the server stops; answers that are being written do not.
+graceful_timeout = 0
+
+# Hypercorn's lines take the form of our own. It logs to stderr by itself otherwise.
+errorlog = logging.getLogger("gateway_queue.hypercorn")
+
+include_server_header = False

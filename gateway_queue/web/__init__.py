@@ -1,0 +1,1 @@
+"""The web: what a client sees of the queue."""

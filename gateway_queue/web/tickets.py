@@ -1,0 +1,110 @@
+"""Ticket requests: whatever is asked, wherever, stalls until its turn.
+
+Most clients take any answer at all for a permission. So a ticket request gets exactly one of the
+answers below, and where none is right it stays without: held until its client leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from http import HTTPStatus
+
+import structlog
+import trio
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope
+
+from gateway_queue.web.problems import CONTENT_TYPE, problem
+from gateway_queue.web.shards import BadShard, shard_of
+
+log = structlog.stdlib.get_logger(__name__)
+
+GO = b"""{"message": "You're free to connect now! :)"}"""
+
+ANSWER_SECONDS = 1.0
+"""A client whose connection does not take the answer within this time keeps others waiting."""
+
+NOTICE_CHECKPOINTS = 3
+"""A hang-up takes this many steps of the scheduler from the socket to the request's task:
+Hypercorn's reader, :meth:`TicketRequest._read`, the cancellation."""
+
+
+class TicketRequest:
+    """One request, from its arrival to its answer or its client's leaving.
+
+    Args:
+      turn: makes the context in which a shard is answered, see
+        :meth:`gateway_queue.queue.Queue.turn`.
+    """
+
+    def __init__(
+        self,
+        scope: HTTPScope,
+        receive: ASGIReceiveCallable,
+        send: ASGISendCallable,
+        turn: Callable[[int | None], AbstractAsyncContextManager[None]],
+    ) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._turn = turn
+        self._fully_read = trio.Event()
+        self._ends_late = False
+
+    async def run(self) -> None:
+        """Stall, answer, and end; a client that leaves ends it at any point."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read, nursery.cancel_scope)
+            try:
+                await self._answer_in_turn()
+            except Exception:
+                log.exception("ticket failed, its request is held")
+                await trio.sleep_forever()
+            nursery.cancel_scope.cancel()
+
+    async def _read(self, request: trio.CancelScope) -> None:
+        """Drop the body as it comes; cancel the request when its client leaves."""
+        while (message := await self._receive())["type"] == "http.request":
+            if not message["more_body"]:
+                self._fully_read.set()
+        request.cancel()
+
+    async def _answer_in_turn(self) -> None:
+        try:
+            shard = shard_of(self._scope["query_string"])
+        except BadShard as error:
+            log.warning("refused", detail=str(error))
+            await self._answer(
+                HTTPStatus.BAD_REQUEST, CONTENT_TYPE, problem(HTTPStatus.BAD_REQUEST, str(error))
+            )
+        else:
+            async with self._turn(shard):
+                for _ in range(NOTICE_CHECKPOINTS):
+                    await trio.lowlevel.checkpoint()
+                with trio.fail_after(ANSWER_SECONDS, shield=True):
+                    await self._answer(HTTPStatus.OK, "application/json", GO)
+        if self._ends_late:
+            await self._fully_read.wait()
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
+        """Hand the whole answer to the socket."""
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [
+                    (b"content-type", content_type.encode()),
+                    (b"content-length", b"%d" % len(body)),
+                    (b"cache-control", b"no-store"),
+                ],
+            }
+        )
+        if self._scope["method"] == "CONNECT":
+            body = b""  # an answer of 2xx has none (RFC 9110, 9.3.6)
+        # In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which
+        # can take the answer from a client that reads it only when all is sent. So that waits.
+        self._ends_late = self._scope["http_version"] != "2" and not self._fully_read.is_set()
+        await self._send(
+            {"type": "http.response.body", "body": body, "more_body": self._ends_late}
+        )
