@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import NoReturn
 
+import structlog
 import trio
 from hypercorn.config import Config
 from hypercorn.trio import serve
@@ -18,9 +22,11 @@ from gateway_queue.settings import BadSetting, describe
 
 EXIT_UNAVAILABLE = 1
 
+log = structlog.stdlib.get_logger(__name__)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT, and return the exit status."""
+    """Serve until SIGTERM or SIGINT; return the exit status if that cannot begin."""
     _parser().parse_args(arguments)
     # Not at the top: it reads the environment, which --help does not need.
     from gateway_queue import server
@@ -37,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_UNAVAILABLE
     config.bind = [f"fd://{listener.detach()}"]
     trio.run(_serve, config)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,9 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config) -> NoReturn:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        await serve(app, config, shutdown_trigger=signals.__anext__)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(serve, app, config))
+            await signals.__anext__()
+            log.info("stopping", waiting=len(app.queue))
+            await app.queue.close()
+            # The end of the process closes every connection, within milliseconds. To unwind the
+            # tasks of 10,000 waiters one by one takes 9 s.
+            os._exit(0)
 
 
 if __name__ == "__main__":

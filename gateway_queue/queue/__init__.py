@@ -24,17 +24,33 @@ class Queue:
 
     Args:
       store: the windows.
-      nursery: owns the dispatchers. A lane has one from its first ticket until its last.
       max_concurrency: number of rate limit keys.
     """
 
-    def __init__(
-        self, store: WindowStore, nursery: trio.Nursery, *, max_concurrency: int = 1
-    ) -> None:
+    def __init__(self, store: WindowStore, *, max_concurrency: int = 1) -> None:
         self._store = store
-        self._nursery = nursery
         self._max_concurrency = max_concurrency
         self._lanes: dict[int, Lane] = {}
+        self._dispatchers: trio.Nursery
+        self._closed = trio.Event()
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return sum(map(len, self._lanes.values()))
+
+    async def run(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Own the dispatchers: a lane has one from its first ticket until its last."""
+        async with trio.open_nursery() as self._dispatchers:
+            task_status.started()
+            await trio.sleep_forever()
+        self._closed.set()
+
+    async def close(self) -> None:
+        """Release nobody any more; return when the answers under way are out."""
+        self._dispatchers.cancel_scope.cancel()
+        await self._closed.wait()
 
     @asynccontextmanager
     async def turn(self, shard: int | None) -> AsyncIterator[None]:
@@ -71,7 +87,7 @@ class Queue:
     def _lane(self, key: int) -> Lane:
         if key not in self._lanes:
             self._lanes[key] = Lane(key)
-            self._nursery.start_soon(self._dispatch, self._lanes[key])
+            self._dispatchers.start_soon(self._dispatch, self._lanes[key])
         return self._lanes[key]
 
     async def _dispatch(self, lane: Lane) -> None:
@@ -80,8 +96,11 @@ class Queue:
         while lane:
             if wait := await self._store.claim(key):
                 await trio.sleep(wait)
-            elif (answered_at := await lane.release()) is not None:
-                await self._store.start_window(key, answered_at)
-            else:
+                continue
+            with trio.CancelScope(shield=True):  # an answer under way is finished
+                answered_at = await lane.release()
+            if answered_at is None:
                 await self._store.give_back(key)
+            else:
+                await self._store.start_window(key, answered_at)
         del self._lanes[key]

@@ -43,7 +43,8 @@ class GatewayQueue(QuartTrio):
         settings = self._prepare()
         hypercorn_fixes.install()
         store = MemoryStore(settings.window_seconds, hold=settings.hold_on_start)
-        self.queue = Queue(store, self.nursery)
+        self.queue = Queue(store)
+        await self.nursery.start(self.queue.run)
 
     async def asgi_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
