@@ -17,30 +17,26 @@ from hypercorn.trio import serve
 
 from gateway_queue import __version__, app
 from gateway_queue.listener import listen
-from gateway_queue.process import EXIT_USAGE
+from gateway_queue.process import refuse
 from gateway_queue.settings import BadSetting, describe
-
-EXIT_UNAVAILABLE = 1
 
 log = structlog.stdlib.get_logger(__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit status if that cannot begin."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT."""
     _parser().parse_args(arguments)
-    # Not at the top: it reads the environment, which --help does not need.
-    from gateway_queue import server
+    # Not at the top, for it reads the environment, and --help helps also with a wrong one.
+    from gateway_queue import server  # noqa: PLC0415
 
     host, port = server.settings.host, server.settings.port
     config = Config.from_object(server)
     try:
         listener = listen(host, port, config.backlog)
     except BadSetting as error:
-        print(error, file=sys.stderr)
-        return EXIT_USAGE
+        refuse(error)
     except OSError as error:
-        print(f"cannot listen on {host}:{port}: {error.strerror}", file=sys.stderr)
-        return EXIT_UNAVAILABLE
+        sys.exit(f"cannot listen on {host}:{port}: {error.strerror}")
     config.bind = [f"fd://{listener.detach()}"]
     trio.run(_serve, config)
 
@@ -69,4 +65,4 @@ async def _serve(config: Config) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,6 +9,8 @@ import os
 import resource
 import sys
 import tempfile
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from gateway_queue import logs
@@ -22,22 +24,23 @@ def load_settings() -> Settings:
     try:
         return Settings.from_environ(os.environ)
     except BadSetting as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        refuse(error)
+
+
+def refuse(error: BadSetting) -> NoReturn:
+    """End the process with one line on stderr."""
+    print(error, file=sys.stderr)
+    sys.exit(EXIT_USAGE)
 
 
 def prepare() -> Settings:
-    """Make this process ready to serve, whoever has started it, and read its settings.
-
-    This runs within Hypercorn, which offers an app no way to end the server in peace: it would
-    serve on without the app, or print its own stack. At this point no client has been accepted.
-    """
+    """Make this process ready to serve, whoever has started it, and read its settings."""
     try:
         settings = Settings.from_environ(os.environ)
     except BadSetting as error:
-        _refuse(str(error))
+        _refuse_within_hypercorn(str(error))
     if not _is_sole_worker():
-        _refuse(
+        _refuse_within_hypercorn(
             "a second worker would release twice as fast as the limit, "
             "for each has windows of its own: run hypercorn with --workers 1"
         )
@@ -47,7 +50,12 @@ def prepare() -> Settings:
     return settings
 
 
-def _refuse(line: str) -> NoReturn:
+def _refuse_within_hypercorn(line: str) -> NoReturn:
+    """End the process with one line on stderr, before any client has been accepted.
+
+    Hypercorn has no place for an app that will not start: it goes on without the app, or prints
+    the stacks of all its tasks.
+    """
     print(line, file=sys.stderr, flush=True)
     os._exit(EXIT_USAGE)
 
@@ -56,7 +64,7 @@ def _is_sole_worker() -> bool:
     """Tell whether no other worker of the same Hypercorn runs, and keep it so."""
     if multiprocessing.parent_process() is None:
         return True
-    path = os.path.join(tempfile.gettempdir(), f"gateway-queue-{os.getuid()}-{os.getppid()}.lock")
+    path = Path(tempfile.gettempdir(), f"gateway-queue-{os.getuid()}-{os.getppid()}.lock")
     # Never closed: the lock lasts as long as the process.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
@@ -69,10 +77,8 @@ def _is_sole_worker() -> bool:
 def _raise_open_files_limit() -> None:
     """Let every client have its socket: the usual soft limit is 1024, the hard one far higher."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
+    with suppress(ValueError, OSError):  # macOS grants less than its hard limit says
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ValueError, OSError):
-        pass  # macOS: its hard limit is more than it grants
 
 
 def _tune_garbage_collector() -> None:

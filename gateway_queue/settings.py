@@ -73,7 +73,10 @@ class Settings:
         "127.0.0.1", _host, takes="an address or a host name", about="address to bind"
     )
     port: int = _variable(
-        5000, _port, takes="a whole number from 0 to 65535", about="port to bind; 0 picks a free one"
+        5000,
+        _port,
+        takes="a whole number from 0 to 65535",
+        about="port to bind; 0 picks a free one",
     )
     window_seconds: float = _variable(
         5.0,

@@ -38,9 +38,7 @@ class Queue:
         """How many wait."""
         return sum(map(len, self._lanes.values()))
 
-    async def run(
-        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the dispatchers: a lane has one from its first ticket until its last."""
         async with trio.open_nursery() as self._dispatchers:
             task_status.started()

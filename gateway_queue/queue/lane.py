@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 
 import trio
 
@@ -32,10 +33,8 @@ class Ticket:
 
     def tear_up(self) -> None:
         """Close the slot, if it came in the very moment in which its receiver left."""
-        try:
+        with suppress(trio.WouldBlock):
             self._receive.receive_nowait().close()
-        except trio.WouldBlock:
-            pass
 
 
 class Lane:

@@ -23,6 +23,7 @@ class WindowStore(Protocol):
         """Close a claimed key for one window, counted from the answer.
 
         Args:
+          key: the rate limit key.
           answered_at: when the answer was out, on this process's :func:`trio.current_time`.
         """
 

@@ -72,5 +72,5 @@ async def explain(error: HTTPException) -> Response:
 
 
 def _path(target: str) -> str:
-    """The path of a request target, also of one in absolute form (RFC 9112, 3.2.2)."""
+    """Return the path of a request target, also of one in absolute form (RFC 9112, 3.2.2)."""
     return target if target.startswith("/") else urlsplit(target).path

@@ -14,7 +14,7 @@ import h11
 import hypercorn.protocol
 import hypercorn.trio.run
 import structlog
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
@@ -27,9 +27,9 @@ PIPELINED_MAX = 2**16
 
 def install() -> None:
     """Let Hypercorn use the classes below."""
-    hypercorn.trio.run.TCPServer = Connection  # type: ignore[misc]
-    hypercorn.protocol.H11Protocol = HTTP1  # type: ignore[misc]
-    hypercorn.protocol.H2Protocol = HTTP2  # type: ignore[misc]
+    hypercorn.trio.run.TCPServer = Connection  # type: ignore[attr-defined]
+    hypercorn.protocol.H11Protocol = HTTP1  # type: ignore[attr-defined]
+    hypercorn.protocol.H2Protocol = HTTP2  # type: ignore[attr-defined]
 
 
 class Connection(TCPServer):
@@ -57,6 +57,9 @@ class _LeaveLoop:
 
     async def wait(self) -> None:
         raise _Paused
+
+    def is_set(self) -> bool:
+        return True
 
 
 class HTTP1(H11Protocol):
@@ -121,15 +124,11 @@ class HTTP2(H2Protocol):
 
     def _drop(self, data: h2.events.DataReceived) -> None:
         """Give the client its credit back for data behind the answer."""
-        self.connection.acknowledge_received_data(
-            data.flow_controlled_length, data.stream_id
-        )
+        self.connection.acknowledge_received_data(data.flow_controlled_length, data.stream_id)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         """Take CONNECT, which Hypercorn reserves for WebSockets, as a request like any."""
         headers = dict(request.headers)
         if headers[b":method"] == b"CONNECT":
-            request.headers = list(
-                {b":path": b"/", **headers, b":method": b"GET"}.items()
-            )
+            request.headers = list({b":path": b"/", **headers, b":method": b"GET"}.items())
         await super()._create_stream(request)

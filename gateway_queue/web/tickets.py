@@ -105,6 +105,4 @@ class TicketRequest:
         # In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which
         # can take the answer from a client that reads it only when all is sent. So that waits.
         self._ends_late = self._scope["http_version"] != "2" and not self._fully_read.is_set()
-        await self._send(
-            {"type": "http.response.body", "body": body, "more_body": self._ends_late}
-        )
+        await self._send({"type": "http.response.body", "body": body, "more_body": self._ends_late})
