@@ -12,7 +12,7 @@ from http import HTTPStatus
 
 import structlog
 import trio
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, HTTPScope
 
 from gateway_queue.web.problems import CONTENT_TYPE, problem
 from gateway_queue.web.shards import BadShard, shard_of
@@ -81,15 +81,19 @@ class TicketRequest:
             async with self._turn(shard):
                 for _ in range(NOTICE_CHECKPOINTS):
                     await trio.lowlevel.checkpoint()
-                with trio.fail_after(ANSWER_SECONDS, shield=True):
-                    await self._answer(HTTPStatus.OK, "application/json", GO)
+                await self._answer(HTTPStatus.OK, "application/json", GO)
         if self._ends_late:
             await self._fully_read.wait()
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._hand_over({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
         """Hand the whole answer to the socket."""
-        await self._send(
+        if self._scope["method"] == "CONNECT":
+            body = b""  # an answer of 2xx has none (RFC 9110, 9.3.6)
+        # In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which
+        # can take the answer from a client that reads it only when all is sent. So that waits.
+        self._ends_late = self._scope["http_version"] != "2" and not self._fully_read.is_set()
+        await self._hand_over(
             {
                 "type": "http.response.start",
                 "status": status,
@@ -98,11 +102,14 @@ class TicketRequest:
                     (b"content-length", b"%d" % len(body)),
                     (b"cache-control", b"no-store"),
                 ],
-            }
+            },
+            {"type": "http.response.body", "body": body, "more_body": self._ends_late},
         )
-        if self._scope["method"] == "CONNECT":
-            body = b""  # an answer of 2xx has none (RFC 9110, 9.3.6)
-        # In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which
-        # can take the answer from a client that reads it only when all is sent. So that waits.
-        self._ends_late = self._scope["http_version"] != "2" and not self._fully_read.is_set()
-        await self._send({"type": "http.response.body", "body": body, "more_body": self._ends_late})
+
+    async def _hand_over(self, *messages: ASGISendEvent) -> None:
+        """Send to the end what was begun, for Hypercorn tells at the end of every answer that
+        the client is gone.
+        """
+        with trio.fail_after(ANSWER_SECONDS, shield=True):
+            for message in messages:
+                await self._send(message)

@@ -1,0 +1,187 @@
+"""The real command in a process of its own, and clients that speak to it over real sockets."""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PATIENCE = 20.0
+"""Seconds after which a test that waits for something gives up; far more than it ever takes."""
+
+GO = b"""{"message": "You're free to connect now! :)"}"""
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: queue\r\n\r\n"
+
+
+def installed(command: str) -> str:
+    """Return the path of a command that stands beside this Python."""
+    return str(Path(sys.executable).with_name(command))
+
+
+def environ(**variables: object) -> dict[str, str]:
+    """Return this environment, without what would set the server up, and with some variables."""
+    unset = {"HOST", "PORT", "WINDOW_SECONDS", "HOLD_ON_START", "LOG_LEVEL", "LOG_FORMAT"}
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    return kept | {name: str(value) for name, value in variables.items()}
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    process: subprocess.Popen[str]
+    port: int = 0
+    lines: list[str] = field(default_factory=list)
+    """What it has printed, on either stream."""
+    clients: list[Client] = field(default_factory=list)
+
+    def connect(self, request: bytes = REQUEST) -> Client:
+        """Open a connection, send a request, and close it at the latest with the server."""
+        self.clients.append(Client(self.port, request))
+        return self.clients[-1]
+
+    def settle(self) -> None:
+        """Wait until it has done what the last answer left it to do."""
+        self.connect(b"GET /healthz HTTP/1.1\r\nHost: queue\r\n\r\n").answer()
+
+    def peak_memory(self) -> int:
+        """Return the most memory that it has had resident, in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+        return int(kilobytes) * 1024
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for its end and return its exit status."""
+        return self.process.wait(PATIENCE)
+
+
+@contextmanager
+def serving(*command: str, prefix: tuple[str, ...] = (), **variables: object) -> Iterator[Server]:
+    """Run a server until the end of the context, on a free port and with windows as set."""
+    process = subprocess.Popen(
+        [*prefix, *(command or (installed("gateway-queue"),))],
+        env=environ(**{"PORT": 0, **variables}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    server = Server(process)
+    listening = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        with process.stdout as output:
+            for line in output:
+                server.lines.append(line.rstrip())
+                if found := re.search(r"Running on https?://\S+:(\d+)", line):
+                    server.port = int(found[1])
+                    listening.set()
+        listening.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert listening.wait(PATIENCE)
+        assert server.port, server.lines
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        for client in server.clients:
+            client.hang_up()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as it came over the wire."""
+
+    raw: bytes
+    at: float
+    """When it came, on :func:`time.monotonic`."""
+
+    @property
+    def status(self) -> int:
+        return int(self.raw.split(b" ", 2)[1])
+
+    @property
+    def headers(self) -> dict[str, str]:
+        head, _, _ = self.raw.partition(b"\r\n\r\n")
+        pairs = (line.split(b":", 1) for line in head.split(b"\r\n")[1:])
+        return {name.decode().lower(): value.strip().decode() for name, value in pairs}
+
+    @property
+    def body(self) -> bytes:
+        return self.raw.partition(b"\r\n\r\n")[2]
+
+
+class Client:
+    """One connection, with plain sockets: what it sends is what the test says, byte for byte."""
+
+    def __init__(self, port: int, request: bytes) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.received = b""
+        self.socket.sendall(request)
+
+    def answer(self, *, body: bool = True) -> Answer:
+        """Wait for one answer, but for an interim one."""
+        while True:
+            head, end, rest = self.received.partition(b"\r\n\r\n")
+            if end and head.startswith(b"HTTP/1.1 1"):
+                self.received = rest
+            elif end:
+                length = int(re.findall(rb"(?i)\r\ncontent-length: (\d+)", head)[0]) if body else 0
+                if len(rest) >= length:
+                    self.received = rest[length:]
+                    return Answer(head + end + rest[:length], time.monotonic())
+            received = self.socket.recv(65536)
+            assert received, f"closed after {self.received!r}"
+            self.received += received
+
+    def rest(self) -> bytes:
+        """Wait for the end of the connection, and return what comes until then."""
+        try:
+            while received := self.socket.recv(65536):
+                self.received += received
+        except ConnectionResetError:
+            pass
+        return self.received
+
+    def hang_up(self) -> None:
+        self.socket.close()
+
+    def reset(self) -> None:
+        """Hang up with a RST."""
+        linger = (1).to_bytes(4, sys.byteorder) + (0).to_bytes(4, sys.byteorder)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.socket.close()
+
+
+def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]:
+    """Wait for the first answers to many clients, doing nothing else, and tell whose they are."""
+    answers: list[tuple[int, Answer]] = []
+    with selectors.DefaultSelector() as selector:
+        for number, client in enumerate(clients):
+            selector.register(client.socket, selectors.EVENT_READ, number)
+        while len(answers) < count:
+            ready = selector.select(PATIENCE)
+            assert ready, "no answer came"
+            for key, _ in ready:
+                answers.append((key.data, clients[key.data].answer()))
+                selector.unregister(key.fileobj)
+    return answers

@@ -1,0 +1,272 @@
+"""The queue on the mock clock, against a plain model of what it promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from gateway_queue.queue import Queue
+from gateway_queue.store.memory import MemoryStore
+
+WINDOW = 5.0
+TOLERANCE = 1e-6
+"""Floating point only: the clock is the test's."""
+
+
+def on_mock_clock(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run on a clock that jumps ahead whenever nothing is left to do.
+
+    hypothesis calls a test many times; pytest-trio's clock would be one for all of them.
+    """
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client of a history. All times are in seconds."""
+
+    arrives: float
+    shard: int
+    patience: float
+    answer_takes: float
+    leaves_when_chosen: bool
+
+    @property
+    def leaves(self) -> float:
+        return self.arrives + self.patience
+
+
+@dataclass(frozen=True)
+class Release:
+    """One answer: who got it, and when it began and was out."""
+
+    client: Client
+    key: int
+    began: float
+    ended: float
+
+
+clients = st.builds(
+    Client,
+    arrives=st.floats(0, 60),
+    shard=st.integers(0, 5),
+    patience=st.just(math.inf) | st.floats(0, 60),
+    answer_takes=st.sampled_from([0.0, 0.1, 1.0]),
+    leaves_when_chosen=st.booleans() | st.just(False),
+)
+histories = st.lists(clients, max_size=30, unique_by=lambda client: client.arrives)
+
+
+async def act(queue: Queue, client: Client, keys: int, releases: list[Release]) -> None:
+    """Be a client: wait, and leave at one's own time or be answered."""
+    await trio.sleep_until(client.arrives)
+    with trio.move_on_at(client.leaves) as standing:
+        async with queue.turn(client.shard):
+            began = trio.current_time()
+            if client.leaves_when_chosen:
+                standing.cancel()
+                await trio.lowlevel.checkpoint()
+            with trio.CancelScope(shield=True):
+                await trio.sleep(client.answer_takes)
+            ended = trio.current_time()
+            releases.append(Release(client, client.shard % keys, began, ended))
+
+
+def promised(history: list[Client], keys: int, opens: float) -> Iterator[Release]:
+    """Work out by hand who is released when: the model of the queue, key by key."""
+    for key in range(keys):
+        line = sorted(
+            (client for client in history if client.shard % keys == key),
+            key=lambda client: client.arrives,
+        )
+        opens_at = opens
+        while line:
+            now = max(opens_at, min(client.arrives for client in line))
+            line = [client for client in line if client.leaves > now]
+            here = [client for client in line if client.arrives <= now]
+            if not here:
+                continue
+            line.remove(here[0])
+            if here[0].leaves_when_chosen:
+                continue
+            ended = now + here[0].answer_takes
+            yield Release(here[0], key, now, ended)
+            opens_at = ended + WINDOW
+
+
+def assert_never_early(releases: list[Release]) -> None:
+    by_key = sorted(releases, key=lambda release: (release.key, release.began))
+    for _, one_key in groupby(by_key, key=lambda release: release.key):
+        for former, latter in pairwise(one_key):
+            assert latter.began - former.ended >= WINDOW - TOLERANCE
+
+
+@given(histories, st.sampled_from([1, 2, 4]), st.booleans())
+def test_every_history_goes_as_promised(history: list[Client], keys: int, hold: bool) -> None:
+    releases: list[Release] = []
+
+    async def main() -> None:
+        queue = Queue(MemoryStore(WINDOW, hold=hold), max_concurrency=keys)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(queue.run)
+            async with trio.open_nursery() as everybody:
+                for client in history:
+                    everybody.start_soon(act, queue, client, keys, releases)
+            await queue.close()
+
+    on_mock_clock(main)
+
+    assert_never_early(releases)
+    expected = sorted(
+        promised(history, keys, WINDOW if hold else 0.0), key=lambda r: r.client.arrives
+    )
+    actual = sorted(releases, key=lambda r: r.client.arrives)
+    assert [r.client for r in actual] == [r.client for r in expected]
+    assert [r.began for r in actual] == pytest.approx([r.began for r in expected], abs=TOLERANCE)
+
+
+@given(
+    histories,
+    st.lists(st.tuples(st.floats(0.1, 30), st.floats(0, 3)), max_size=4),
+    st.sampled_from([1, 3]),
+)
+def test_restarts_release_nobody_early_and_lose_nobody_who_asks_again(
+    history: list[Client], restarts: list[tuple[float, float]], keys: int
+) -> None:
+    releases: list[Release] = []
+    patient = [client for client in history if client.patience == math.inf]
+
+    async def serve(lifetime: float) -> None:
+        """Be one process: killed without warning when its lifetime is over."""
+        answered = {release.client for release in releases}
+        queue = Queue(MemoryStore(WINDOW, hold=True), max_concurrency=keys)
+        with trio.move_on_after(lifetime):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(queue.run)
+                async with trio.open_nursery() as everybody:
+                    for client in patient:
+                        if client not in answered and not client.leaves_when_chosen:
+                            everybody.start_soon(act, queue, client, keys, releases)
+                nursery.cancel_scope.cancel()
+
+    async def main() -> None:
+        for lifetime, downtime in restarts:
+            await serve(lifetime)
+            await trio.sleep(downtime)
+        await serve(math.inf)
+
+    on_mock_clock(main)
+
+    assert_never_early(releases)
+    assert {r.client for r in releases} == {c for c in patient if not c.leaves_when_chosen}
+
+
+@contextmanager
+def stopwatch() -> Iterator[Callable[[], float]]:
+    start = trio.current_time()
+    yield lambda: trio.current_time() - start
+
+
+async def test_a_day_of_windows(autojump_clock: MockClock) -> None:
+    """24 hours of one shard after another: not one window is lost or cut short."""
+    windows = int(24 * 3600 / WINDOW)
+    queue = Queue(MemoryStore(WINDOW, hold=False))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(queue.run)
+        with stopwatch() as elapsed:
+            for _ in range(windows + 1):
+                async with queue.turn(None):
+                    pass
+            assert elapsed() == pytest.approx(windows * WINDOW)
+        await queue.close()
+
+
+async def test_the_next_in_line_gets_the_slot_of_one_who_leaves_when_chosen(
+    autojump_clock: MockClock,
+) -> None:
+    """A thousand leave in the moment in which the first of them is chosen; one stays."""
+    queue = Queue(MemoryStore(WINDOW, hold=True))
+    served = []
+
+    async def client(number: int) -> None:
+        async with queue.turn(number):
+            await trio.lowlevel.checkpoint()
+            served.append((number, trio.current_time()))
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(queue.run)
+        async with trio.open_nursery() as leavers:
+            for number in range(1000):
+                leavers.start_soon(client, number)
+            await wait_all_tasks_blocked()
+            nursery.start_soon(client, 1000)
+            leavers.cancel_scope.deadline = WINDOW
+        await wait_all_tasks_blocked()
+        await queue.close()
+    assert served == [(1000, WINDOW)]
+
+
+async def test_an_answer_that_fails_counts_as_one_that_is_out(autojump_clock: MockClock) -> None:
+    queue = Queue(MemoryStore(WINDOW, hold=False))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(queue.run)
+        with pytest.raises(OSError, match="half of it"), stopwatch():
+            async with queue.turn(None):
+                raise OSError("half of it is out")
+        with stopwatch() as elapsed:
+            async with queue.turn(None):
+                assert elapsed() == pytest.approx(WINDOW)
+        await queue.close()
+
+
+async def test_closing_finishes_the_answer_under_way_and_releases_nobody_else(
+    autojump_clock: MockClock,
+) -> None:
+    queue = Queue(MemoryStore(WINDOW, hold=False))
+    answered = []
+
+    async def client(number: int) -> None:
+        async with queue.turn(number):
+            await trio.sleep(1)
+            answered.append(number)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(queue.run)
+        for number in range(3):
+            nursery.start_soon(client, number)
+        await wait_all_tasks_blocked()
+        assert len(queue) == 2
+        await queue.close()
+        assert len(answered) == 1
+        await trio.sleep(10 * WINDOW)
+        assert len(answered) == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_idle_queue_has_no_tasks_and_keeps_no_lanes(autojump_clock: MockClock) -> None:
+    queue = Queue(MemoryStore(WINDOW, hold=False), max_concurrency=1000)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(queue.run)
+        async with trio.open_nursery() as everybody:
+
+            async def client(shard: int) -> None:
+                async with queue.turn(shard):
+                    pass
+
+            for shard in range(1000):
+                everybody.start_soon(client, shard)
+        assert trio.current_time() == 0  # 1000 keys release in the same instant
+        await wait_all_tasks_blocked()
+        assert trio.lowlevel.current_statistics().tasks_living <= 5
+        assert not queue._lanes  # noqa: SLF001
+        await queue.close()
