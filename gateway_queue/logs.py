@@ -6,6 +6,7 @@ import logging
 import logging.config
 
 import structlog
+from structlog.dev import ConsoleRenderer, plain_traceback
 
 from gateway_queue.settings import Settings
 
@@ -46,4 +47,4 @@ def configure(settings: Settings) -> None:
 def _renderer(log_format: str) -> list[structlog.typing.Processor]:
     if log_format == "json":
         return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    return [structlog.dev.ConsoleRenderer(colors=False)]
+    return [ConsoleRenderer(colors=False, exception_formatter=plain_traceback)]

@@ -18,6 +18,7 @@ from hypercorn.events import Closed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.typing import H11SendableEvent
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -38,8 +39,8 @@ class Connection(TCPServer):
     async def run(self) -> None:
         try:
             await super().run()
-        except* Exception:
-            log.warning("connection closed after an error", exc_info=True)
+        except* Exception as errors:  # noqa: BLE001
+            log.warning("connection closed after an error", error=repr(errors.exceptions))
 
 
 class _Paused(Exception):
@@ -100,6 +101,11 @@ class HTTP1(H11Protocol):
                 http_version=request.http_version,
             )
         )
+
+    async def _send_h11_event(self, event: H11SendableEvent) -> None:
+        """Leave out the body when CONNECT is answered, which has none (RFC 9110, 9.3.6)."""
+        if self.connection.our_state is not h11.SWITCHED_PROTOCOL:
+            await super()._send_h11_event(event)
 
     async def _send_error_response(self, status_code: int) -> None:
         """Answer what is no request at all; otherwise close without an answer.

@@ -88,8 +88,6 @@ class TicketRequest:
 
     async def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
         """Hand the whole answer to the socket."""
-        if self._scope["method"] == "CONNECT":
-            body = b""  # an answer of 2xx has none (RFC 9110, 9.3.6)
         # In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which
         # can take the answer from a client that reads it only when all is sent. So that waits.
         self._ends_late = self._scope["http_version"] != "2" and not self._fully_read.is_set()
@@ -107,9 +105,7 @@ class TicketRequest:
         )
 
     async def _hand_over(self, *messages: ASGISendEvent) -> None:
-        """Send to the end what was begun, for Hypercorn tells at the end of every answer that
-        the client is gone.
-        """
+        """Send all of it: even at the end of a good answer Hypercorn says that its client left."""
         with trio.fail_after(ANSWER_SECONDS, shield=True):
             for message in messages:
                 await self._send(message)
