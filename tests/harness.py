@@ -70,14 +70,15 @@ class Server:
 
 
 @contextmanager
-def serving(*command: str, prefix: tuple[str, ...] = (), **variables: object) -> Iterator[Server]:
+def serving(*command: str, **variables: object) -> Iterator[Server]:
     """Run a server until the end of the context, on a free port and with windows as set."""
     process = subprocess.Popen(
-        [*prefix, *(command or (installed("gateway-queue"),))],
+        command or [installed("gateway-queue")],
         env=environ(**{"PORT": 0, **variables}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     server = Server(process)
     listening = threading.Event()
@@ -99,7 +100,7 @@ def serving(*command: str, prefix: tuple[str, ...] = (), **variables: object) ->
         assert server.port, server.lines
         yield server
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with the workers of Hypercorn
         process.wait()
         reader.join()
         for client in server.clients:

@@ -1,0 +1,72 @@
+"""A client whose machine is gone from the network, without a word."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+NOTICED_WITHIN = 30
+"""Seconds that the contract gives the server to find out."""
+
+
+def test_whoever_vanishes_without_a_word_loses_its_place() -> None:
+    """A second host, with one cable to ours: it asks first, and then the cable is pulled.
+
+    Both hosts are network namespaces, in a namespace of users where this user may make them.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(SCENARIO), str(NOTICED_WITHIN)]
+    may = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    start = time.monotonic()
+    outcome = subprocess.run(
+        ["unshare", *may, "--net", *command], capture_output=True, text=True, check=False
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert time.monotonic() - start < 2 * NOTICED_WITHIN
+
+
+SCENARIO = """
+    import subprocess, sys, time
+    from tests.harness import serving
+
+    ASK = (
+        "import socket, time;"
+        "asker = socket.create_connection(('10.9.9.1', int(__import__('sys').argv[1])));"
+        "asker.sendall(b'GET / HTTP/1.0' + bytes([13, 10, 13, 10]));"
+        "print('asked', flush=True);"
+        "time.sleep(3600)"
+    )
+
+    def run(*command):
+        subprocess.run(command, check=True)
+
+    def say(line):
+        other.stdin.write(line + chr(10))
+        other.stdin.flush()
+        return other.stdout.readline().strip()
+
+    window = float(sys.argv[1])
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(["unshare", "--net", "sh"], **pipes)
+    assert say("echo ready") == "ready"
+    run("ip", "link", "set", "lo", "up")
+    cable = ["here", "type", "veth", "peer", "name", "there", "netns", str(other.pid)]
+    run("ip", "link", "add", *cable)
+    run("ip", "address", "add", "10.9.9.1/24", "dev", "here")
+    run("ip", "link", "set", "here", "up")
+    with serving(HOST="0.0.0.0", WINDOW_SECONDS=window) as server:
+        up = "ip address add 10.9.9.2/24 dev there; ip link set there up"
+        assert say(f'{up}; exec {sys.executable} -c "{ASK}" {server.port}') == "asked"
+        server.settle()
+        client = server.connect()
+        client.socket.settimeout(2 * window)
+        server.settle()
+        run("ip", "link", "set", "here", "down")
+        pulled = time.monotonic()
+        assert client.answer().status == 200
+        assert time.monotonic() - pulled < window + 1
+        other.kill()
+        other.wait()
+"""
