@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,7 +100,8 @@ def serving(*command: str, **variables: object) -> Iterator[Server]:
         assert server.port, server.lines
         yield server
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # with the workers of Hypercorn
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the workers of Hypercorn
         process.wait()
         reader.join()
         for client in server.clients:

@@ -1,0 +1,247 @@
+"""The ways to run it, what it refuses, and how it stops."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import gateway_queue
+from tests.harness import GO, REQUEST, environ, first_answers, installed, serving
+
+GATEWAY_QUEUE = installed("gateway-queue")
+HYPERCORN = installed("hypercorn")
+
+WAYS = {
+    "command": (GATEWAY_QUEUE,),
+    "module": (sys.executable, "-m", "gateway_queue"),
+    "hypercorn": (
+        HYPERCORN,
+        "--worker-class",
+        "trio",
+        "--bind",
+        "127.0.0.1:0",
+        "gateway_queue:app",
+    ),
+    "hypercorn with our settings": (
+        *(HYPERCORN, "-c", "python:gateway_queue.server", "gateway_queue:app"),
+    ),
+}
+
+
+def run(*command: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Run a command that is to end by itself."""
+    return subprocess.run(
+        command, env=environ(**variables), capture_output=True, text=True, check=False, timeout=20
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_run_it_serves(way: str) -> None:
+    with serving(*WAYS[way], WINDOW_SECONDS=0.1) as server:
+        assert [server.connect().answer().body for _ in range(3)] == [GO] * 3
+
+
+@pytest.mark.parametrize("way", ["command", "hypercorn with our settings"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_without_an_answer(way: str, number: signal.Signals) -> None:
+    with serving(*WAYS[way], WINDOW_SECONDS=3600) as server:
+        clients = [server.connect() for _ in range(100)]
+        server.settle()
+        server.signal(number)
+        start = time.monotonic()
+        assert {client.rest() for client in clients} == {b""}
+        assert server.wait() == 0
+        assert time.monotonic() - start < 2
+        with pytest.raises(ConnectionRefusedError):
+            server.connect()
+
+
+def test_it_stops_within_2_seconds_with_10_000_waiting() -> None:
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert limit >= 11_000, "raise the hard limit of open files: ulimit -Hn 20000"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    with serving(WINDOW_SECONDS=3600) as server:
+        clients = [server.connect() for _ in range(10_000)]
+        server.settle()
+        start = time.monotonic()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert time.monotonic() - start < 2
+        assert {client.rest() for client in clients} == {b""}
+
+
+def test_a_stop_between_releases_answers_nobody_else() -> None:
+    with serving(WINDOW_SECONDS=0.2) as server:
+        clients = [server.connect() for _ in range(50)]
+        first_answers(clients[:5], 5)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        answers = [client.rest() for client in clients[5:]]
+    whole = [answer.endswith(GO) for answer in answers]
+    assert whole == sorted(whole, reverse=True)
+    assert all(
+        answer == b"" for answer, is_whole in zip(answers, whole, strict=True) if not is_whole
+    )
+    assert sum(whole) <= 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("-c", "python:gateway_queue.server")])
+def test_a_second_worker_is_refused(arguments: tuple[str, ...]) -> None:
+    refused = run(
+        *(HYPERCORN, "--worker-class", "trio", "--workers", "2", "--bind", "127.0.0.1:0"),
+        *(*arguments, "gateway_queue:app"),
+    )
+    assert refused.returncode != 0
+    (line,) = [line for line in refused.stderr.splitlines() if "Running on" not in line]
+    assert "second worker" in line
+    assert "Traceback" not in refused.stderr
+
+
+def test_two_servers_side_by_side_do_not_disturb_each_other() -> None:
+    command = WAYS["hypercorn"]
+    with serving(*command, WINDOW_SECONDS=0.1) as one, serving(*command, WINDOW_SECONDS=0.1) as two:
+        assert one.connect().answer().status == two.connect().answer().status == 200
+
+
+BAD_VALUES = [
+    *(("PORT", value) for value in ("", "abc", "-1", "65536", "80.0", "５", "1_0", " 80")),
+    *(("WINDOW_SECONDS", value) for value in ("", "0", "-1", "nan", "inf", "1e999", "1_0", "5s")),
+    *(("HOLD_ON_START", value) for value in ("", "maybe", "2")),
+    *(("HOST", value) for value in ("", "no host", "300.1.1.1", "198.51.100.1", "host.invalid")),
+    *(("LOG_LEVEL", value) for value in ("", "loud")),
+    *(("LOG_FORMAT", value) for value in ("", "xml")),
+]
+
+
+@pytest.mark.parametrize(("variable", "value"), BAD_VALUES)
+def test_a_bad_value_is_named_in_one_line(variable: str, value: str) -> None:
+    refused = run(GATEWAY_QUEUE, **{"PORT": 0, variable: value})
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"{variable}: got {value!r}, takes ")
+
+
+@pytest.mark.parametrize("way", ["hypercorn", "hypercorn with our settings"])
+def test_hypercorn_refuses_a_bad_value_as_well(way: str) -> None:
+    refused = run(*WAYS[way], WINDOW_SECONDS="0")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == ["WINDOW_SECONDS: got '0', takes a number over 0"]
+
+
+def test_a_port_in_use_is_said_in_one_line() -> None:
+    with serving() as server:
+        refused = run(GATEWAY_QUEUE, PORT=server.port)
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert str(server.port) in line
+    assert "in use" in line
+
+
+@pytest.mark.parametrize("host", ["::1", "localhost", "0.0.0.0", "::"])
+def test_hosts(host: str) -> None:
+    with serving(HOST=host, WINDOW_SECONDS=0.01) as server:
+        if host == "::1":
+            with socket.create_connection(("::1", server.port)) as client:
+                client.sendall(REQUEST)
+                assert client.recv(12) == b"HTTP/1.1 200"
+        else:
+            assert server.connect().answer().status == 200
+
+
+def test_help_and_version_need_no_good_environment() -> None:
+    assert run(GATEWAY_QUEUE, "--version", PORT="x").stdout == (
+        f"gateway-queue {gateway_queue.__version__}\n"
+    )
+    explained = run(GATEWAY_QUEUE, "--help", PORT="x")
+    assert explained.returncode == 0
+    for variable in ("HOST", "PORT", "WINDOW_SECONDS", "HOLD_ON_START", "LOG_LEVEL", "LOG_FORMAT"):
+        assert variable in explained.stdout
+
+
+def test_json_logs_are_one_object_a_line() -> None:
+    with serving(LOG_FORMAT="json", WINDOW_SECONDS=0.01) as server:
+        server.connect(b"GET /?shard=7 HTTP/1.1\r\nHost: q\r\n\r\n").answer()
+        server.connect(b"GET /?shard=x HTTP/1.1\r\nHost: q\r\n\r\n").answer()
+        server.signal(signal.SIGTERM)
+        server.wait()
+    lines = [json.loads(line) for line in server.lines]
+    assert [line["event"].split()[0] for line in lines] == [
+        *("Running", "released", "refused", "stopping"),
+    ]
+    assert lines[1]["shard"] == 7
+    assert lines[2]["level"] == "warning"
+
+
+def test_the_log_level_is_respected() -> None:
+    port = free_port()
+    quiet = subprocess.Popen(
+        [GATEWAY_QUEUE],
+        env=environ(PORT=port, WINDOW_SECONDS=0.01, LOG_LEVEL="warning"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    give_up = time.monotonic() + 20
+    while time.monotonic() < give_up:
+        try:
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(REQUEST)
+                assert client.recv(12) == b"HTTP/1.1 200"
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    quiet.terminate()
+    assert quiet.communicate() == (None, "")
+    assert quiet.returncode == 0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def test_idle_it_neither_wakes_up_nor_grows() -> None:
+    """Between two looks nothing happens: no context switch of its own accord."""
+    with serving(WINDOW_SECONDS=0.05) as server:
+        server.connect().answer()
+        server.settle()
+        time.sleep(6)  # Hypercorn closes the connections of the two after 5 s
+        before = voluntary_switches(server.process.pid)
+        time.sleep(2)
+        assert voluntary_switches(server.process.pid) == before
+        assert server.peak_memory() < 55 * 2**20
+
+
+def voluntary_switches(process: int) -> int:
+    with open(f"/proc/{process}/status", encoding="ascii") as status:  # noqa: PTH123
+        (line,) = [line for line in status if line.startswith("voluntary_ctxt_switches")]
+    return int(line.split()[1])
+
+
+def test_the_first_connection_is_accepted_within_a_second() -> None:
+    """The median of five starts, for a machine may be busy once."""
+    times = []
+    for _ in range(5):
+        start = time.monotonic()
+        with serving() as server:
+            server.settle()
+            times.append(time.monotonic() - start)
+    assert sorted(times)[2] < 1
+
+
+def test_the_open_files_limit_is_raised() -> None:
+    soft = "import resource, os, sys; h = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; "
+    soft += (
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, h)); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    with serving(sys.executable, "-c", soft, GATEWAY_QUEUE, WINDOW_SECONDS=0.01) as server:
+        clients = [server.connect() for _ in range(200)]
+        assert len(first_answers(clients, 200)) == 200
