@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
 from contextlib import suppress
@@ -51,13 +52,26 @@ def prepare() -> Settings:
 
 
 def _refuse_within_hypercorn(line: str) -> NoReturn:
-    """End the process with one line on stderr, before any client has been accepted.
+    """End the server with one line on stderr, before any client has been accepted.
 
     Hypercorn has no place for an app that will not start: it goes on without the app, or prints
-    the stacks of all its tasks.
+    the stacks of all its tasks, and whatever became of its workers it reports success.
     """
     print(line, file=sys.stderr, flush=True)
+    if multiprocessing.parent_process() is not None:
+        _end_hypercorn(os.getppid())
     os._exit(EXIT_USAGE)
+
+
+def _end_hypercorn(parent: int) -> None:
+    """End the processes of Hypercorn's command, so that its exit status is not 0."""
+    workers: list[str] = []
+    with suppress(OSError):
+        workers = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for process in (parent, *map(int, workers)):
+        if process != os.getpid():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
 
 def _is_sole_worker() -> bool:
