@@ -1,0 +1,144 @@
+"""The app through Quart's test client, on the mock clock."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NoReturn
+
+import pytest
+import trio
+from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, HTTPScope
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from gateway_queue.settings import Settings
+from gateway_queue.web.app import GatewayQueue
+from gateway_queue.web.tickets import TicketRequest
+from tests.harness import GO
+
+
+@asynccontextmanager
+async def started(settings: Settings) -> AsyncIterator[GatewayQueue]:
+    app = GatewayQueue(lambda: settings)
+    async with app.test_app():
+        yield app
+        await app.queue.close()
+
+
+async def test_tickets_take_turns(autojump_clock: MockClock) -> None:
+    answered: list[tuple[int, float]] = []
+
+    async def ask(app: GatewayQueue, number: int) -> None:
+        await trio.sleep(number / 100)
+        response = await app.test_client().get(f"/anything/{number}")
+        answered.append((number, trio.current_time()))
+        assert response.status_code == 200
+        assert await response.get_data(as_text=False) == GO
+        assert response.headers["Content-Type"] == "application/json"
+        assert response.headers["Cache-Control"] == "no-store"
+
+    async with started(Settings(window_seconds=5)) as app, trio.open_nursery() as nursery:
+        for number in range(4):
+            nursery.start_soon(ask, app, number)
+
+    assert [number for number, _ in answered] == [0, 1, 2, 3]
+    assert [at for _, at in answered] == pytest.approx([5.0, 10.0, 15.0, 20.0])
+
+
+async def test_endpoints_are_quarts_routes(autojump_clock: MockClock) -> None:
+    async with started(Settings()) as app:
+        client = app.test_client()
+        assert (await client.get("/healthz")).status_code == 200
+        refused = await client.post("/healthz")
+        assert refused.status_code == 405
+        assert refused.headers["Content-Type"] == "application/problem+json"
+        assert (await refused.get_json(force=True))["status"] == 405
+        assert trio.current_time() == 0
+
+
+SCOPE: HTTPScope = {  # type: ignore[typeddict-item]
+    "type": "http",
+    "http_version": "1.1",
+    "method": "GET",
+    "path": "/",
+    "query_string": b"",
+}
+
+
+class Wire:
+    """Hypercorn's side of a request: what the client does, and what is sent to it."""
+
+    def __init__(self) -> None:
+        self.sent: list[ASGISendEvent] = []
+        self._leave, self._events = trio.open_memory_channel[ASGIReceiveEvent](2)
+        self._leave.send_nowait({"type": "http.request", "body": b"", "more_body": False})
+
+    def hang_up(self) -> None:
+        self._leave.send_nowait({"type": "http.disconnect"})
+
+    async def receive(self) -> ASGIReceiveEvent:
+        return await self._events.receive()
+
+    async def send(self, event: ASGISendEvent) -> None:
+        await trio.lowlevel.checkpoint()
+        self.sent.append(event)
+
+
+@asynccontextmanager
+async def failing_turn(_: int | None) -> AsyncIterator[None]:
+    """Fail at first, and later be a turn like any."""
+    if trio.current_time() == 0:
+        raise RuntimeError("the queue's own fault")
+    yield
+
+
+async def never_sent(_: ASGISendEvent) -> NoReturn:
+    raise RuntimeError("the server's own fault")
+
+
+@pytest.mark.parametrize("what", ["turn", "send"])
+async def test_a_fault_of_our_own_is_held_until_the_client_leaves(
+    autojump_clock: MockClock, what: str
+) -> None:
+    """Any answer would mean "go", so there is none, and the request does not end either."""
+    wire = Wire()
+    if what == "send":
+        await trio.sleep(1)
+    send = never_sent if what == "send" else wire.send
+    request = TicketRequest(SCOPE, wire.receive, send, failing_turn)
+    async with trio.open_nursery() as nursery:
+        ended = trio.Event()
+
+        async def run() -> None:
+            await request.run()
+            ended.set()
+
+        nursery.start_soon(run)
+        await wait_all_tasks_blocked()
+        assert not ended.is_set()
+        wire.hang_up()
+        await ended.wait()
+    assert wire.sent == []
+
+
+async def test_a_client_that_does_not_take_its_answer_is_not_waited_for(
+    autojump_clock: MockClock,
+) -> None:
+    """Its slot counts as used: a part of the answer may be out."""
+    slow, next_in_line = Wire(), Wire()
+
+    async def never(_: ASGISendEvent) -> None:
+        await trio.sleep_forever()
+
+    settings = Settings(window_seconds=5, hold_on_start=False)
+    async with started(settings) as app, trio.open_nursery() as nursery:
+        turn = app.queue.turn
+        nursery.start_soon(TicketRequest(SCOPE, slow.receive, never, turn).run)
+        await wait_all_tasks_blocked()
+        await TicketRequest(SCOPE, next_in_line.receive, next_in_line.send, turn).run()
+        assert trio.current_time() == pytest.approx(6.0)
+        slow.hang_up()
+    assert [event["type"] for event in next_in_line.sent] == [
+        "http.response.start",
+        "http.response.body",
+    ]
