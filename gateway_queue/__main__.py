@@ -20,6 +20,9 @@ from gateway_queue.listener import listen
 from gateway_queue.process import refuse
 from gateway_queue.settings import BadSetting, describe
 
+GRACE_SECONDS = 1.0
+"""How long an answer that is being written may take when the server stops."""
+
 log = structlog.stdlib.get_logger(__name__)
 
 
@@ -58,7 +61,8 @@ async def _serve(config: Config) -> NoReturn:
             await nursery.start(partial(serve, app, config))
             await signals.__anext__()
             log.info("stopping", waiting=len(app.queue))
-            await app.queue.close()
+            with trio.move_on_after(GRACE_SECONDS):
+                await app.queue.close()
             # The end of the process closes every connection, within milliseconds. To unwind the
             # tasks of 10,000 waiters one by one takes 9 s.
             os._exit(0)

@@ -55,6 +55,7 @@ TARGETS = [
     *("/static/x", "/healthz/", "//healthz", "/healthz%20", "/HEALTHZ", "/..", "/../../etc/passwd"),
     *("http://elsewhere/", "http://elsewhere", "https://x:99999/?shard=3", "queue:443", "/#x"),
     *("/" + "a" * 16_000, "/?" + "a" * 16_000, "/?shard=1", "/?shard=1&shard=1", "/?shard=007"),
+    *("http://[/", "http://[x", "x://]/?shard=1", "//[/", "http://[::1]:99999999/"),
     *("/?shard=2147483647", "/?Shard=x", "/?%73hard=5", "/?a=%ff&shard=%31"),
 ]
 
@@ -191,9 +192,16 @@ def test_a_bad_shard_is_refused_at_once(stalling: Server, query: str) -> None:
     assert "shard" in problem["detail"]
 
 
+@pytest.mark.parametrize("host", ["", "no host", "..", "a" * 5000, "[::1", "\xff", "a@b"])
+def test_any_host_will_do(server: Server, host: str) -> None:
+    for path in ("/", "/healthz"):
+        sent = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1")
+        assert server.connect(sent).answer().status == 200
+
+
 def test_healthz(stalling: Server) -> None:
     for method in ("GET", "HEAD"):
-        for target in ("/healthz", "http://queue/healthz", "/healthz?x"):
+        for target in ("/healthz", "http://queue/healthz", "http://[/healthz", "/healthz?x"):
             assert (
                 stalling.connect(request(method, target)).answer(body=method == "GET").status == 200
             )

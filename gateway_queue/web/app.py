@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from http import HTTPStatus
-from urllib.parse import urlsplit
 
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, Scope
 from quart import Response
+from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.routing import MapAdapter
 
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
@@ -49,10 +51,18 @@ class GatewayQueue(QuartTrio):
     async def asgi_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
-        if scope["type"] == "http" and _path(scope["path"]) not in ENDPOINTS:
-            await TicketRequest(scope, receive, send, self.queue.turn).run()
-        else:
+        if scope["type"] != "http":
             await super().asgi_app(scope, receive, send)
+        elif (path := _path(scope["path"])) in ENDPOINTS:
+            await super().asgi_app({**scope, "path": path}, receive, send)
+        else:
+            await TicketRequest(scope, receive, send, self.queue.turn).run()
+
+    def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
+        """Find routes whatever host a client names: some names are none to Werkzeug."""
+        if request is None:
+            return super().create_url_adapter(request)
+        return self.url_map.bind("", path_info=request.path, default_method=request.method)
 
 
 async def healthz() -> dict[str, str]:
@@ -72,5 +82,8 @@ async def explain(error: HTTPException) -> Response:
 
 
 def _path(target: str) -> str:
-    """Return the path of a request target, also of one in absolute form (RFC 9112, 3.2.2)."""
-    return target if target.startswith("/") else urlsplit(target).path
+    """Return the path of a request target, also of one in absolute form (RFC 9112, 3.2.2).
+
+    It takes anything, where a parser of URLs would refuse some.
+    """
+    return re.sub(r"\A[a-zA-Z][a-zA-Z0-9+.-]*://[^/]*", "", target)

@@ -93,14 +93,14 @@ class HTTP1(H11Protocol):
     async def _create_stream(self, request: h11.Request) -> None:
         """Ignore an offer of WebSockets, as a server may: the request is a request like any."""
         headers = [(name, value) for name, value in request.headers if name != b"upgrade"]
-        await super()._create_stream(
-            h11.Request(
+        if len(headers) != len(request.headers):
+            request = h11.Request(
                 method=request.method,
                 target=request.target,
                 headers=headers,
                 http_version=request.http_version,
             )
-        )
+        await super()._create_stream(request)
 
     async def _send_h11_event(self, event: H11SendableEvent) -> None:
         """Leave out the body when CONNECT is answered, which has none (RFC 9110, 9.3.6)."""
