@@ -7,6 +7,7 @@ app starts, so that they hold for every way to run it.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from http import HTTPStatus
 
 import h2.events
@@ -14,7 +15,8 @@ import h11
 import hypercorn.protocol
 import hypercorn.trio.run
 import structlog
-from hypercorn.events import Closed
+import trio
+from hypercorn.events import Closed, Event
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
@@ -41,6 +43,11 @@ class Connection(TCPServer):
             await super().run()
         except* Exception as errors:  # noqa: BLE001
             log.warning("connection closed after an error", error=repr(errors.exceptions))
+
+    async def protocol_send(self, event: Event) -> None:
+        """Drop what comes while the connection is being closed, for which trio has an error."""
+        with suppress(trio.BusyResourceError):
+            await super().protocol_send(event)
 
 
 class _Paused(Exception):
@@ -119,6 +126,13 @@ class HTTP1(H11Protocol):
 
 class HTTP2(H2Protocol):
     """HTTP/2 that bears the end of an upload after its answer, and knows no WebSockets."""
+
+    async def handle(self, event: Event) -> None:
+        """Let go of answers that nobody sends any more, or they would wait for it for ever."""
+        await super().handle(event)
+        if isinstance(event, Closed):
+            for buffer in list(self.stream_buffers.values()):
+                await buffer.close()
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
