@@ -20,12 +20,31 @@ targets = st.builds(
     VISIBLE,
 )
 header_names = st.sampled_from(
-    ["Connection", "Content-Length", "Expect", "Host", "HTTP2-Settings", "Sec-WebSocket-Key", "TE"]
-    + ["Trailer", "Transfer-Encoding", "Upgrade"]
+    [
+        "Connection",
+        "Content-Length",
+        "Expect",
+        "Host",
+        "HTTP2-Settings",
+        "Sec-WebSocket-Key",
+        "TE",
+        "Trailer",
+        "Transfer-Encoding",
+        "Upgrade",
+    ]
 )
 header_values = st.sampled_from(
-    ["", "!", "-1", "0", "100-continue", "5", "5, 5", "9" * 20, "AAMAAABkAAQAAP__", "chunked"]
-    + [
+    [
+        "",
+        "!",
+        "-1",
+        "0",
+        "100-continue",
+        "5",
+        "5, 5",
+        "9" * 20,
+        "AAMAAABkAAQAAP__",
+        "chunked",
         "close",
         "gzip",
         "h2c",
