@@ -7,6 +7,7 @@ import re
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -114,7 +115,7 @@ class Answer:
 
     raw: bytes
     at: float
-    """When it came, on :func:`time.monotonic`."""
+    """When its end came to this machine's kernel, on :func:`time.monotonic`."""
 
     @property
     def status(self) -> int:
@@ -131,17 +132,31 @@ class Answer:
         return self.raw.partition(b"\r\n\r\n")[2]
 
 
+SO_TIMESTAMPNS = 35
+"""Linux's option for the time at which data came; the socket module has no name for it."""
+
+
+def arrival(ancillary: list[tuple[int, int, bytes]]) -> float:
+    """Tell when data came, however late this process has looked: on :func:`time.monotonic`."""
+    (stamp,) = [data for _, kind, data in ancillary if kind == SO_TIMESTAMPNS]
+    seconds, nanoseconds = struct.unpack("ll", stamp)
+    age: float = time.time() - (seconds + nanoseconds / 1e9)
+    return time.monotonic() - age
+
+
 class Client:
     """One connection, with plain sockets: what it sends is what the test says, byte for byte."""
 
     def __init__(self, port: int, request: bytes) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         self.received = b""
         self.socket.sendall(request)
 
     def answer(self, *, body: bool = True) -> Answer:
         """Wait for one answer, but for an interim one."""
+        arrived = time.monotonic()
         while True:
             head, end, rest = self.received.partition(b"\r\n\r\n")
             if end and head.startswith(b"HTTP/1.1 1"):
@@ -150,10 +165,11 @@ class Client:
                 length = int(re.findall(rb"(?i)\r\ncontent-length: (\d+)", head)[0]) if body else 0
                 if len(rest) >= length:
                     self.received = rest[length:]
-                    return Answer(head + end + rest[:length], time.monotonic())
-            received = self.socket.recv(65536)
+                    return Answer(head + end + rest[:length], arrived)
+            received, ancillary, *_ = self.socket.recvmsg(65536, 128)
             assert received, f"closed after {self.received!r}"
             self.received += received
+            arrived = arrival(ancillary)
 
     def rest(self) -> bytes:
         """Wait for the end of the connection, and return what comes until then."""
