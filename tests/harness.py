@@ -137,11 +137,16 @@ SO_TIMESTAMPNS = 35
 
 
 def arrival(ancillary: list[tuple[int, int, bytes]]) -> float:
-    """Tell when data came, however late this process has looked: on :func:`time.monotonic`."""
-    (stamp,) = [data for _, kind, data in ancillary if kind == SO_TIMESTAMPNS]
-    seconds, nanoseconds = struct.unpack("ll", stamp)
-    age: float = time.time() - (seconds + nanoseconds / 1e9)
-    return time.monotonic() - age
+    """Tell when data came, however late this process has looked: on :func:`time.monotonic`.
+
+    The kernel begins to stamp a moment after the first socket asks for it; until then, now it is.
+    """
+    now, age = time.monotonic(), 0.0
+    for _, kind, data in ancillary:
+        if kind == SO_TIMESTAMPNS:
+            seconds, nanoseconds = struct.unpack("ll", data)
+            age = time.time() - (seconds + nanoseconds / 1e9)
+    return now - age
 
 
 class Client:
