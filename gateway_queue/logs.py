@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import logging.config
 
 import structlog
 from structlog.dev import ConsoleRenderer, plain_traceback

@@ -58,9 +58,16 @@ class Server:
 
     def peak_memory(self) -> int:
         """Return the most memory that it has had resident, in bytes."""
+        return self._status("VmHWM") * 1024
+
+    def voluntary_switches(self) -> int:
+        """Return how often it has gone to sleep."""
+        return self._status("voluntary_ctxt_switches")
+
+    def _status(self, name: str) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
-        return int(kilobytes) * 1024
+        (number,) = re.findall(rf"(?m)^{name}:\s+(\d+)", status)
+        return int(number)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -190,8 +197,7 @@ class Client:
 
     def reset(self) -> None:
         """Hang up with a RST."""
-        linger = (1).to_bytes(4, sys.byteorder) + (0).to_bytes(4, sys.byteorder)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
 

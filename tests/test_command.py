@@ -214,16 +214,10 @@ def test_idle_it_neither_wakes_up_nor_grows() -> None:
         server.connect().answer()
         server.settle()
         time.sleep(6)  # Hypercorn closes the connections of the two after 5 s
-        before = voluntary_switches(server.process.pid)
+        before = server.voluntary_switches()
         time.sleep(2)
-        assert voluntary_switches(server.process.pid) == before
+        assert server.voluntary_switches() == before
         assert server.peak_memory() < 55 * 2**20
-
-
-def voluntary_switches(process: int) -> int:
-    with open(f"/proc/{process}/status", encoding="ascii") as status:  # noqa: PTH123
-        (line,) = [line for line in status if line.startswith("voluntary_ctxt_switches")]
-    return int(line.split()[1])
 
 
 def test_the_first_connection_is_accepted_within_a_second() -> None:

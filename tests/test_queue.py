@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -29,6 +29,16 @@ def on_mock_clock(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     hypothesis calls a test many times; pytest-trio's clock would be one for all of them.
     """
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@asynccontextmanager
+async def running(*, hold: bool, keys: int = 1) -> AsyncIterator[Queue]:
+    """Run a queue until the end of the context, and close it then."""
+    queue = Queue(MemoryStore(WINDOW, hold=hold), max_concurrency=keys)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(queue.run)
+        yield queue
+        await queue.close()
 
 
 @dataclass(frozen=True)
@@ -116,13 +126,9 @@ def test_every_history_goes_as_promised(history: list[Client], keys: int, hold: 
     releases: list[Release] = []
 
     async def main() -> None:
-        queue = Queue(MemoryStore(WINDOW, hold=hold), max_concurrency=keys)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(queue.run)
-            async with trio.open_nursery() as everybody:
-                for client in history:
-                    everybody.start_soon(act, queue, client, keys, releases)
-            await queue.close()
+        async with running(hold=hold, keys=keys) as queue, trio.open_nursery() as everybody:
+            for client in history:
+                everybody.start_soon(act, queue, client, keys, releases)
 
     on_mock_clock(main)
 
@@ -171,24 +177,21 @@ def test_restarts_release_nobody_early_and_lose_nobody_who_asks_again(
     assert {r.client for r in releases} == {c for c in patient if not c.leaves_when_chosen}
 
 
-@contextmanager
-def stopwatch() -> Iterator[Callable[[], float]]:
+def stopwatch() -> Callable[[], float]:
+    """Return what tells the seconds since now."""
     start = trio.current_time()
-    yield lambda: trio.current_time() - start
+    return lambda: trio.current_time() - start
 
 
 async def test_a_day_of_windows(autojump_clock: MockClock) -> None:
     """24 hours of one shard after another: not one window is lost or cut short."""
     windows = int(24 * 3600 / WINDOW)
-    queue = Queue(MemoryStore(WINDOW, hold=False))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(queue.run)
-        with stopwatch() as elapsed:
-            for _ in range(windows + 1):
-                async with queue.turn(None):
-                    pass
-            assert elapsed() == pytest.approx(windows * WINDOW)
-        await queue.close()
+    async with running(hold=False) as queue:
+        elapsed = stopwatch()
+        for _ in range(windows + 1):
+            async with queue.turn(None):
+                pass
+        assert elapsed() == pytest.approx(windows * WINDOW)
 
 
 async def test_the_next_in_line_gets_the_slot_of_one_who_leaves_when_chosen(
@@ -217,16 +220,13 @@ async def test_the_next_in_line_gets_the_slot_of_one_who_leaves_when_chosen(
 
 
 async def test_an_answer_that_fails_counts_as_one_that_is_out(autojump_clock: MockClock) -> None:
-    queue = Queue(MemoryStore(WINDOW, hold=False))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(queue.run)
-        with pytest.raises(OSError, match="half of it"), stopwatch():
+    async with running(hold=False) as queue:
+        with pytest.raises(OSError, match="half of it"):
             async with queue.turn(None):
                 raise OSError("half of it is out")
-        with stopwatch() as elapsed:
-            async with queue.turn(None):
-                assert elapsed() == pytest.approx(WINDOW)
-        await queue.close()
+        elapsed = stopwatch()
+        async with queue.turn(None):
+            assert elapsed() == pytest.approx(WINDOW)
 
 
 async def test_closing_finishes_the_answer_under_way_and_releases_nobody_else(
