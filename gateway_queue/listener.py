@@ -42,4 +42,4 @@ def listen(host: str, port: int, backlog: int) -> socket.socket:
 
 
 def _no_such(host: str) -> BadSetting:
-    return BadSetting("HOST", host, "an address or a host name of this machine")
+    return BadSetting("HOST", repr(host), "an address or a host name of this machine")

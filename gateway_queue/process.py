@@ -39,9 +39,9 @@ def prepare() -> Settings:
     try:
         settings = Settings.from_environ(os.environ)
     except BadSetting as error:
-        _refuse_within_hypercorn(str(error))
+        refuse_to_serve(str(error))
     if not _is_sole_worker():
-        _refuse_within_hypercorn(
+        refuse_to_serve(
             "a second worker would release twice as fast as the limit, "
             "for each has windows of its own: run hypercorn with --workers 1"
         )
@@ -51,8 +51,8 @@ def prepare() -> Settings:
     return settings
 
 
-def _refuse_within_hypercorn(line: str) -> NoReturn:
-    """End the server with one line on stderr, before any client has been accepted.
+def refuse_to_serve(line: str) -> NoReturn:
+    """End the server, whoever has started it, with one line on stderr.
 
     Hypercorn has no place for an app that will not start: it goes on without the app, or prints
     the stacks of all its tasks, and whatever became of its workers it reports success.

@@ -7,7 +7,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 LOG_FORMATS = ("console", "json")
@@ -22,7 +24,7 @@ class BadSetting(ValueError):
     """A variable holds what it does not take; the message is one line that says so."""
 
     def __init__(self, variable: str, got: str, takes: str) -> None:
-        super().__init__(f"{variable}: got {got!r}, takes {takes}")
+        super().__init__(f"{variable}: got {got}, takes {takes}")
 
 
 def _host(text: str) -> str:
@@ -34,6 +36,12 @@ def _host(text: str) -> str:
 
 def _port(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(text)
+    return int(text)
+
+
+def _whole_number(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
         raise ValueError(text)
     return int(text)
 
@@ -52,6 +60,25 @@ def _switch(text: str) -> bool:
     return _SWITCH[text.lower()]
 
 
+def _token(text: str) -> str:
+    # What an HTTP header can carry. "Bot " in front of it is a mistake that is often made.
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError(text)
+    return text
+
+
+def _http_url(text: str) -> str:
+    # The URL is shown in logs, so no password may be in it.
+    if not re.fullmatch(r"https?://[^@?#]+", text, re.IGNORECASE) or not re.fullmatch(
+        "[!-~]+", text
+    ):
+        raise ValueError(text)
+    url = urlsplit(text)
+    if not url.hostname or url.port == 0:  # reading the port checks it
+        raise ValueError(text)
+    return text.rstrip("/")
+
+
 def _one_of(words: tuple[str, ...]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         return words[words.index(text.lower())]
@@ -59,9 +86,13 @@ def _one_of(words: tuple[str, ...]) -> Callable[[str], str]:
     return parse
 
 
-def _variable(default: Any, parse: Callable[[str], Any], *, takes: str, about: str) -> Any:
+def _variable(
+    default: Any, parse: Callable[[str], Any], *, takes: str, about: str, secret: bool = False
+) -> Any:
     return dataclasses.field(
-        default=default, metadata={"parse": parse, "takes": takes, "about": about}
+        default=default,
+        repr=not secret,
+        metadata={"parse": parse, "takes": takes, "about": about, "secret": secret},
     )
 
 
@@ -90,6 +121,40 @@ class Settings:
         takes="true or false",
         about="open each rate limit key only one window after the start",
     )
+    max_concurrency: int | None = _variable(
+        None,
+        _whole_number,
+        takes="a whole number from 0",
+        about="number of rate limit keys; 0 releases every ticket at once",
+    )
+    discord_token: str | None = _variable(
+        None,
+        _token,
+        takes="the token of a bot, without spaces and without the word Bot",
+        about="bot token, to ask Discord for the limits of the bot",
+        secret=True,
+    )
+    discord_api_url: str = _variable(
+        "https://discord.com/api/v10",
+        _http_url,
+        takes="a URL that starts with http:// or https://, without user, query and fragment",
+        about="base of Discord's API",
+    )
+    discord_refresh_seconds: float = _variable(
+        300.0, _seconds, takes="a number over 0", about="how often Discord is asked again"
+    )
+    session_start_limit: int | None = _variable(
+        None,
+        _whole_number,
+        takes="a whole number from 0",
+        about="session starts in 24 hours; 0 never enforces a limit",
+    )
+    loop_free_starts: int = _variable(
+        5,
+        _whole_number,
+        takes="a whole number from 0",
+        about="starts of a shard in an hour until the next ones are delayed; 0 delays none",
+    )
     log_level: str = _variable(
         "info", _one_of(LOG_LEVELS), takes=f"one of {', '.join(LOG_LEVELS)}", about="least level"
     )
@@ -112,22 +177,44 @@ class Settings:
 
 def _read(environ: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(Settings):
-        variable = field.name.upper()
-        if variable not in environ:
+        variable, secret = field.name.upper(), field.metadata["secret"]
+        if secret and f"{variable}_FILE" in environ:
+            variable, text = f"{variable}_FILE", _from_file(variable, environ)
+        elif variable in environ:
+            text = environ[variable]
+        else:
             continue
         try:
-            yield field.name, field.metadata["parse"](environ[variable])
+            yield field.name, field.metadata["parse"](text)
         except (ValueError, KeyError):
-            raise BadSetting(variable, environ[variable], field.metadata["takes"]) from None
+            got = f"a secret of {len(text)} characters" if secret else repr(text)
+            raise BadSetting(variable, got, field.metadata["takes"]) from None
+
+
+def _from_file(variable: str, environ: Mapping[str, str]) -> str:
+    """Read a secret from the file that ``NAME_FILE`` names, as Docker hands them over."""
+    path = environ[f"{variable}_FILE"]
+    takes = f"the path of a text file to read, and no {variable} beside it"
+    if variable in environ:
+        raise BadSetting(f"{variable}_FILE", f"{path!r} and {variable}", takes)
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise BadSetting(f"{variable}_FILE", f"{path!r} ({reason})", takes) from None
 
 
 def describe() -> str:
     """One line a variable, for ``--help``."""
-    return "\n".join(
-        f"  {field.name.upper():<16}{field.metadata['about']} (default: {_shown(field.default)})"
+    lines = [
+        f"  {field.name.upper():<25}{field.metadata['about']} (default: {_shown(field.default)})"
         for field in dataclasses.fields(Settings)
+    ]
+    secrets = (f.name.upper() for f in dataclasses.fields(Settings) if f.metadata["secret"])
+    return "\n".join(
+        [*lines, "", *(f"  {name}_FILE: a file with {name} in it" for name in secrets)]
     )
 
 
 def _shown(default: object) -> str:
-    return str(default).lower() if isinstance(default, bool) else str(default)
+    return str(default).lower() if isinstance(default, bool) or default is None else str(default)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import selectors
@@ -16,6 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from gateway_queue.settings import Settings
 
 PATIENCE = 20.0
 """Seconds after which a test that waits for something gives up; far more than it ever takes."""
@@ -32,7 +37,8 @@ def installed(command: str) -> str:
 
 def environ(**variables: object) -> dict[str, str]:
     """Return this environment, without what would set the server up, and with some variables."""
-    unset = {"HOST", "PORT", "WINDOW_SECONDS", "HOLD_ON_START", "LOG_LEVEL", "LOG_FORMAT"}
+    unset = {field.name.upper() for field in dataclasses.fields(Settings)}
+    unset |= {f"{variable}_FILE" for variable in unset}
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     return kept | {name: str(value) for name, value in variables.items()}
 
@@ -52,9 +58,18 @@ class Server:
         self.clients.append(Client(self.port, request))
         return self.clients[-1]
 
+    def get(self, path: str) -> Answer:
+        """Ask one of the endpoints."""
+        return self.connect(f"GET {path} HTTP/1.1\r\nHost: queue\r\n\r\n".encode()).answer()
+
+    def status(self) -> dict[str, Any]:
+        """Ask how the queue stands."""
+        status: dict[str, Any] = json.loads(self.get("/status").body)
+        return status
+
     def settle(self) -> None:
         """Wait until it has done what the last answer left it to do."""
-        self.connect(b"GET /healthz HTTP/1.1\r\nHost: queue\r\n\r\n").answer()
+        self.get("/healthz")
 
     def peak_memory(self) -> int:
         """Return the most memory that it has had resident, in bytes."""

@@ -17,9 +17,13 @@ from gateway_queue.web.tickets import TicketRequest
 from tests.harness import GO
 
 
+def refused(line: str) -> NoReturn:
+    raise AssertionError(line)
+
+
 @asynccontextmanager
 async def started(settings: Settings) -> AsyncIterator[GatewayQueue]:
-    app = GatewayQueue(lambda: settings)
+    app = GatewayQueue(lambda: settings, refused)
     async with app.test_app():
         yield app
         await app.queue.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import signal
@@ -9,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import gateway_queue
+from gateway_queue.settings import Settings
 from tests.harness import GO, REQUEST, environ, first_answers, installed, serving
 
 GATEWAY_QUEUE = installed("gateway-queue")
@@ -117,6 +120,18 @@ BAD_VALUES = [
     *(("HOST", value) for value in ("", "no host", "300.1.1.1", "198.51.100.1", "host.invalid")),
     *(("LOG_LEVEL", value) for value in ("", "loud")),
     *(("LOG_FORMAT", value) for value in ("", "xml")),
+    *(("MAX_CONCURRENCY", value) for value in ("", "-1", "1.5", "many", "1" * 20)),
+    *(("SESSION_START_LIMIT", value) for value in ("", "-1", "1e3")),
+    *(("LOOP_FREE_STARTS", value) for value in ("", "-1", "no")),
+    *(("DISCORD_REFRESH_SECONDS", value) for value in ("", "0", "-1", "never")),
+    *(
+        ("DISCORD_API_URL", value)
+        for value in (
+            *("", "discord.com", "ftp://discord.com", "http://", "http://:80/", "http://h:0/"),
+            *("http://h:99999/", "http://[::1/", "http://user:word@h/", "http://h/?a=b"),
+            *("http://h/ /", "http://h/\n"),
+        )
+    ),
 ]
 
 
@@ -127,6 +142,37 @@ def test_a_bad_value_is_named_in_one_line(variable: str, value: str) -> None:
     assert refused.stdout == ""
     (line,) = refused.stderr.splitlines()
     assert line.startswith(f"{variable}: got {value!r}, takes ")
+
+
+def test_a_bad_secret_is_not_shown(tmp_path: Path) -> None:
+    secret = "Bot MTk4NjIy.Cl2FMQ.ZnCjm1XVW7vRze4b"
+    in_file = tmp_path / "secret"
+    in_file.write_text(secret)
+    for variables in ({"DISCORD_TOKEN": secret}, {"DISCORD_TOKEN_FILE": in_file}):
+        refused = run(GATEWAY_QUEUE, **{"PORT": 0, **variables})
+        assert refused.returncode == 2
+        (line,) = refused.stderr.splitlines()
+        assert line.startswith(f"{next(iter(variables))}: got a secret of 36 characters, takes ")
+        assert "ZnCjm1" not in line
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
+def test_a_secret_file_that_cannot_be_used_is_named(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+    refused = run(GATEWAY_QUEUE, PORT=0, DISCORD_TOKEN_FILE=path)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("DISCORD_TOKEN_FILE: got ")
+
+
+def test_a_secret_is_taken_from_one_place(tmp_path: Path) -> None:
+    refused = run(GATEWAY_QUEUE, PORT=0, DISCORD_TOKEN="a", DISCORD_TOKEN_FILE=tmp_path)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("DISCORD_TOKEN_FILE: got ")
+    assert "and DISCORD_TOKEN" in line
 
 
 @pytest.mark.parametrize("way", ["hypercorn", "hypercorn with our settings"])
@@ -162,8 +208,9 @@ def test_help_and_version_need_no_good_environment() -> None:
     )
     explained = run(GATEWAY_QUEUE, "--help", PORT="x")
     assert explained.returncode == 0
-    for variable in ("HOST", "PORT", "WINDOW_SECONDS", "HOLD_ON_START", "LOG_LEVEL", "LOG_FORMAT"):
-        assert variable in explained.stdout
+    for field in dataclasses.fields(Settings):
+        assert field.name.upper() in explained.stdout
+    assert "DISCORD_TOKEN_FILE" in explained.stdout
 
 
 def test_json_logs_are_one_object_a_line() -> None:

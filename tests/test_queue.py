@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any
 
 import pytest
 import trio
@@ -17,28 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.queue import Queue
 from gateway_queue.store.memory import MemoryStore
-
-WINDOW = 5.0
-TOLERANCE = 1e-6
-"""Floating point only: the clock is the test's."""
-
-
-def on_mock_clock(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run on a clock that jumps ahead whenever nothing is left to do.
-
-    hypothesis calls a test many times; pytest-trio's clock would be one for all of them.
-    """
-    trio.run(main, clock=MockClock(autojump_threshold=0))
-
-
-@asynccontextmanager
-async def running(*, hold: bool, keys: int = 1) -> AsyncIterator[Queue]:
-    """Run a queue until the end of the context, and close it then."""
-    queue = Queue(MemoryStore(WINDOW, hold=hold), max_concurrency=keys)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(queue.run)
-        yield queue
-        await queue.close()
+from tests.running import TOLERANCE, WINDOW, on_mock_clock, running, stopwatch
 
 
 @dataclass(frozen=True)
@@ -177,12 +154,6 @@ def test_restarts_release_nobody_early_and_lose_nobody_who_asks_again(
     assert {r.client for r in releases} == {c for c in patient if not c.leaves_when_chosen}
 
 
-def stopwatch() -> Callable[[], float]:
-    """Return what tells the seconds since now."""
-    start = trio.current_time()
-    return lambda: trio.current_time() - start
-
-
 async def test_a_day_of_windows(autojump_clock: MockClock) -> None:
     """24 hours of one shard after another: not one window is lost or cut short."""
     windows = int(24 * 3600 / WINDOW)
@@ -198,7 +169,7 @@ async def test_the_next_in_line_gets_the_slot_of_one_who_leaves_when_chosen(
     autojump_clock: MockClock,
 ) -> None:
     """A thousand leave in the moment in which the first of them is chosen; one stays."""
-    queue = Queue(MemoryStore(WINDOW, hold=True))
+    queue = Queue(MemoryStore(WINDOW, hold=True), max_concurrency=1)
     served = []
 
     async def client(number: int) -> None:
@@ -232,7 +203,7 @@ async def test_an_answer_that_fails_counts_as_one_that_is_out(autojump_clock: Mo
 async def test_closing_finishes_the_answer_under_way_and_releases_nobody_else(
     autojump_clock: MockClock,
 ) -> None:
-    queue = Queue(MemoryStore(WINDOW, hold=False))
+    queue = Queue(MemoryStore(WINDOW, hold=False), max_concurrency=1)
     answered = []
 
     async def client(number: int) -> None:
@@ -268,5 +239,5 @@ async def test_an_idle_queue_has_no_tasks_and_keeps_no_lanes(autojump_clock: Moc
         assert trio.current_time() == 0  # 1000 keys release in the same instant
         await wait_all_tasks_blocked()
         assert trio.lowlevel.current_statistics().tasks_living <= 5
-        assert not queue._lanes  # noqa: SLF001
+        assert not queue.lanes
         await queue.close()

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import count
 
 import structlog
 import trio
 
-from gateway_queue.queue.lane import Lane
-from gateway_queue.store import WindowStore
+from gateway_queue.queue.budget_alarm import BudgetAlarm
+from gateway_queue.queue.lane import Lane, Slot, Ticket
+from gateway_queue.store import Allowance, WindowStore
 
 __all__ = ["Queue"]
 
@@ -23,32 +25,67 @@ class Queue:
     """Lets one client a window go, for each rate limit key.
 
     Args:
-      store: the windows.
-      max_concurrency: number of rate limit keys.
+      store: what is known of earlier releases.
+      max_concurrency: number of rate limit keys; 0 releases everybody at once, and while it is
+        None nobody is released.
     """
 
-    def __init__(self, store: WindowStore, *, max_concurrency: int = 1) -> None:
-        self._store = store
-        self._max_concurrency = max_concurrency
-        self._lanes: dict[int, Lane] = {}
-        self._dispatchers: trio.Nursery
+    def __init__(self, store: WindowStore, *, max_concurrency: int | None) -> None:
+        self.store = store
+        self.max_concurrency = max_concurrency
+        self.released = 0
+        self.abandoned = 0
+        """How many have left without their turn."""
+        self.lanes: dict[int, Lane] = {}
+        self.held: set[Ticket] = set()
+        """Those that stand aside, for their shards start too often."""
+        self._numbers = count()
+        self._budget_alarm = BudgetAlarm()
+        self._changes, self._next_change = trio.open_memory_channel[int](0)
+        self._dispatchers: trio.Nursery | None = None
+        self._open = trio.CancelScope()
         self._closed = trio.Event()
 
     def __len__(self) -> int:
         """How many wait."""
-        return sum(map(len, self._lanes.values()))
+        return sum(map(len, self.lanes.values())) + len(self.held)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the dispatchers: a lane has one from its first ticket until its last."""
-        async with trio.open_nursery() as self._dispatchers:
-            task_status.started()
-            await trio.sleep_forever()
+        task_status.started()
+        number = self.max_concurrency
+        with self._open:
+            while True:
+                if number is None:
+                    number = await self._next_change.receive()
+                # Nobody is being answered now, so no window can start in the meantime.
+                await self.store.regroup(number)
+                self._move(number)
+                number = await self._dispatch_until_change()
         self._closed.set()
 
     async def close(self) -> None:
         """Release nobody any more; return when the answers under way are out."""
-        self._dispatchers.cancel_scope.cancel()
+        self._open.cancel()
         await self._closed.wait()
+
+    async def set_max_concurrency(self, number: int) -> None:
+        """Change the number of rate limit keys: those who wait move to their new lanes."""
+        if number != self.max_concurrency:
+            await self._changes.send(number)
+
+    async def allow(self, allowance: Allowance) -> None:
+        """Take over what Discord says of the day's session starts."""
+        await self.store.allow(allowance)
+        self._ask_again()
+        self._budget_alarm.check(self.store.session_starts())
+
+    def key(self, shard: int | None) -> int:
+        """Return the rate limit key of a shard.
+
+        https://discord.com/developers/docs/events/gateway#sharding-max-concurrency
+        """
+        return (shard or 0) % (self.max_concurrency or 1)
 
     @asynccontextmanager
     async def turn(self, shard: int | None) -> AsyncIterator[None]:
@@ -60,45 +97,119 @@ class Queue:
         Args:
           shard: whose turn to wait for; None is a client that did not say, and goes with shard 0.
         """
-        lane = self._lane((shard or 0) % self._max_concurrency)
-        ticket = lane.join(shard)
+        if self.max_concurrency == 0:
+            yield
+            self.released += 1
+            return
+        ticket = Ticket(next(self._numbers), shard)
         try:
-            slot = await ticket.slot()
-        except trio.Cancelled:
-            lane.leave(ticket)
-            raise
-        with slot:
-            try:
-                yield
-            except Exception:
+            slot = await self._slot(ticket)
+            with slot:
+                try:
+                    yield
+                except Exception:
+                    slot.send_nowait(trio.current_time())
+                    raise
                 slot.send_nowait(trio.current_time())
-                raise
-            slot.send_nowait(trio.current_time())
+        except trio.Cancelled:
+            self.abandoned += 1
+            raise
+        self.released += 1
+        key = self.key(shard)
         log.info(
             "released",
             shard=shard,
-            rate_limit_key=lane.rate_limit_key,
+            rate_limit_key=key,
             waited=round(trio.current_time() - ticket.joined_at, 3),
-            left=len(lane),
+            left=len(self.lanes[key]),
         )
 
-    def _lane(self, key: int) -> Lane:
-        if key not in self._lanes:
-            self._lanes[key] = Lane(key)
-            self._dispatchers.start_soon(self._dispatch, self._lanes[key])
-        return self._lanes[key]
+    async def _slot(self, ticket: Ticket) -> Slot:
+        """Stand in line until the slot comes."""
+        while True:
+            self._join(ticket)
+            try:
+                if slot := await ticket.offer():
+                    return slot
+                await trio.sleep_until(ticket.held_until)
+            except trio.Cancelled:
+                if lane := self.lanes.get(self.key(ticket.shard)):
+                    lane.leave(ticket)
+                    if not lane:
+                        lane.news.unpark_all()
+                ticket.tear_up()
+                raise
+            finally:
+                self.held.discard(ticket)
+
+    def _join(self, ticket: Ticket) -> None:
+        """Stand in the lane of a ticket's key, and open it if nobody else stands there."""
+        key = self.key(ticket.shard)
+        if ticket.shard is None and (self.max_concurrency or 0) > 1:
+            log.warning("no shard named, taken for shard 0", max_concurrency=self.max_concurrency)
+        if key not in self.lanes:
+            self.lanes[key] = Lane(key)
+            if self._dispatchers is not None:
+                self._dispatchers.start_soon(self._dispatch, self.lanes[key])
+        self.lanes[key].join(ticket)
+
+    def _move(self, number: int) -> None:
+        """Let all who stand in line stand in the lanes of another number of keys."""
+        in_line = [ticket for lane in self.lanes.values() for ticket in lane]
+        self.max_concurrency = number
+        self.lanes = {}
+        for ticket in in_line:
+            self._join(ticket)
+
+    async def _dispatch_until_change(self) -> int:
+        """Run the dispatchers until the number of keys changes, and return the new one."""
+        try:
+            async with trio.open_nursery() as self._dispatchers:
+                for lane in self.lanes.values():
+                    self._dispatchers.start_soon(self._dispatch, lane)
+                number = await self._next_change.receive()
+                self._dispatchers.cancel_scope.cancel()
+        finally:
+            self._dispatchers = None
+        return number
 
     async def _dispatch(self, lane: Lane) -> None:
         """Serve a lane until nobody stands in it any more."""
-        key = lane.rate_limit_key
         while lane:
-            if wait := await self._store.claim(key):
-                await trio.sleep(wait)
-                continue
-            with trio.CancelScope(shield=True):  # an answer under way is finished
-                answered_at = await lane.release()
-            if answered_at is None:
-                await self._store.give_back(key)
+            await trio.lowlevel.checkpoint_if_cancelled()
+            ticket = lane.first()
+            refusal = await self.store.claim(lane.rate_limit_key, ticket.shard)
+            if refusal is None:
+                with trio.CancelScope(shield=True):  # an answer under way is finished
+                    await self._release(lane, ticket)
+            elif refusal.concerns == "shard":
+                self._hold(lane, ticket, refusal.seconds)
             else:
-                await self._store.start_window(key, answered_at)
-        del self._lanes[key]
+                lane.opens_at = trio.current_time() + refusal.seconds
+                with trio.move_on_at(lane.opens_at):
+                    await lane.news.park()
+        del self.lanes[lane.rate_limit_key]
+
+    async def _release(self, lane: Lane, ticket: Ticket) -> None:
+        """Use a claimed key for a ticket, or give it back if its client has left."""
+        answered_at = await lane.release(ticket)
+        if answered_at is None:
+            await self.store.give_back(lane.rate_limit_key)
+            self._ask_again()
+        else:
+            await self.store.start_window(lane.rate_limit_key, ticket.shard, answered_at)
+            self._budget_alarm.check(self.store.session_starts())
+
+    def _ask_again(self) -> None:
+        """Let all dispatchers claim anew: a session start may be left that was not before."""
+        for lane in self.lanes.values():
+            lane.news.unpark_all()
+
+    def _hold(self, lane: Lane, ticket: Ticket, seconds: float) -> None:
+        """Let a ticket stand aside; its number brings it back to its place."""
+        if not lane.leave(ticket):
+            return
+        log.warning("held: the shard starts too often", shard=ticket.shard, wait=round(seconds, 3))
+        self.held.add(ticket)
+        ticket.held_until = trio.current_time() + seconds
+        ticket.give(None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from collections.abc import Iterator
 from contextlib import suppress
 
 import trio
+from sortedcontainers import SortedDict
 
 Slot = trio.MemorySendChannel[float]
 """The right to answer one client, once. Its holder sends the time of the answer
@@ -13,63 +15,78 @@ Slot = trio.MemorySendChannel[float]
 
 
 class Ticket:
-    """A place in a lane, and the channel on which its slot comes back."""
+    """A place in the line, and the channel on which its slot comes back.
 
-    __slots__ = ("_receive", "_send", "joined_at", "shard")
+    Args:
+      number: its place; lower ones go first.
+      shard: whose it is; None if the client did not say.
+    """
 
-    def __init__(self, shard: int | None) -> None:
+    __slots__ = ("_receive", "_send", "held_until", "joined_at", "number", "shard")
+
+    def __init__(self, number: int, shard: int | None) -> None:
+        self.number = number
         self.shard = shard
         self.joined_at = trio.current_time()
+        self.held_until = -math.inf
         # Room for the slot: a channel without any refuses it while nobody is receiving yet.
-        self._send, self._receive = trio.open_memory_channel[Slot](1)
+        self._send, self._receive = trio.open_memory_channel[Slot | None](1)
 
-    async def slot(self) -> Slot:
-        """Wait for the slot."""
+    async def offer(self) -> Slot | None:
+        """Wait for the slot, or None: then it has to stand aside until ``held_until``."""
         return await self._receive.receive()
 
-    def give(self, slot: Slot) -> None:
-        """Hand over the slot; once."""
+    def give(self, slot: Slot | None) -> None:
+        """Hand over what :meth:`offer` waits for."""
         self._send.send_nowait(slot)
 
     def tear_up(self) -> None:
         """Close the slot, if it came in the very moment in which its receiver left."""
         with suppress(trio.WouldBlock):
-            self._receive.receive_nowait().close()
+            if slot := self._receive.receive_nowait():
+                slot.close()
 
 
 class Lane:
-    """The line of one rate limit key. Joining, leaving and choosing the next are O(1)."""
+    """The line of one rate limit key. Joining, leaving and choosing the next are O(log n)."""
 
     def __init__(self, rate_limit_key: int) -> None:
         self.rate_limit_key = rate_limit_key
-        self._line: OrderedDict[Ticket, None] = OrderedDict()
+        self.opens_at = -math.inf
+        """When the next slot can come, as far as its dispatcher knows."""
+        self.news = trio.lowlevel.ParkingLot()
+        """Where its dispatcher waits until then."""
+        self._line: SortedDict[int, Ticket] = SortedDict()
 
     def __len__(self) -> int:
         return len(self._line)
 
-    def join(self, shard: int | None) -> Ticket:
-        """Draw a ticket at the end of the line."""
-        ticket = Ticket(shard)
-        self._line[ticket] = None
-        return ticket
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(self._line.values())
 
-    def leave(self, ticket: Ticket) -> None:
-        """Give up a ticket whose slot was not received, be it on its way or not."""
-        self._line.pop(ticket, None)
-        ticket.tear_up()
+    def join(self, ticket: Ticket) -> None:
+        """Stand in line, at the place that the ticket's number gives."""
+        self._line[ticket.number] = ticket
 
-    async def release(self) -> float | None:
-        """Offer one slot along the line until somebody has answered.
+    def leave(self, ticket: Ticket) -> bool:
+        """Step out of the line, and tell whether the ticket stood in it."""
+        return self._line.pop(ticket.number, None) is not None
+
+    def first(self) -> Ticket:
+        """Return who is next, while anybody is."""
+        return self._line.peekitem(0)[1]
+
+    async def release(self, ticket: Ticket) -> float | None:
+        """Offer the slot to a ticket, unless it has left in the meantime.
 
         Returns:
           When the answer was out (:func:`trio.current_time`), or None if nobody was there.
         """
-        while self._line:
-            ticket, _ = self._line.popitem(last=False)
-            slot, outcome = trio.open_memory_channel[float](1)
-            ticket.give(slot)
-            try:
-                return await outcome.receive()
-            except trio.EndOfChannel:
-                continue
-        return None
+        if not self.leave(ticket):
+            return None
+        slot, outcome = trio.open_memory_channel[float](1)
+        ticket.give(slot)
+        try:
+            return await outcome.receive()
+        except trio.EndOfChannel:
+            return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import Any, NoReturn
 
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, Scope
 from quart import Response
@@ -13,14 +14,17 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import MapAdapter
 
+from gateway_queue.discord import BadToken, connect
+from gateway_queue.limits import Limits
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.web import hypercorn_fixes
 from gateway_queue.web.problems import CONTENT_TYPE, problem
+from gateway_queue.web.status import status_document
 from gateway_queue.web.tickets import TicketRequest
 
-ENDPOINTS = frozenset({"/healthz"})
+ENDPOINTS = frozenset({"/healthz", "/readyz", "/status"})
 
 
 class GatewayQueue(QuartTrio):
@@ -28,25 +32,72 @@ class GatewayQueue(QuartTrio):
 
     Args:
       prepare: makes the process ready at that moment, and returns its settings.
+      refuse: ends the process, with one line that says why it cannot serve.
     """
 
     queue: Queue
+    limits: Limits | None = None
 
-    def __init__(self, prepare: Callable[[], Settings]) -> None:
+    def __init__(self, prepare: Callable[[], Settings], refuse: Callable[[str], NoReturn]) -> None:
         super().__init__("gateway_queue", static_folder=None)
         self.config["MAX_CONTENT_LENGTH"] = 0  # bodies are dropped, not kept
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
         self._prepare = prepare
+        self._refuse = refuse
         self.before_serving(self._open_queue)
         self.add_url_rule("/healthz", view_func=healthz)
+        self.add_url_rule("/readyz", view_func=self._readyz)
+        self.add_url_rule("/status", view_func=self._status)
         self.register_error_handler(HTTPException, explain)
 
     async def _open_queue(self) -> None:
-        settings = self._prepare()
+        self._settings = settings = self._prepare()
         hypercorn_fixes.install()
-        store = MemoryStore(settings.window_seconds, hold=settings.hold_on_start)
-        self.queue = Queue(store)
+        store = MemoryStore(
+            settings.window_seconds,
+            hold=settings.hold_on_start,
+            session_start_limit=settings.session_start_limit,
+            loop_free_starts=settings.loop_free_starts,
+        )
+        # Behind a gateway proxy Discord's limits are that one's business.
+        if settings.discord_token is None or settings.max_concurrency == 0:
+            number = 1 if settings.max_concurrency is None else settings.max_concurrency
+            self.queue = Queue(store, max_concurrency=number)
+        else:
+            self.queue = Queue(store, max_concurrency=None)
+            self.nursery.start_soon(self._follow_discord, settings.discord_token)
         await self.nursery.start(self.queue.run)
+
+    async def _follow_discord(self, token: str) -> None:
+        """Keep within the limits that Discord gives the bot."""
+        settings = self._settings
+        async with connect(token, settings.discord_api_url) as discord:
+            self.limits = Limits(
+                discord,
+                self.queue,
+                max_concurrency=settings.max_concurrency,
+                session_start_limit=settings.session_start_limit,
+                refresh_seconds=settings.discord_refresh_seconds,
+            )
+            try:
+                await self.limits.run()
+            except BadToken:
+                self._refuse(
+                    "DISCORD_TOKEN: got one that Discord refuses (401 Unauthorized), "
+                    "takes the token of a bot"
+                )
+
+    async def _readyz(self) -> Response | dict[str, str]:
+        """Say whether tickets can be released."""
+        if self.queue.max_concurrency is not None:
+            return {"status": "ready"}
+        fault = self.limits and self.limits.fault
+        detail = "Discord's limits are not known yet" + (f": {fault}" if fault else "")
+        return problem_response(HTTPStatus.SERVICE_UNAVAILABLE, detail)
+
+    async def _status(self) -> dict[str, Any]:
+        """Describe the queue."""
+        return status_document(self.queue, self._settings)
 
     async def asgi_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
@@ -73,12 +124,15 @@ async def healthz() -> dict[str, str]:
 async def explain(error: HTTPException) -> Response:
     """Answer a wrong request to an endpoint."""
     status = HTTPStatus(error.code or HTTPStatus.INTERNAL_SERVER_ERROR)
-    response = Response(
-        problem(status, error.description or status.phrase), status, content_type=CONTENT_TYPE
-    )
+    response = problem_response(status, error.description or status.phrase)
     if isinstance(error, MethodNotAllowed) and error.valid_methods is not None:
         response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
     return response
+
+
+def problem_response(status: HTTPStatus, detail: str) -> Response:
+    """Answer with a problem document."""
+    return Response(problem(status, detail), status, content_type=CONTENT_TYPE)
 
 
 def _path(target: str) -> str:

@@ -1,0 +1,44 @@
+"""Warnings while the day's session starts run out."""
+
+from __future__ import annotations
+
+import structlog
+
+from gateway_queue.store import SessionStarts
+
+USUAL_TOTAL = 1000
+"""What Discord grants all but the largest bots, for when no limit is known."""
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class BudgetAlarm:
+    """Warns once when 80 %, 90 % and all of the day's session starts are used."""
+
+    def __init__(self) -> None:
+        self._warned_at = 0.0
+
+    def check(self, starts: SessionStarts) -> None:
+        """Look at the figures after each change."""
+        total = USUAL_TOTAL if starts.total is None else starts.total
+        used = starts.used / total if total else 1.0
+        reached = max(level for level in (0.0, 0.8, 0.9, 1.0) if used >= level)
+        if reached > self._warned_at:
+            log.warning(
+                _message(starts),
+                used=starts.used,
+                total=total,
+                resets_in=round(starts.resets_in),
+            )
+            self._warned_at = reached
+        # Not at once, for the figure may go up and down around a level all day.
+        elif used < 0.5:
+            self._warned_at = 0.0
+
+
+def _message(starts: SessionStarts) -> str:
+    if starts.spent:
+        return "the day's session starts are spent, tickets are held until the reset"
+    if starts.enforced and starts.total is not None:
+        return "the day's session starts run out"
+    return "many session starts today; Discord resets the token of a bot that exceeds its limit"

@@ -1,0 +1,86 @@
+"""The day's session starts, counted in the memory of this process."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+from gateway_queue.store import Allowance, SessionStarts, Source
+
+DAY = 24 * 60 * 60.0
+"""Seconds in which a bot has its session starts:
+https://discord.com/developers/docs/events/gateway#session-start-limit-object"""
+
+USUAL_TOTAL = 1000
+"""What Discord grants all but the largest bots. Where nothing is enforced, no more are counted."""
+
+IN_FLIGHT_WINDOWS = 6
+"""A released shard has identified after so many windows, or it will not any more. Until then
+Discord's figure may be without it."""
+
+
+class Budget:
+    """Counts starts, and knows when there may be no more. Times are in seconds, of one clock.
+
+    Until Discord's figures come, a start counts for 24 hours: so no day has more than the limit,
+    whenever it begins. Discord's day ends at its reset.
+
+    Args:
+      window: seconds between two releases of one rate limit key.
+      limit: starts a day; 0 enforces none, also none of Discord's, None enforces only Discord's.
+    """
+
+    def __init__(self, window: float, limit: int | None) -> None:
+        self._in_flight = IN_FLIGHT_WINDOWS * window
+        self._enforced = limit != 0
+        self._configured = limit or None
+        self._allowance: Allowance | None = None
+        self._claimed = 0
+        self._starts = deque[float](maxlen=self._configured or USUAL_TOTAL)
+
+    def claim(self, now: float) -> bool:
+        """Take one start, if one is left."""
+        seen = self.seen_at(now)
+        if seen.enforced and seen.remaining is not None and seen.remaining <= self._claimed:
+            return False
+        self._claimed += 1
+        return True
+
+    def give_back(self) -> None:
+        """Return a claimed start that did not come about."""
+        self._claimed -= 1
+
+    def start(self, at: float) -> None:
+        """Count a claimed start."""
+        self._claimed -= 1
+        self._starts.append(at)
+
+    def allow(self, allowance: Allowance) -> None:
+        """Take over Discord's figures. Starts that they may be without stay counted."""
+        self._allowance = allowance
+        self._starts = deque(self._starts, maxlen=max(1, allowance.total))
+
+    def seen_at(self, now: float) -> SessionStarts:
+        """Tell how many starts are used, at a time that never goes back."""
+        if self._allowance is not None:
+            return self._seen_with(self._allowance, now)
+        while self._starts and self._starts[0] + DAY <= now:
+            self._starts.popleft()
+        resets_in = self._starts[0] + DAY - now if self._starts else DAY
+        source: Source | None = "configured" if self._configured else None
+        return SessionStarts(len(self._starts), self._configured, self._enforced, resets_in, source)
+
+    def _seen_with(self, allowance: Allowance, now: float) -> SessionStarts:
+        while now >= allowance.resets_at:
+            allowance = replace(
+                allowance,
+                remaining=allowance.total,
+                resets_at=allowance.resets_at + DAY,
+                asked_at=allowance.resets_at,
+            )
+        self._allowance = allowance
+        while self._starts and self._starts[0] + self._in_flight <= allowance.asked_at:
+            self._starts.popleft()
+        used = allowance.total - allowance.remaining + len(self._starts)
+        resets_in = allowance.resets_at - now
+        return SessionStarts(used, allowance.total, self._enforced, resets_in, "discord")

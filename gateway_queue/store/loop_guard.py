@@ -1,0 +1,44 @@
+"""Shards that start again and again, in the memory of this process."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+
+HOUR = 60 * 60.0
+FIRST_DELAY, LONGEST_DELAY = 15.0, 600.0
+"""Seconds from a start to the next one of the same shard, when the free ones are used up."""
+
+
+class LoopGuard:
+    """Makes a shard wait that starts too often. Times are in seconds, of one clock.
+
+    Args:
+      free_starts: how many a shard has in any hour without waiting; 0 turns the guard off.
+    """
+
+    def __init__(self, free_starts: int) -> None:
+        self._free_starts = free_starts
+        # Each shard's starts of the last hour; the shard whose last start is the oldest in front.
+        self._starts: OrderedDict[int | None, deque[float]] = OrderedDict()
+
+    def wait(self, shard: int | None, now: float) -> float:
+        """Tell how long the shard must not start, 0 if it may now. Then ask again."""
+        if shard not in self._starts:
+            return 0.0
+        starts = self._starts[shard]
+        while starts[0] + HOUR <= now < starts[-1] + HOUR:
+            starts.popleft()
+        excess = len(starts) - self._free_starts
+        if excess < 0 or starts[-1] + HOUR <= now:
+            return 0.0
+        delay = min(FIRST_DELAY * 2.0**excess, LONGEST_DELAY)
+        return max(0.0, min(starts[-1] + delay, starts[0] + HOUR) - now)
+
+    def start(self, shard: int | None, at: float) -> None:
+        """Count a start, and forget the shards that have had none for an hour."""
+        if not self._free_starts or shard is None:
+            return
+        self._starts.setdefault(shard, deque()).append(at)
+        self._starts.move_to_end(shard)
+        while self._starts[first := next(iter(self._starts))][-1] + HOUR <= at:
+            del self._starts[first]

@@ -1,0 +1,51 @@
+"""The document that ``/status`` answers with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from gateway_queue.about import __version__
+from gateway_queue.queue import Queue, status
+from gateway_queue.settings import Settings
+
+
+def status_document(queue: Queue, settings: Settings) -> dict[str, Any]:
+    """Describe the queue and everybody in it."""
+    lanes = status.lanes(queue, settings.window_seconds)
+    return {
+        "version": __version__,
+        "window_seconds": settings.window_seconds,
+        "max_concurrency": queue.max_concurrency,
+        "store": "memory",
+        "waiting": len(queue),
+        "released": queue.released,
+        "abandoned": queue.abandoned,
+        "session_starts": _session_starts(queue),
+        "lanes": [asdict(lane, dict_factory=_json_object) for lane in lanes],
+    }
+
+
+def _session_starts(queue: Queue) -> dict[str, Any] | None:
+    starts = queue.store.session_starts()
+    if starts.total is None:
+        return None
+    return _json_object(
+        [
+            ("total", starts.total),
+            ("remaining", starts.remaining),
+            ("resets_in", starts.resets_in),
+            ("source", starts.source),
+        ]
+    )
+
+
+def _json_object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Round what is in seconds, and write null for what is not known."""
+    return {
+        name: (round(value, 3) if math.isfinite(value) else None)
+        if isinstance(value, float)
+        else value
+        for name, value in fields
+    }

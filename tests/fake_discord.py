@@ -1,0 +1,107 @@
+"""A server that plays Get Gateway Bot, well or badly."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+TOKEN = "MTk4NjIyNDgzNDcxOTI1MjQ4.Cl2FMQ.ZnCjm1XVW7vRze4b7Cq4se7kKWs"
+
+Trick = Callable[[BaseHTTPRequestHandler], None]
+"""Answers one request instead of Discord."""
+
+
+@dataclass
+class FakeDiscord:
+    """What it answers, and what it was asked."""
+
+    total: int = 1000
+    remaining: int = 1000
+    reset_after: int = 86_400_000
+    """Milliseconds, as Discord has it."""
+    max_concurrency: int = 1
+    tricks: deque[Trick] = field(default_factory=deque)
+    """What to do with the next requests, one for each."""
+    requests: list[tuple[float, str, dict[str, str]]] = field(default_factory=list)
+    """When, for which path, with which headers."""
+    url: str = ""
+
+    def document(self) -> bytes:
+        """Write what Discord answers with when all is well."""
+        limit = {
+            "total": self.total,
+            "remaining": self.remaining,
+            "reset_after": self.reset_after,
+            "max_concurrency": self.max_concurrency,
+        }
+        return json.dumps({"url": "wss://x", "shards": 9, "session_start_limit": limit}).encode()
+
+    def variables(self, **variables: object) -> dict[str, object]:
+        """Return what to set so that a server asks here."""
+        return {"DISCORD_TOKEN": TOKEN, "DISCORD_API_URL": self.url, **variables}
+
+
+def answer(status: int, body: bytes = b"{}", **headers: str) -> Trick:
+    """Answer with this."""
+
+    def act(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        for name, value in headers.items():
+            request.send_header(name.replace("_", "-"), value)
+        request.send_header("content-length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    return act
+
+
+def raw(data: bytes) -> Trick:
+    """Write this and close."""
+
+    def act(request: BaseHTTPRequestHandler) -> None:
+        request.wfile.write(data)
+        request.close_connection = True
+
+    return act
+
+
+def after(event: threading.Event, trick: Trick) -> Trick:
+    """Be slow: let this happen first."""
+
+    def act(request: BaseHTTPRequestHandler) -> None:
+        event.wait(20)
+        trick(request)
+
+    return act
+
+
+@contextmanager
+def playing(**figures: int) -> Iterator[FakeDiscord]:
+    """Run it until the end of the context."""
+    discord = FakeDiscord(**figures)  # type: ignore[arg-type]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            discord.requests.append((time.monotonic(), self.path, headers))
+            trick = discord.tricks.popleft() if discord.tricks else None
+            (trick or answer(200, discord.document()))(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        discord.url = f"http://127.0.0.1:{server.server_port}/api/v10"
+        thread = threading.Thread(target=server.serve_forever, args=[0.05])
+        thread.start()
+        try:
+            yield discord
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,53 @@
+"""A running queue on the mock clock."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+from trio.testing import MockClock
+
+from gateway_queue.queue import Queue
+from gateway_queue.store.memory import MemoryStore
+
+WINDOW = 5.0
+TOLERANCE = 1e-6
+"""Floating point only: the clock is the test's."""
+
+
+def on_mock_clock(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run on a clock that jumps ahead whenever nothing is left to do.
+
+    hypothesis calls a test many times; pytest-trio's clock would be one for all of them.
+    """
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@asynccontextmanager
+async def running(
+    *,
+    hold: bool = False,
+    keys: int | None = 1,
+    session_start_limit: int | None = None,
+    loop_free_starts: int = 0,
+) -> AsyncIterator[Queue]:
+    """Run a queue until the end of the context, and close it then."""
+    store = MemoryStore(
+        WINDOW,
+        hold=hold,
+        session_start_limit=session_start_limit,
+        loop_free_starts=loop_free_starts,
+    )
+    queue = Queue(store, max_concurrency=keys)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(queue.run)
+        yield queue
+        await queue.close()
+
+
+def stopwatch() -> Callable[[], float]:
+    """Return what tells the seconds since now."""
+    start = trio.current_time()
+    return lambda: trio.current_time() - start

@@ -1,0 +1,587 @@
+"""What limits a queue besides its windows, on the mock clock, over whole days."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+from structlog.typing import EventDict
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from gateway_queue.discord import BadToken, Discord, SessionStartLimit, Unavailable
+from gateway_queue.limits import Limits
+from gateway_queue.queue import Queue, status
+from gateway_queue.store import Allowance
+from gateway_queue.store.loop_guard import LoopGuard
+from tests.running import TOLERANCE, WINDOW, on_mock_clock, running, stopwatch
+
+HOUR = 3600.0
+DAY = 24 * HOUR
+
+
+@pytest.fixture
+def logged() -> Iterator[list[EventDict]]:
+    with capture_logs() as events:
+        yield events
+
+
+def named(events: list[EventDict], words: str) -> list[EventDict]:
+    """Return the warnings that have these words in them."""
+    return [e for e in events if e["log_level"] == "warning" and words in e["event"]]
+
+
+@dataclass
+class History:
+    """Who was released when, by which number of keys."""
+
+    queue: Queue
+    releases: list[tuple[float, int, int]] = field(default_factory=list)
+    """Time, shard, and max_concurrency at that time."""
+
+    async def ask(self, shard: int, at: float = 0.0) -> None:
+        """Be a client."""
+        await trio.sleep_until(at)
+        async with self.queue.turn(shard):
+            assert self.queue.max_concurrency is not None
+            self.releases.append((trio.current_time(), shard, self.queue.max_concurrency))
+
+
+# --- rate limit keys --------------------------------------------------------------------------
+
+
+async def test_1600_shards_on_16_keys_take_100_windows(autojump_clock: MockClock) -> None:
+    async with running(keys=16, hold=True) as queue:
+        history = History(queue)
+        async with trio.open_nursery() as nursery:
+            for shard in range(1600):
+                nursery.start_soon(history.ask, shard)
+    assert trio.current_time() == pytest.approx(100 * WINDOW)
+    assert Counter(at for at, *_ in history.releases) == pytest.approx(
+        {WINDOW * turn: 16 for turn in range(1, 101)}
+    )
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 20), st.integers(0, 40)), min_size=20, max_size=60),
+    st.lists(st.tuples(st.floats(0, 20), st.integers(1, 12)), min_size=2, max_size=20),
+)
+def test_keys_change_while_many_wait(
+    arrivals: list[tuple[float, int]], changes: list[tuple[float, int]]
+) -> None:
+    """No shard is lost, and none is early by the number of keys that counts when it goes."""
+    histories = []
+
+    async def change(queue: Queue) -> None:
+        for at, keys in sorted(changes):
+            await trio.sleep_until(at)
+            await queue.set_max_concurrency(keys)
+
+    async def main() -> None:
+        async with running(keys=None) as queue:
+            histories.append(history := History(queue))
+            async with trio.open_nursery() as nursery:
+                for at, shard in arrivals:
+                    nursery.start_soon(history.ask, shard, at)
+                await wait_all_tasks_blocked()
+                await queue.set_max_concurrency(4)
+                await change(queue)
+
+    on_mock_clock(main)
+
+    releases = histories[0].releases
+    assert Counter(shard for _, shard, _ in releases) == Counter(shard for _, shard in arrivals)
+    for number, (at, shard, keys) in enumerate(releases):
+        for former_at, former, _ in releases[:number]:
+            if former % keys == shard % keys:
+                assert at - former_at >= WINDOW - TOLERANCE
+
+
+@given(st.lists(st.integers(0, 40), max_size=60, unique=True), st.integers(1, 12))
+def test_those_who_move_to_other_lanes_stay_in_order(shards: list[int], keys: int) -> None:
+    histories = []
+
+    async def main() -> None:
+        async with running(keys=None) as queue:
+            histories.append(history := History(queue))
+            async with trio.open_nursery() as nursery:
+                for number, shard in enumerate(shards):
+                    nursery.start_soon(history.ask, shard, number / 100)
+                await trio.sleep(1)
+                assert history.releases == []
+                assert len(queue) == len(shards)
+                await queue.set_max_concurrency(keys)
+
+    on_mock_clock(main)
+
+    released = [shard for _, shard, _ in histories[0].releases]
+    for key in range(keys):
+        assert [s for s in released if s % keys == key] == [s for s in shards if s % keys == key]
+
+
+async def test_a_change_waits_for_the_answer_under_way(autojump_clock: MockClock) -> None:
+    """The window of an answer that takes long counts for the keys that come after it too."""
+    began = []
+
+    async def client(queue: Queue, shard: int) -> None:
+        async with queue.turn(shard):
+            began.append(trio.current_time())
+            await trio.sleep(1)
+
+    async with running(keys=2) as queue, trio.open_nursery() as nursery:
+        nursery.start_soon(client, queue, 0)
+        await trio.sleep(0.5)
+        nursery.start_soon(client, queue, 4)
+        await queue.set_max_concurrency(4)
+    assert began == pytest.approx([0, 1 + WINDOW])
+
+
+async def test_who_leaves_after_a_change_has_left(autojump_clock: MockClock) -> None:
+    async with running(keys=1, hold=True) as queue:
+        history = History(queue)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(history.ask, 5)
+            await wait_all_tasks_blocked()
+            await queue.set_max_concurrency(4)
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert len(queue) == 0
+        assert queue.abandoned == 1
+        await trio.sleep(2 * WINDOW)
+        assert not queue.lanes
+
+
+async def test_an_unnamed_shard_is_warned_of_where_keys_matter(
+    autojump_clock: MockClock, logged: list[EventDict]
+) -> None:
+    async def ask(queue: Queue) -> None:
+        async with queue.turn(None):
+            pass
+
+    async with running(keys=1) as queue:
+        await ask(queue)
+        assert not named(logged, "no shard")
+    async with running(keys=2) as queue:
+        await ask(queue)
+        assert len(named(logged, "no shard")) == 1
+
+
+async def test_with_no_keys_everybody_goes_at_once(autojump_clock: MockClock) -> None:
+    async with running(keys=0, hold=True, session_start_limit=1, loop_free_starts=1) as queue:
+        for _ in range(1000):
+            async with queue.turn(3):
+                pass
+        assert trio.current_time() == 0
+        assert queue.released == 1000
+
+
+# --- the day's session starts -----------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 3 * DAY), max_size=80), st.integers(1, 20))
+@settings(deadline=None)
+def test_no_day_has_more_starts_than_configured(arrivals: list[float], limit: int) -> None:
+    histories = []
+
+    async def main() -> None:
+        async with running(session_start_limit=limit) as queue:
+            histories.append(history := History(queue))
+            async with trio.open_nursery() as nursery:
+                for at in arrivals:
+                    nursery.start_soon(history.ask, 0, at)
+
+    on_mock_clock(main)
+
+    times = [at for at, *_ in histories[0].releases]
+    assert len(times) == len(arrivals)
+    for former, latter in zip(times, times[limit:], strict=False):
+        assert latter - former >= DAY - TOLERANCE
+    # Nor is one held without a reason: when it waits, a window or a day's starts end when it goes.
+    for place, (arrived, at) in enumerate(zip(sorted(arrivals), times, strict=True)):
+        reasons = [arrived]
+        reasons += [times[place - 1] + WINDOW] if place else []
+        reasons += [times[place - limit] + DAY] if place >= limit else []
+        assert at == pytest.approx(max(reasons), abs=TOLERANCE)
+
+
+async def test_starts_without_a_limit_are_warned_of(
+    autojump_clock: MockClock, logged: list[EventDict]
+) -> None:
+    async with running() as queue:
+        for number in range(1, 1101):
+            async with queue.turn(None):
+                pass
+            await wait_all_tasks_blocked()
+            warnings = [event["used"] for event in named(logged, "many session starts")]
+            assert warnings == [level for level in (800, 900, 1000) if number >= level]
+        assert trio.current_time() == pytest.approx(1099 * WINDOW)
+        assert queue.store.session_starts().total is None
+
+
+@dataclass
+class Day:
+    """Discord's own books: it counts who identifies, and starts anew every 24 hours."""
+
+    total: int
+    resets: float
+    """When its first day ends."""
+    max_concurrency: int = 1
+    answer_takes: float = 0.0
+    faults: list[bool] = field(default_factory=list)
+    """Whether to fail, for one request after another; no more fail after these."""
+    identified: list[float] = field(default_factory=list)
+
+    def day(self, at: float) -> int:
+        return math.floor((at - self.resets) / DAY)
+
+    def remaining(self, at: float) -> int:
+        return self.total - sum(self.day(then) == self.day(at) for then in self.identified)
+
+    def identify(self) -> None:
+        self.identified.append(trio.current_time())
+        assert self.remaining(trio.current_time()) >= 0, "the token is reset"
+
+    async def session_start_limit(self) -> SessionStartLimit:
+        """Answer with how it stood when the question came."""
+        now = trio.current_time()
+        reset_after = self.resets + DAY * (self.day(now) + 1) - now
+        answer = SessionStartLimit(
+            self.total, self.remaining(now), reset_after, self.max_concurrency
+        )
+        await trio.sleep(self.answer_takes)
+        if self.faults and self.faults.pop():
+            raise Unavailable("it has a bad day")
+        return answer
+
+
+def following(day: Discord | Day, queue: Queue, **changes: int | None) -> Limits:
+    arguments = {"max_concurrency": None, "session_start_limit": None, **changes}
+    return Limits(day, queue, refresh_seconds=300, **arguments)  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 2.5 * DAY) | st.floats(0, 2 * HOUR), st.floats(0, 5 * WINDOW)),
+        max_size=60,
+    ),
+    st.builds(
+        Day,
+        total=st.integers(1, 20),
+        resets=st.floats(1, DAY),
+        max_concurrency=st.sampled_from([1, 4]),
+        answer_takes=st.sampled_from([0.0, 0.5, 20.0]),
+        faults=st.lists(st.booleans(), max_size=20),
+    ),
+)
+@settings(deadline=None)
+def test_discord_never_counts_more_than_it_allows(
+    shards: list[tuple[float, float]], day: Day
+) -> None:
+    """Shards that arrive at any time and identify late, and a Discord that answers late or not."""
+
+    async def shard(queue: Queue, number: int, arrives: float, hesitates: float) -> None:
+        await trio.sleep_until(arrives)
+        async with queue.turn(number):
+            pass
+        await trio.sleep(hesitates)
+        day.identify()
+
+    async def main() -> None:
+        async with running(keys=None, hold=True) as queue, trio.open_nursery() as follower:
+            follower.start_soon(following(day, queue).run)
+            async with trio.open_nursery() as nursery:
+                for number, (arrives, hesitates) in enumerate(shards):
+                    nursery.start_soon(shard, queue, number, arrives, hesitates)
+            follower.cancel_scope.cancel()
+
+    on_mock_clock(main)
+    assert len(day.identified) == len(shards)
+
+
+async def test_when_the_day_is_spent_all_wait_for_the_reset_and_go_on_at_the_usual_pace(
+    autojump_clock: MockClock, logged: list[EventDict]
+) -> None:
+    day = Day(total=10, resets=HOUR)
+    async with running(keys=None) as queue, trio.open_nursery() as follower:
+        history = History(queue)
+        follower.start_soon(following(day, queue).run)
+        async with trio.open_nursery() as nursery:
+            for number in range(18):
+                nursery.start_soon(history.ask, number)
+            await trio.sleep(20 * WINDOW)
+            assert len(history.releases) == 10
+            assert queue.store.session_starts().spent
+            assert len(named(logged, "spent, tickets are held")) == 1
+            (lane,) = status.lanes(queue, WINDOW)
+            assert lane.opens_in == pytest.approx(HOUR - 20 * WINDOW)
+            for _ in range(10):
+                day.identify()
+        follower.cancel_scope.cancel()
+    later = [at for at, *_ in history.releases[10:]]
+    assert later[0] == pytest.approx(HOUR)
+    assert [b - a for a, b in pairwise(later)] == pytest.approx([WINDOW] * 7)
+
+
+async def test_discords_figure_counts_when_others_start_sessions_too(
+    autojump_clock: MockClock,
+) -> None:
+    day = Day(total=100, resets=HOUR)
+    async with running(keys=None) as queue, trio.open_nursery() as follower:
+        follower.start_soon(following(day, queue).run)
+        await wait_all_tasks_blocked()
+        assert queue.store.session_starts().remaining == 100
+        for _ in range(100):
+            day.identify()
+        await trio.sleep(301)
+        assert queue.store.session_starts().spent
+        follower.cancel_scope.cancel()
+
+
+async def test_an_own_limit_under_discords_holds_the_difference_back(
+    autojump_clock: MockClock,
+) -> None:
+    day = Day(total=100, resets=HOUR, identified=[0.0] * 30)
+    async with running(keys=None) as queue, trio.open_nursery() as follower:
+        follower.start_soon(following(day, queue, session_start_limit=40).run)
+        await wait_all_tasks_blocked()
+        starts = queue.store.session_starts()
+        assert (starts.total, starts.remaining) == (40, 10)
+        follower.cancel_scope.cancel()
+
+
+async def test_a_limit_of_0_enforces_none_of_discords_either(autojump_clock: MockClock) -> None:
+    day = Day(total=1, resets=HOUR)
+    async with (
+        running(keys=None, session_start_limit=0) as queue,
+        trio.open_nursery() as follower,
+    ):
+        follower.start_soon(following(day, queue, session_start_limit=0).run)
+        elapsed = stopwatch()
+        for _ in range(5):
+            async with queue.turn(None):
+                pass
+        assert elapsed() == pytest.approx(4 * WINDOW)
+        assert not queue.store.session_starts().spent
+        follower.cancel_scope.cancel()
+
+
+async def test_starts_that_are_claimed_at_the_same_time_do_not_exceed_the_limit(
+    autojump_clock: MockClock,
+) -> None:
+    """One start is left, 16 keys are open, and no answer is out yet."""
+    began = []
+
+    async def client(queue: Queue, shard: int) -> None:
+        async with queue.turn(shard):
+            began.append(shard)
+            await trio.sleep(1)
+
+    async with running(keys=16, session_start_limit=1) as queue, trio.open_nursery() as nursery:
+        for shard in range(16):
+            nursery.start_soon(client, queue, shard)
+        await trio.sleep(HOUR)
+        assert len(began) == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_start_that_came_to_nothing_is_there_for_the_next(
+    autojump_clock: MockClock,
+) -> None:
+    async def leave_when_chosen(queue: Queue) -> None:
+        with trio.CancelScope() as scope:
+            async with queue.turn(0):
+                await trio.sleep(1)
+                scope.cancel()
+                await trio.lowlevel.checkpoint()
+
+    async with (
+        running(keys=2, session_start_limit=1) as queue,
+        trio.open_nursery() as nursery,
+    ):
+        history = History(queue)
+        nursery.start_soon(leave_when_chosen, queue)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(history.ask, 1)
+    assert history.releases == [(1.0, 1, 2)]
+
+
+async def test_lanes_that_all_have_left_do_not_wait_for_the_reset(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(keys=100, session_start_limit=1) as queue:
+        history = History(queue)
+        await history.ask(0)
+        async with trio.open_nursery() as nursery:
+            for shard in range(100):
+                nursery.start_soon(history.ask, shard)
+            await trio.sleep(2 * WINDOW)
+            assert len(queue) == len(queue.lanes) == 100
+            nursery.cancel_scope.cancel()
+        await wait_all_tasks_blocked()
+        assert not queue.lanes
+
+
+async def test_a_token_that_is_no_good_later_changes_nothing(
+    autojump_clock: MockClock, logged: list[EventDict]
+) -> None:
+    class Revoked(Day):
+        async def session_start_limit(self) -> SessionStartLimit:
+            if trio.current_time() > 1:
+                raise BadToken
+            return await super().session_start_limit()
+
+    day = Revoked(total=10, resets=10 * DAY, max_concurrency=4)
+    async with running(keys=None) as queue, trio.open_nursery() as follower:
+        follower.start_soon(following(day, queue).run)
+        await trio.sleep(HOUR)
+        assert queue.max_concurrency == 4
+        assert queue.store.session_starts().remaining == 10
+        assert named(logged, "cannot ask Discord")[0]["reason"] == "401 Unauthorized"
+        follower.cancel_scope.cancel()
+
+
+async def test_a_reset_is_believed_when_discord_does_not_answer(autojump_clock: MockClock) -> None:
+    day = Day(total=1, resets=HOUR, faults=[True] * 10_000)
+    async with running(keys=None) as queue:
+        await queue.allow(Allowance(total=1, remaining=0, resets_at=HOUR, asked_at=0.0))
+        async with trio.open_nursery() as follower:
+            follower.start_soon(following(day, queue).run)
+            await queue.set_max_concurrency(1)
+            async with queue.turn(None):
+                assert trio.current_time() == pytest.approx(HOUR)
+            follower.cancel_scope.cancel()
+
+
+# --- crash loops ------------------------------------------------------------------------------
+
+
+async def starts_of_one_shard(queue: Queue, count: int) -> list[float]:
+    """Start a shard again as soon as it may."""
+    times = []
+    for _ in range(count):
+        async with queue.turn(7):
+            times.append(trio.current_time())
+    return times
+
+
+async def test_a_shard_that_starts_too_often_waits_longer_and_longer(
+    autojump_clock: MockClock, logged: list[EventDict]
+) -> None:
+    async with running(loop_free_starts=5) as queue:
+        times = await starts_of_one_shard(queue, 14)
+    gaps = [round(b - a, 3) for a, b in pairwise(times)]
+    assert gaps[:4] == [WINDOW] * 4
+    assert gaps[4:] == [15, 30, 60, 120, 240, 480, 600, 600, 600]
+    held = [(event["shard"], event["wait"]) for event in named(logged, "held")]
+    assert held == [(7, gap) for gap in gaps[4:]]
+
+
+async def test_free_starts_come_back_after_an_hour(autojump_clock: MockClock) -> None:
+    async with running(loop_free_starts=5) as queue:
+        first = await starts_of_one_shard(queue, 4)
+        await trio.sleep(HOUR - 10)
+        async with queue.turn(7):
+            fifth = trio.current_time()
+        async with queue.turn(7):
+            # Sooner than 15 s: the first start is an hour ago by then.
+            assert trio.current_time() == pytest.approx(max(first[0] + HOUR, fifth + WINDOW))
+
+
+@pytest.mark.parametrize("guard", [0, 5])
+async def test_others_pass_a_shard_that_is_held(autojump_clock: MockClock, guard: int) -> None:
+    others = list(range(20, 50))
+    async with running(loop_free_starts=guard) as queue, trio.open_nursery() as nursery:
+        history = History(queue)
+        await starts_of_one_shard(queue, 8)
+        nursery.start_soon(history.ask, 7)
+        await trio.sleep(7)
+        start = trio.current_time()
+        for shard in others:
+            nursery.start_soon(history.ask, shard)
+            await wait_all_tasks_blocked()
+        if guard:
+            (lane,) = status.lanes(queue, WINDOW)
+            assert [t.state for t in lane.tickets] == ["waiting"] * 29 + ["held"]
+            assert lane.tickets[-1].shard == 7
+            assert lane.tickets[-1].eta == pytest.approx(120 - 7)
+            assert lane.waiting == len(queue) == 30
+    if guard:  # no window is lost to it
+        times = [(at - start) / WINDOW for at, *_ in history.releases]
+        assert times == pytest.approx(range(31))
+    order = [shard for _, shard, _ in history.releases]
+    assert order.index(7) == (23 if guard else 0)
+    order.remove(7)
+    assert order == others
+
+
+async def test_who_is_held_may_leave_and_nothing_stays(autojump_clock: MockClock) -> None:
+    async with running(loop_free_starts=1) as queue:
+        await starts_of_one_shard(queue, 1)
+        with trio.move_on_after(3):
+            await starts_of_one_shard(queue, 1)
+        assert len(queue) == 0
+        assert status.lanes(queue, WINDOW) == []
+        await wait_all_tasks_blocked()
+        assert not queue.lanes
+        assert trio.current_time() == 3
+
+
+async def test_who_is_held_moves_with_the_keys(autojump_clock: MockClock) -> None:
+    async with running(keys=1, loop_free_starts=1) as queue, trio.open_nursery() as nursery:
+        history = History(queue)
+        await starts_of_one_shard(queue, 1)
+        nursery.start_soon(history.ask, 7)
+        await wait_all_tasks_blocked()
+        await queue.set_max_concurrency(4)
+        await wait_all_tasks_blocked()
+        (lane,) = status.lanes(queue, WINDOW)
+        assert lane.rate_limit_key == 3
+    assert history.releases == [(15.0, 7, 4)]
+
+
+def test_the_guard_forgets_shards_that_have_not_started_for_an_hour() -> None:
+    guard = LoopGuard(free_starts=5)
+    tracemalloc.start()
+    for number in range(10_000):
+        guard.start(number, number / 1000)
+        guard.start(0, number / 1000)
+    grown, _ = tracemalloc.get_traced_memory()
+    guard.start(0, HOUR + 11)
+    left, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown > 1_000_000
+    assert left < grown / 10
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 3 * HOUR), st.integers(0, 2)), max_size=60), st.integers(1, 6)
+)
+@settings(deadline=None)
+def test_the_guard_holds_for_every_history(arrivals: list[tuple[float, int]], free: int) -> None:
+    histories = []
+
+    async def main() -> None:
+        async with running(loop_free_starts=free) as queue:
+            histories.append(history := History(queue))
+            async with trio.open_nursery() as nursery:
+                for at, shard in arrivals:
+                    nursery.start_soon(history.ask, shard, at)
+
+    on_mock_clock(main)
+
+    assert len(histories[0].releases) == len(arrivals)
+    for one in range(3):
+        times = [at for at, shard, _ in histories[0].releases if shard == one]
+        for place, at in enumerate(times):
+            in_last_hour = [then for then in times[:place] if then > at - HOUR + TOLERANCE]
+            if len(in_last_hour) >= free:
+                delay = min(15.0 * 2 ** (len(in_last_hour) - free), 600.0)
+                assert at - times[place - 1] >= delay - TOLERANCE
