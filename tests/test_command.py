@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import gateway_queue
-from gateway_queue.settings import Settings
+from gateway_queue.settings import BadSetting, Settings
 from tests.harness import GO, REQUEST, environ, first_answers, installed, serving
 
 GATEWAY_QUEUE = installed("gateway-queue")
@@ -113,30 +113,42 @@ def test_two_servers_side_by_side_do_not_disturb_each_other() -> None:
         assert one.connect().answer().status == two.connect().answer().status == 200
 
 
-BAD_VALUES = [
-    *(("PORT", value) for value in ("", "abc", "-1", "65536", "80.0", "\uff15", "1_0", " 80")),
-    *(("WINDOW_SECONDS", value) for value in ("", "0", "-1", "nan", "inf", "1e999", "1_0", "5s")),
-    *(("HOLD_ON_START", value) for value in ("", "maybe", "2")),
-    *(("HOST", value) for value in ("", "no host", "300.1.1.1", "198.51.100.1", "host.invalid")),
-    *(("LOG_LEVEL", value) for value in ("", "loud")),
-    *(("LOG_FORMAT", value) for value in ("", "xml")),
-    *(("MAX_CONCURRENCY", value) for value in ("", "-1", "1.5", "many", "1" * 20)),
-    *(("SESSION_START_LIMIT", value) for value in ("", "-1", "1e3")),
-    *(("LOOP_FREE_STARTS", value) for value in ("", "-1", "no")),
-    *(("DISCORD_REFRESH_SECONDS", value) for value in ("", "0", "-1", "never")),
-    *(
-        ("DISCORD_API_URL", value)
-        for value in (
-            *("", "discord.com", "ftp://discord.com", "http://", "http://:80/", "http://h:0/"),
-            *("http://h:99999/", "http://[::1/", "http://user:word@h/", "http://h/?a=b"),
-            *("http://h/ /", "http://h/\n"),
-        )
-    ),
-]
+BAD_VALUES = {
+    "PORT": ["", "abc", "-1", "65536", "80.0", "\uff15", "1_0", " 80"],
+    "WINDOW_SECONDS": ["", "0", "-1", "nan", "inf", "1e999", "1_0", "5s"],
+    "HOLD_ON_START": ["", "maybe", "2"],
+    "MAX_CONCURRENCY": ["", "-1", "1.5", "many", "1" * 20],
+    "SESSION_START_LIMIT": ["", "-1", "1e3"],
+    "LOOP_FREE_STARTS": ["", "-1", "no"],
+    "DISCORD_REFRESH_SECONDS": ["", "0", "-1", "never"],
+    "DISCORD_API_URL": [
+        *("", "discord.com", "ftp://discord.com", "http://", "http://:80/", "http://h:0/"),
+        *("http://h:99999/", "http://[::1/", "http://user:word@h/", "http://h/?a=b"),
+        *("http://h/ /", "http://h/\n"),
+    ],
+    "LOG_LEVEL": ["", "loud"],
+    "LOG_FORMAT": ["", "xml"],
+    "HOST": ["", "no host"],
+}
 
 
-@pytest.mark.parametrize(("variable", "value"), BAD_VALUES)
-def test_a_bad_value_is_named_in_one_line(variable: str, value: str) -> None:
+@pytest.mark.parametrize("variable", BAD_VALUES)
+def test_a_bad_value_is_named(variable: str) -> None:
+    for value in BAD_VALUES[variable]:
+        with pytest.raises(BadSetting) as bad:
+            Settings.from_environ({variable: value})
+        assert str(bad.value).startswith(f"{variable}: got {value!r}, takes ")
+        assert "\n" not in str(bad.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        *((variable, values[-1]) for variable, values in BAD_VALUES.items()),
+        *(("HOST", value) for value in ("300.1.1.1", "198.51.100.1", "host.invalid")),
+    ],
+)
+def test_a_bad_value_ends_the_command(variable: str, value: str) -> None:
     refused = run(GATEWAY_QUEUE, **{"PORT": 0, variable: value})
     assert refused.returncode == 2
     assert refused.stdout == ""
