@@ -9,7 +9,8 @@ import trio
 
 from gateway_queue.discord import BadToken, Discord, SessionStartLimit, Unavailable
 from gateway_queue.queue import Queue
-from gateway_queue.store import Allowance
+from gateway_queue.settings import Settings
+from gateway_queue.store import IN_FLIGHT_WINDOWS, Allowance
 
 FIRST_RETRY, LONGEST_RETRY = 1.0, 60.0
 """Seconds between two tries, each time twice as many, unless Discord asks for more."""
@@ -26,27 +27,15 @@ class Limits:
     Args:
       discord: whom to ask.
       queue: who has to know.
-      max_concurrency: rate limit keys to use at most; None for as many as Discord allows.
-      session_start_limit: session starts a day to use at most; None for as many.
-      refresh_seconds: the interval.
+      settings: the interval, and the user's own limits, which hold where they are lower.
     """
 
-    def __init__(
-        self,
-        discord: Discord,
-        queue: Queue,
-        *,
-        max_concurrency: int | None,
-        session_start_limit: int | None,
-        refresh_seconds: float,
-    ) -> None:
+    def __init__(self, discord: Discord, queue: Queue, settings: Settings) -> None:
         self._discord = discord
         self._queue = queue
-        self._max_concurrency = max_concurrency
-        self._session_start_limit = session_start_limit
-        self._refresh_seconds = refresh_seconds
+        self._settings = settings
         self.fault: str | None = None
-        """Why Discord did not answer last, if it did not."""
+        """Why what Discord says is not known, if it is not."""
 
     async def run(self) -> None:
         """Keep the queue up to date until cancelled.
@@ -54,12 +43,25 @@ class Limits:
         Raises:
           BadToken: Discord does not know the token, and has not known it before.
         """
+        landed_at = trio.current_time() + IN_FLIGHT_WINDOWS * self._settings.window_seconds
         while True:
-            asked_at, limit = await self._ask_until_answered()
+            asked_at, discords = await self._ask_until_answered()
+            limit = self._within_own_limit(discords)
+            if asked_at < landed_at and self._may_be_spent(limit):
+                self.fault = "few session starts are left, and some of them may be in flight"
+                await trio.sleep_until(landed_at)
+                continue
             now = trio.current_time()
             log.debug("Discord's limits", **vars(limit))
             await self._adopt(limit, asked_at, now)
-            await trio.sleep(min(self._refresh_seconds, max(NEAREST_RESET, limit.reset_after)))
+            reset_after = max(NEAREST_RESET, limit.reset_after)
+            await trio.sleep(min(self._settings.discord_refresh_seconds, reset_after))
+
+    def _may_be_spent(self, limit: SessionStartLimit) -> bool:
+        """Tell whether starts that a process before this one has released may be the last ones."""
+        if not self._settings.hold_on_start or self._settings.session_start_limit == 0:
+            return False
+        return limit.remaining <= IN_FLIGHT_WINDOWS * limit.max_concurrency
 
     async def _ask_until_answered(self) -> tuple[float, SessionStartLimit]:
         delay = FIRST_RETRY
@@ -81,24 +83,25 @@ class Limits:
             delay = min(2 * delay, LONGEST_RETRY)
 
     async def _adopt(self, limit: SessionStartLimit, asked_at: float, now: float) -> None:
-        limit = self._within_own_limit(limit)
         resets_at = now + limit.reset_after
         await self._queue.allow(Allowance(limit.total, limit.remaining, resets_at, asked_at))
-        number = min(limit.max_concurrency, self._max_concurrency or limit.max_concurrency)
+        own = self._settings.max_concurrency or limit.max_concurrency
+        number = min(limit.max_concurrency, own)
         if number == self._queue.max_concurrency:
             return
         log.info("Discord allows", **vars(limit))
-        if (self._max_concurrency or 0) > number:
+        if own > number:
             log.warning(
                 "MAX_CONCURRENCY is more than Discord allows, so the smaller one counts",
-                configured=self._max_concurrency,
+                configured=own,
                 max_concurrency=number,
             )
         await self._queue.set_max_concurrency(number)
 
     def _within_own_limit(self, limit: SessionStartLimit) -> SessionStartLimit:
         """Hold back as many of Discord's session starts as the user's own limit is lower."""
-        held_back = max(0, limit.total - (self._session_start_limit or limit.total))
+        own = self._settings.session_start_limit or limit.total
+        held_back = max(0, limit.total - own)
         return replace(
             limit, total=limit.total - held_back, remaining=max(0, limit.remaining - held_back)
         )

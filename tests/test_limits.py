@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
+import hypothesis
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
@@ -20,6 +22,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from gateway_queue.discord import BadToken, Discord, SessionStartLimit, Unavailable
 from gateway_queue.limits import Limits
 from gateway_queue.queue import Queue, status
+from gateway_queue.settings import Settings
 from gateway_queue.store import Allowance
 from gateway_queue.store.loop_guard import LoopGuard
 from tests.running import TOLERANCE, WINDOW, on_mock_clock, running, stopwatch
@@ -187,7 +190,7 @@ async def test_with_no_keys_everybody_goes_at_once(autojump_clock: MockClock) ->
 
 
 @given(st.lists(st.floats(0, 3 * DAY), max_size=80), st.integers(1, 20))
-@settings(deadline=None)
+@hypothesis.settings(deadline=None)
 def test_no_day_has_more_starts_than_configured(arrivals: list[float], limit: int) -> None:
     histories = []
 
@@ -262,16 +265,16 @@ class Day:
         return answer
 
 
-def following(day: Discord | Day, queue: Queue, **changes: int | None) -> Limits:
-    arguments = {"max_concurrency": None, "session_start_limit": None, **changes}
-    return Limits(day, queue, refresh_seconds=300, **arguments)  # type: ignore[arg-type]
+def following(day: Discord | Day, queue: Queue, **variables: Any) -> Limits:
+    return Limits(day, queue, Settings(window_seconds=WINDOW, **variables))  # type: ignore[arg-type]
+
+
+arrivals_over_days = st.floats(0, 2.5 * DAY) | st.floats(0, 2 * HOUR)
 
 
 @given(
-    st.lists(
-        st.tuples(st.floats(0, 2.5 * DAY) | st.floats(0, 2 * HOUR), st.floats(0, 5 * WINDOW)),
-        max_size=60,
-    ),
+    st.lists(st.tuples(arrivals_over_days, st.floats(0, 5 * WINDOW)), max_size=60),
+    st.lists(arrivals_over_days | st.floats(0, 60), max_size=5),
     st.builds(
         Day,
         total=st.integers(1, 20),
@@ -281,29 +284,73 @@ def following(day: Discord | Day, queue: Queue, **changes: int | None) -> Limits
         faults=st.lists(st.booleans(), max_size=20),
     ),
 )
-@settings(deadline=None)
+@hypothesis.settings(deadline=None)
 def test_discord_never_counts_more_than_it_allows(
-    shards: list[tuple[float, float]], day: Day
+    shards: list[tuple[float, float]], restarts: list[float], day: Day
 ) -> None:
-    """Shards that arrive at any time and identify late, and a Discord that answers late or not."""
+    """Shards that identify late, a Discord that answers late or not, and a queue that is killed."""
+    left = list(enumerate(shards))
 
-    async def shard(queue: Queue, number: int, arrives: float, hesitates: float) -> None:
-        await trio.sleep_until(arrives)
-        async with queue.turn(number):
-            pass
+    async def identify(hesitates: float) -> None:
         await trio.sleep(hesitates)
         day.identify()
 
+    async def shard(
+        queue: Queue, discord: trio.Nursery, entry: tuple[int, tuple[float, float]]
+    ) -> None:
+        number, (arrives, hesitates) = entry
+        await trio.sleep_until(arrives)
+        async with queue.turn(number):
+            left.remove(entry)
+            discord.start_soon(identify, hesitates)
+
+    async def process(until: float, discord: trio.Nursery) -> None:
+        with trio.move_on_at(until):
+            async with running(keys=None, hold=True) as queue, trio.open_nursery() as follower:
+                follower.start_soon(following(day, queue).run)
+                async with trio.open_nursery() as nursery:
+                    for entry in tuple(left):
+                        nursery.start_soon(shard, queue, discord, entry)
+                follower.cancel_scope.cancel()
+
     async def main() -> None:
-        async with running(keys=None, hold=True) as queue, trio.open_nursery() as follower:
-            follower.start_soon(following(day, queue).run)
-            async with trio.open_nursery() as nursery:
-                for number, (arrives, hesitates) in enumerate(shards):
-                    nursery.start_soon(shard, queue, number, arrives, hesitates)
-            follower.cancel_scope.cancel()
+        async with trio.open_nursery() as discord:
+            for until in sorted(restarts):
+                await process(until, discord)
+            await process(math.inf, discord)
 
     on_mock_clock(main)
     assert len(day.identified) == len(shards)
+
+
+async def test_a_new_process_waits_for_those_that_the_former_one_has_released(
+    autojump_clock: MockClock,
+) -> None:
+    """Discord has not seen them yet when it is asked, and no other starts are left."""
+    day = Day(total=3, resets=HOUR)
+
+    async def shard(queue: Queue, discord: trio.Nursery) -> None:
+        async with queue.turn(None):
+            discord.start_soon(identify)
+
+    async def identify() -> None:
+        await trio.sleep(20)
+        day.identify()
+
+    async with trio.open_nursery() as discord:
+        for lifetime in (50, math.inf):
+            with trio.move_on_after(lifetime):
+                async with (
+                    running(keys=None, hold=True) as queue,
+                    trio.open_nursery() as follower,
+                ):
+                    follower.start_soon(following(day, queue).run)
+                    for _ in range(3):
+                        await shard(queue, discord)
+                        assert trio.current_time() < 50 or trio.current_time() >= HOUR
+                    if lifetime < math.inf:
+                        await trio.sleep_forever()
+                    follower.cancel_scope.cancel()
 
 
 async def test_when_the_day_is_spent_all_wait_for_the_reset_and_go_on_at_the_usual_pace(
@@ -434,7 +481,7 @@ async def test_a_token_that_is_no_good_later_changes_nothing(
 ) -> None:
     class Revoked(Day):
         async def session_start_limit(self) -> SessionStartLimit:
-            if trio.current_time() > 1:
+            if trio.current_time() > HOUR / 2:
                 raise BadToken
             return await super().session_start_limit()
 
@@ -564,7 +611,7 @@ def test_the_guard_forgets_shards_that_have_not_started_for_an_hour() -> None:
 @given(
     st.lists(st.tuples(st.floats(0, 3 * HOUR), st.integers(0, 2)), max_size=60), st.integers(1, 6)
 )
-@settings(deadline=None)
+@hypothesis.settings(deadline=None)
 def test_the_guard_holds_for_every_history(arrivals: list[tuple[float, int]], free: int) -> None:
     histories = []
 

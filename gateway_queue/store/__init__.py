@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+IN_FLIGHT_WINDOWS = 6
+"""A released shard has identified after so many windows, or it will not any more. Until then
+Discord's figure may be without it."""
+
 Source = Literal["discord", "configured"]
 
 

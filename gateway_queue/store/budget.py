@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-from gateway_queue.store import Allowance, SessionStarts, Source
+from gateway_queue.store import IN_FLIGHT_WINDOWS, Allowance, SessionStarts, Source
 
 DAY = 24 * 60 * 60.0
 """Seconds in which a bot has its session starts:
@@ -13,10 +13,6 @@ https://discord.com/developers/docs/events/gateway#session-start-limit-object"""
 
 USUAL_TOTAL = 1000
 """What Discord grants all but the largest bots. Where nothing is enforced, no more are counted."""
-
-IN_FLIGHT_WINDOWS = 6
-"""A released shard has identified after so many windows, or it will not any more. Until then
-Discord's figure may be without it."""
 
 
 class Budget:

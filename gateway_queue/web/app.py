@@ -70,15 +70,8 @@ class GatewayQueue(QuartTrio):
 
     async def _follow_discord(self, token: str) -> None:
         """Keep within the limits that Discord gives the bot."""
-        settings = self._settings
-        async with connect(token, settings.discord_api_url) as discord:
-            self.limits = Limits(
-                discord,
-                self.queue,
-                max_concurrency=settings.max_concurrency,
-                session_start_limit=settings.session_start_limit,
-                refresh_seconds=settings.discord_refresh_seconds,
-            )
+        async with connect(token, self._settings.discord_api_url) as discord:
+            self.limits = Limits(discord, self.queue, self._settings)
             try:
                 await self.limits.run()
             except BadToken:
