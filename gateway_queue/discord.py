@@ -72,8 +72,9 @@ class SessionStartLimit:
 class Discord:
     """A bot's view of the API; :func:`connect` makes one."""
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
+    def __init__(self, client: httpx.AsyncClient, base_url: str) -> None:
         self._client = client
+        self._base_url = base_url
 
     async def session_start_limit(self) -> SessionStartLimit:
         """Ask for what Get Gateway Bot knows.
@@ -84,10 +85,10 @@ class Discord:
         """
         try:
             with trio.fail_after(REQUEST_SECONDS):
-                response = await self._client.get("/gateway/bot")
+                response = await self._client.get(f"{self._base_url}/gateway/bot")
         except trio.TooSlowError:
             raise Unavailable(f"no answer within {REQUEST_SECONDS:.0f} s") from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise Unavailable(f"{type(error).__name__}: {error}".rstrip(": ")) from None
         if response.status_code == HTTPStatus.UNAUTHORIZED:
             raise BadToken
@@ -109,8 +110,8 @@ async def connect(token: str, base_url: str) -> AsyncIterator[Discord]:
       base_url: of the API, with its version.
     """
     headers = {"authorization": f"Bot {token}", "user-agent": USER_AGENT}
-    async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=10.0) as client:
-        yield Discord(client)
+    async with httpx.AsyncClient(headers=headers, timeout=10.0) as client:
+        yield Discord(client, base_url)
 
 
 def _whole_number(value: object) -> int:

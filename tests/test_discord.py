@@ -148,6 +148,13 @@ async def test_what_cannot_be_used_is_no_answer(fault: str) -> None:
             assert (await discord.session_start_limit()).total == 1000
 
 
+@pytest.mark.parametrize("url", ["http://a..b", "http://xn--/", "http://[v1.a]", "http://%zz"])
+async def test_a_host_that_cannot_be_is_a_fault_like_any(url: str) -> None:
+    async with connect(TOKEN, url) as discord:
+        with pytest.raises(Unavailable):
+            await discord.session_start_limit()
+
+
 async def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway_queue.discord.REQUEST_SECONDS", 0.1)
     with playing() as fake:
