@@ -46,12 +46,19 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def _seconds_or_zero(text: str) -> float:
     # Plain notation only: float() would also take "1_0", "nan" and digits of other scripts.
     if not re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", text, re.ASCII | re.IGNORECASE):
         raise ValueError(text)
     seconds = float(text)
-    if seconds == 0 or math.isinf(seconds):
+    if math.isinf(seconds):
+        raise ValueError(text)
+    return seconds
+
+
+def _seconds(text: str) -> float:
+    seconds = _seconds_or_zero(text)
+    if seconds == 0:
         raise ValueError(text)
     return seconds
 
@@ -120,6 +127,12 @@ class Settings:
         _switch,
         takes="true or false",
         about="open each rate limit key only one window after the start",
+    )
+    place_seconds: float = _variable(
+        30.0,
+        _seconds_or_zero,
+        takes="a number from 0",
+        about="how long a shard that went away while it waited keeps its place; 0 turns that off",
     )
     max_concurrency: int | None = _variable(
         None,

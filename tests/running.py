@@ -32,6 +32,7 @@ async def running(
     keys: int | None = 1,
     session_start_limit: int | None = None,
     loop_free_starts: int = 0,
+    place_seconds: float = 0,
 ) -> AsyncIterator[Queue]:
     """Run a queue until the end of the context, and close it then."""
     store = MemoryStore(
@@ -40,7 +41,7 @@ async def running(
         session_start_limit=session_start_limit,
         loop_free_starts=loop_free_starts,
     )
-    queue = Queue(store, max_concurrency=keys)
+    queue = Queue(store, max_concurrency=keys, place_seconds=place_seconds)
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)
         yield queue

@@ -556,9 +556,9 @@ async def test_others_pass_a_shard_that_is_held(autojump_clock: MockClock, guard
             await wait_all_tasks_blocked()
         if guard:
             (lane,) = status.lanes(queue, WINDOW)
-            assert [t.state for t in lane.tickets] == ["waiting"] * 29 + ["held"]
-            assert lane.tickets[-1].shard == 7
-            assert lane.tickets[-1].eta == pytest.approx(120 - 7)
+            assert [t.state for t in lane.tickets] == ["held"] + ["waiting"] * 29
+            assert lane.tickets[0].shard == 7
+            assert lane.tickets[0].eta == pytest.approx(120 - 7)
             assert lane.waiting == len(queue) == 30
     if guard:  # no window is lost to it
         times = [(at - start) / WINDOW for at, *_ in history.releases]

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import count
+from typing import NoReturn
 
 import structlog
 import trio
 
 from gateway_queue.queue.budget_alarm import BudgetAlarm
 from gateway_queue.queue.lane import Lane, Slot, Ticket
+from gateway_queue.queue.places import Places
 from gateway_queue.store import Allowance, WindowStore
 
 __all__ = ["Queue"]
@@ -28,11 +30,15 @@ class Queue:
       store: what is known of earlier releases.
       max_concurrency: number of rate limit keys; 0 releases everybody at once, and while it is
         None nobody is released.
+      place_seconds: how long a shard that goes away while it waits keeps its place.
     """
 
-    def __init__(self, store: WindowStore, *, max_concurrency: int | None) -> None:
+    def __init__(
+        self, store: WindowStore, *, max_concurrency: int | None, place_seconds: float
+    ) -> None:
         self.store = store
         self.max_concurrency = max_concurrency
+        self.places = Places(place_seconds)
         self.released = 0
         self.abandoned = 0
         """How many have left without their turn."""
@@ -53,15 +59,10 @@ class Queue:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the dispatchers: a lane has one from its first ticket until its last."""
         task_status.started()
-        number = self.max_concurrency
         with self._open:
-            while True:
-                if number is None:
-                    number = await self._next_change.receive()
-                # Nobody is being answered now, so no window can start in the meantime.
-                await self.store.regroup(number)
-                self._move(number)
-                number = await self._dispatch_until_change()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.places.forget_expired)
+                await self._dispatch_with_changes()
         self._closed.set()
 
     async def close(self) -> None:
@@ -102,9 +103,9 @@ class Queue:
             self.released += 1
             return
         ticket = Ticket(next(self._numbers), shard)
+        self.places.take(ticket)
         try:
-            slot = await self._slot(ticket)
-            with slot:
+            with await self._slot(ticket) as slot:
                 try:
                     yield
                 except Exception:
@@ -113,7 +114,10 @@ class Queue:
                 slot.send_nowait(trio.current_time())
         except trio.Cancelled:
             self.abandoned += 1
+            self._leave_place(ticket)
             raise
+        finally:
+            self.places.give_up(ticket)
         self.released += 1
         key = self.key(shard)
         log.info(
@@ -123,6 +127,15 @@ class Queue:
             waited=round(trio.current_time() - ticket.joined_at, 3),
             left=len(self.lanes[key]),
         )
+
+    def _leave_place(self, ticket: Ticket) -> None:
+        """Keep the place of a ticket whose client has gone away, for the shard's next one."""
+        successor = self.places.last_taken(ticket)
+        lane = self.lanes.get(self.key(ticket.shard))
+        moves_up = lane is not None and lane.leave(successor)
+        self.places.leave(ticket)
+        if lane is not None and moves_up:
+            lane.join(successor)
 
     async def _slot(self, ticket: Ticket) -> Slot:
         """Stand in line until the slot comes."""
@@ -151,7 +164,10 @@ class Queue:
             self.lanes[key] = Lane(key)
             if self._dispatchers is not None:
                 self._dispatchers.start_soon(self._dispatch, self.lanes[key])
-        self.lanes[key].join(ticket)
+        lane = self.lanes[key]
+        lane.join(ticket)
+        if lane.first() is ticket:
+            lane.news.unpark_all()  # this one may have to be held where the former first had not
 
     def _move(self, number: int) -> None:
         """Let all who stand in line stand in the lanes of another number of keys."""
@@ -160,6 +176,16 @@ class Queue:
         self.lanes = {}
         for ticket in in_line:
             self._join(ticket)
+
+    async def _dispatch_with_changes(self) -> NoReturn:
+        number = self.max_concurrency
+        while True:
+            if number is None:
+                number = await self._next_change.receive()
+            # Nobody is being answered now, so no window can start in the meantime.
+            await self.store.regroup(number)
+            self._move(number)
+            number = await self._dispatch_until_change()
 
     async def _dispatch_until_change(self) -> int:
         """Run the dispatchers until the number of keys changes, and return the new one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import count
 from operator import attrgetter
 from typing import Literal
 
@@ -12,16 +13,17 @@ import trio
 
 from gateway_queue.queue import Queue
 from gateway_queue.queue.lane import Lane, Ticket
+from gateway_queue.queue.places import Place
 
 
 @dataclass
 class TicketStatus:
-    """A ticket."""
+    """A ticket, or the place of one whose client is away."""
 
     shard: int | None
-    state: Literal["waiting", "held"]
+    state: Literal["waiting", "away", "held"]
     position: int
-    """From 1; those who are held come last."""
+    """From 1. Those who are away or held keep theirs, but others pass them."""
     waited: float
     eta: float
     """Until its turn, if nobody leaves and nobody comes in between; infinite if not known."""
@@ -33,6 +35,7 @@ class LaneStatus:
 
     rate_limit_key: int
     waiting: int
+    """How many clients are here."""
     opens_in: float
     """Until its next slot; infinite if not known."""
     tickets: list[TicketStatus]
@@ -45,13 +48,13 @@ def lanes(queue: Queue, window: float) -> list[LaneStatus]:
       queue: whose.
       window: seconds between two releases of one lane.
     """
-    held = defaultdict[int, list[Ticket]](list)
-    for ticket in sorted(queue.held, key=attrgetter("held_until")):
-        held[queue.key(ticket.shard)].append(ticket)
-    keys = {key for key, lane in queue.lanes.items() if lane} | set(held)
+    aside = defaultdict[int, list[Ticket | Place]](list)
+    for one in (*queue.held, *queue.places):
+        aside[queue.key(one.shard)].append(one)
+    keys = {key for key, lane in queue.lanes.items() if lane} | set(aside)
     first_slot = _first_slot(queue)
     statuses = [
-        _lane(queue.lanes.get(key, Lane(key)), held[key], first_slot, window)
+        _lane(queue.lanes.get(key, Lane(key)), aside[key], first_slot, window)
         for key in sorted(keys)
     ]
     _delay_to_reset(queue, statuses, window)
@@ -66,22 +69,25 @@ def _first_slot(queue: Queue) -> float:
     return starts.resets_in if starts.spent else 0.0
 
 
-def _lane(lane: Lane, held: list[Ticket], first_slot: float, window: float) -> LaneStatus:
+def _lane(lane: Lane, aside: list[Ticket | Place], first_slot: float, window: float) -> LaneStatus:
     now = trio.current_time()
     opens_in = max(first_slot, lane.opens_at - now)
-    etas = [opens_in + place * window for place in range(len(lane))]
-    etas += [max(opens_in, ticket.held_until - now) for ticket in held]
-    tickets = [
-        TicketStatus(
-            shard=ticket.shard,
-            state="held" if place > len(lane) else "waiting",
-            position=place,
-            waited=now - ticket.joined_at,
-            eta=eta,
-        )
-        for place, (ticket, eta) in enumerate(zip([*lane, *held], etas, strict=True), 1)
-    ]
-    return LaneStatus(lane.rate_limit_key, len(tickets), opens_in, tickets)
+    turns = count()
+
+    def describe(position: int, one: Ticket | Place) -> TicketStatus:
+        state: Literal["waiting", "away", "held"]
+        if isinstance(one, Place):
+            state, eta = "away", math.inf
+        elif one.held_until > now:
+            state, eta = "held", max(opens_in, one.held_until - now)
+        else:
+            state, eta = "waiting", opens_in + next(turns) * window
+        return TicketStatus(one.shard, state, position, now - one.joined_at, eta)
+
+    everybody = sorted([*lane, *aside], key=attrgetter("number"))
+    tickets = [describe(position, one) for position, one in enumerate(everybody, 1)]
+    here = sum(ticket.state != "away" for ticket in tickets)
+    return LaneStatus(lane.rate_limit_key, here, opens_in, tickets)
 
 
 def _delay_to_reset(queue: Queue, statuses: list[LaneStatus], window: float) -> None:
@@ -89,10 +95,8 @@ def _delay_to_reset(queue: Queue, statuses: list[LaneStatus], window: float) -> 
     starts = queue.store.session_starts()
     if not starts.enforced or starts.remaining is None or starts.spent:
         return
-    in_order = sorted(
-        ((ticket, lane) for lane in statuses for ticket in lane.tickets),
-        key=lambda entry: entry[0].eta,
-    )
+    here = ((t, lane) for lane in statuses for t in lane.tickets if t.state != "away")
+    in_order = sorted(here, key=lambda entry: entry[0].eta)
     late = defaultdict[int, int](int)
     for ticket, lane in in_order[starts.remaining :]:
         ticket.eta = max(ticket.eta, starts.resets_in + late[lane.rate_limit_key] * window)

@@ -59,12 +59,12 @@ class GatewayQueue(QuartTrio):
             session_start_limit=settings.session_start_limit,
             loop_free_starts=settings.loop_free_starts,
         )
-        # Behind a gateway proxy Discord's limits are that one's business.
-        if settings.discord_token is None or settings.max_concurrency == 0:
-            number = 1 if settings.max_concurrency is None else settings.max_concurrency
-            self.queue = Queue(store, max_concurrency=number)
-        else:
-            self.queue = Queue(store, max_concurrency=None)
+        self.queue = Queue(
+            store,
+            max_concurrency=_known_max_concurrency(settings),
+            place_seconds=settings.place_seconds,
+        )
+        if settings.discord_token is not None and self.queue.max_concurrency is None:
             self.nursery.start_soon(self._follow_discord, settings.discord_token)
         await self.nursery.start(self.queue.run)
 
@@ -107,6 +107,15 @@ class GatewayQueue(QuartTrio):
         if request is None:
             return super().create_url_adapter(request)
         return self.url_map.bind("", path_info=request.path, default_method=request.method)
+
+
+def _known_max_concurrency(settings: Settings) -> int | None:
+    """Return the number of rate limit keys, None if Discord has to say it."""
+    if settings.max_concurrency == 0:
+        return 0  # behind a gateway proxy Discord's limits are that one's business
+    if settings.discord_token is not None:
+        return None
+    return 1 if settings.max_concurrency is None else settings.max_concurrency
 
 
 async def healthz() -> dict[str, str]:

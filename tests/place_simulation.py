@@ -1,0 +1,100 @@
+"""What places are worth: 200 shards whose clients give up after 30 s and ask again at once.
+
+``python -m tests.place_simulation`` prints the table that stands in the README.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+from gateway_queue.queue import Queue
+from tests.running import on_mock_clock, running
+
+SHARDS = 200
+PATIENCE = 30.0
+"""Seconds until a client gives up."""
+SPREAD = 97.3
+"""Seconds in which all shards come, as processes start one after another."""
+OVERDUE = 60.0
+"""Seconds behind one's turn from which on one is taken for starved."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it went."""
+
+    order: list[int]
+    """The shards as they were released, numbered in the order in which they came."""
+    times: list[float]
+    """When they were."""
+
+    @property
+    def waits(self) -> list[float]:
+        """How long each has waited since it came."""
+        pairs = zip(self.order, self.times, strict=True)
+        return [at - arrival(shard) for shard, at in pairs]
+
+    @property
+    def out_of_order(self) -> int:
+        """How many were overtaken by one who came later."""
+        overtaken, latest_to_go = 0, -1
+        for shard in self.order:
+            overtaken += shard < latest_to_go
+            latest_to_go = max(latest_to_go, shard)
+        return overtaken
+
+    @property
+    def starved(self) -> int:
+        """How many were released much later than it would have been their turn."""
+        return sum(
+            at - self.times[shard] > OVERDUE
+            for shard, at in zip(self.order, self.times, strict=True)
+        )
+
+
+def arrival(shard: int) -> float:
+    return SPREAD * shard / SHARDS
+
+
+def simulate(place_seconds: float) -> Outcome:
+    """Play it on a clock that jumps."""
+    outcome = Outcome([], [])
+
+    async def client(queue: Queue, shard: int) -> None:
+        await trio.sleep_until(arrival(shard))
+        while shard not in outcome.order:
+            with trio.move_on_after(PATIENCE):
+                async with queue.turn(shard):
+                    outcome.order.append(shard)
+                    outcome.times.append(trio.current_time())
+
+    async def main() -> None:
+        async with running(place_seconds=place_seconds) as queue, trio.open_nursery() as nursery:
+            for shard in range(SHARDS):
+                nursery.start_soon(client, queue, shard)
+
+    on_mock_clock(main)
+    return outcome
+
+
+def table() -> str:
+    """Compare the queue with and without places."""
+    lines = [
+        "| | without places | with places |",
+        "| --- | --- | --- |",
+    ]
+    plain, kept = simulate(0), simulate(30)
+    rows = {
+        "all released after": [f"{outcome.times[-1]:,.0f} s" for outcome in (plain, kept)],
+        "longest wait": [f"{max(outcome.waits):,.0f} s" for outcome in (plain, kept)],
+        "overtaken by one who came later": [str(o.out_of_order) for o in (plain, kept)],
+        f"over {OVERDUE:.0f} s behind their turn": [str(o.starved) for o in (plain, kept)],
+    }
+    lines += [f"| {name} | {' | '.join(figures)} |" for name, figures in rows.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,297 @@
+"""Places: who goes away while it waits, and comes back, stands where it stood."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from dataclasses import dataclass
+from itertools import count, pairwise
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from gateway_queue.queue import Queue, status
+from gateway_queue.queue.places import Places
+from tests import place_simulation
+from tests.running import TOLERANCE, WINDOW, on_mock_clock, running
+
+KEPT = 30.0
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One request. All times are in seconds, and no two are the same."""
+
+    arrives: float
+    leaves: float
+    shard: int | None
+
+
+def at_odd_times(visits: list[tuple[int, int | None, int | None]]) -> list[Visit]:
+    """Give each visit times of its own, so that nothing depends on what comes first in a tie."""
+    return [
+        Visit(
+            arrives=arrives + number * 1e-3 + 1e-4,
+            leaves=math.inf if stays is None else arrives + stays + number * 1e-3 + 5e-4,
+            shard=shard,
+        )
+        for number, (arrives, stays, shard) in enumerate(visits)
+    ]
+
+
+histories = st.lists(
+    st.tuples(st.integers(0, 120), st.none() | st.integers(0, 60), st.none() | st.integers(0, 3)),
+    max_size=40,
+).map(at_odd_times)
+
+
+def promised(visits: list[Visit]) -> list[tuple[float, Visit]]:
+    """Work out by hand who is released when, with one key."""
+    numbers = count()
+    here: dict[Visit, int] = {}
+    away: dict[int, tuple[int, float]] = {}  # number: shard, kept until
+    releases: list[tuple[float, Visit]] = []
+    arrivals = [(visit.arrives, "arrives", visit) for visit in visits]
+    departures = [(visit.leaves, "leaves", visit) for visit in visits]
+    now = opens_at = 0.0
+    for at, event, visit in sorted(arrivals + departures, key=lambda event: event[0]):
+        while here and opens_at < at:
+            first = min(here, key=lambda one: here[one])
+            releases.append((max(now, opens_at), first))
+            opens_at = releases[-1][0] + WINDOW
+            del here[first]
+        now = at
+        away = {number: place for number, place in away.items() if place[1] > now}
+        mine = [number for number, (shard, _) in away.items() if shard == visit.shard]
+        if event == "arrives":
+            here[visit] = min(mine, default=next(numbers))
+            away.pop(here[visit], None)
+        elif visit in here:
+            if visit.shard is not None:
+                last = max((v for v in here if v.shard == visit.shard), key=lambda v: here[v])
+                here[visit], here[last] = here[last], here[visit]
+                away[here[visit]] = (visit.shard, now + KEPT)
+            del here[visit]
+    return releases
+
+
+@given(histories)
+def test_every_history_goes_as_promised(visits: list[Visit]) -> None:
+    releases: list[tuple[float, Visit]] = []
+
+    async def act(queue: Queue, visit: Visit) -> None:
+        await trio.sleep_until(visit.arrives)
+        with trio.move_on_at(visit.leaves):
+            async with queue.turn(visit.shard):
+                releases.append((trio.current_time(), visit))
+
+    async def main() -> None:
+        async with running(place_seconds=KEPT) as queue, trio.open_nursery() as everybody:
+            for visit in visits:
+                everybody.start_soon(act, queue, visit)
+
+    on_mock_clock(main)
+
+    expected = promised(visits)
+    assert [visit for _, visit in releases] == [visit for _, visit in expected]
+    assert [at for at, _ in releases] == pytest.approx([at for at, _ in expected], abs=TOLERANCE)
+
+
+class Line:
+    """Clients of a queue, and the order in which they are released."""
+
+    def __init__(self, queue: Queue, nursery: trio.Nursery) -> None:
+        self.queue = queue
+        self.order: list[object] = []
+        self._nursery = nursery
+
+    async def join(self, shard: int | None, name: object = None) -> trio.CancelScope:
+        """Stand in line; who is cancelled goes away."""
+        scope = trio.CancelScope()
+
+        async def wait() -> None:
+            with scope:
+                async with self.queue.turn(shard):
+                    self.order.append(shard if name is None else name)
+
+        self._nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        return scope
+
+
+async def test_a_turn_passes_while_nobody_stands_there_and_the_place_stays_in_front(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(hold=True, place_seconds=KEPT) as queue, trio.open_nursery() as nursery:
+        line = Line(queue, nursery)
+        away, *_ = [await line.join(shard) for shard in range(1, 6)]
+        away.cancel()
+        await trio.sleep(2.2 * WINDOW)
+        assert line.order == [2, 3]
+        (lane,) = status.lanes(queue, WINDOW)
+        assert [(t.shard, t.state, t.position) for t in lane.tickets] == [
+            *((1, "away", 1), (4, "waiting", 2), (5, "waiting", 3)),
+        ]
+        assert lane.tickets[0].eta == math.inf
+        assert lane.tickets[0].waited == pytest.approx(2.2 * WINDOW)
+        assert lane.tickets[1].eta == pytest.approx(0.8 * WINDOW)
+        assert lane.waiting == len(queue) == 2
+        await line.join(1)
+        await trio.sleep(0.9 * WINDOW)
+        assert line.order == [2, 3, 1]
+    assert line.order == [2, 3, 1, 4, 5]
+
+
+async def test_who_comes_back_in_the_moment_of_its_turn_is_released_once(
+    autojump_clock: MockClock,
+) -> None:
+    """Its old connection is chosen, the new one is there, and then the old one is seen to go."""
+    answered = []
+    seen_to_go = trio.Event()
+
+    async def old(queue: Queue, scope: trio.CancelScope) -> None:
+        with scope:
+            async with queue.turn(7):
+                await seen_to_go.wait()
+                scope.cancel()
+                await trio.lowlevel.checkpoint()
+
+    async def client(queue: Queue, shard: int) -> None:
+        async with queue.turn(shard):
+            answered.append((shard, trio.current_time()))
+
+    async with running(hold=True, place_seconds=KEPT) as queue, trio.open_nursery() as nursery:
+        nursery.start_soon(old, queue, trio.CancelScope())
+        await wait_all_tasks_blocked()
+        for shard in range(3):
+            nursery.start_soon(client, queue, shard)
+            await wait_all_tasks_blocked()
+        await trio.sleep(WINDOW)
+        nursery.start_soon(client, queue, 7)
+        await wait_all_tasks_blocked()
+        assert answered == []
+        seen_to_go.set()
+        await trio.sleep(WINDOW / 2)
+        assert answered == [(7, WINDOW)]
+    assert [shard for shard, _ in answered] == [7, 0, 1, 2]
+    assert [b - a for (_, a), (_, b) in pairwise(answered)] == pytest.approx([WINDOW] * 3)
+    assert queue.abandoned == 1
+
+
+async def test_two_live_requests_of_one_shard_are_two_tickets(autojump_clock: MockClock) -> None:
+    """One of them gets the place that was left."""
+    async with running(hold=True, place_seconds=KEPT) as queue, trio.open_nursery() as nursery:
+        line = Line(queue, nursery)
+        away = await line.join(1)
+        await line.join(2, "other")
+        away.cancel()
+        await wait_all_tasks_blocked()
+        await line.join(1, "first")
+        await line.join(1, "second")
+        assert len(queue) == 3
+    assert line.order == ["first", "other", "second"]
+
+
+@pytest.mark.parametrize(
+    ("away_for", "place_seconds", "shard", "keeps"),
+    [(29, 30, 1, True), (31, 30, 1, False), (1, 0, 1, False), (1, 30, None, False)],
+)
+async def test_who_keeps_a_place(
+    autojump_clock: MockClock, away_for: float, place_seconds: float, shard: int | None, keeps: bool
+) -> None:
+    others = list(range(10, 22))
+    async with (
+        running(place_seconds=place_seconds, hold=True) as queue,
+        trio.open_nursery() as nursery,
+    ):
+        line = Line(queue, nursery)
+        away = await line.join(shard, "away")
+        for other in others:
+            await line.join(other)
+        away.cancel()
+        await trio.sleep(away_for)
+        gone = len(line.order)
+        await line.join(shard, "away")
+    expected = list[object](others)
+    expected.insert(gone if keeps else len(others), "away")
+    assert line.order == expected
+
+
+async def test_places_go_along_when_the_number_of_keys_changes(autojump_clock: MockClock) -> None:
+    async with running(place_seconds=KEPT, hold=True) as queue, trio.open_nursery() as nursery:
+        line = Line(queue, nursery)
+        (await line.join(7)).cancel()
+        await line.join(5)
+        await queue.set_max_concurrency(2)
+        await wait_all_tasks_blocked()
+        (lane,) = status.lanes(queue, WINDOW)
+        assert [(t.shard, t.state) for t in lane.tickets] == [(7, "away"), (5, "waiting")]
+        assert lane.rate_limit_key == 1
+        await line.join(7)
+    assert line.order == [7, 5]
+
+
+async def test_who_is_held_keeps_its_place_too(autojump_clock: MockClock) -> None:
+    async with (
+        running(place_seconds=KEPT, loop_free_starts=1) as queue,
+        trio.open_nursery() as nursery,
+    ):
+        line = Line(queue, nursery)
+        await line.join(7)
+        held = await line.join(7)
+        await trio.sleep(9)
+        held.cancel()
+        for shard in range(20, 23):
+            await line.join(shard)
+        await line.join(7)
+        await wait_all_tasks_blocked()
+        (lane,) = status.lanes(queue, WINDOW)
+        assert [(t.shard, t.state) for t in lane.tickets] == [
+            *((7, "held"), (21, "waiting"), (22, "waiting")),
+        ]
+    assert line.order == [7, 20, 21, 7, 22]
+
+
+async def test_100_000_who_come_and_go_leave_nothing_behind(autojump_clock: MockClock) -> None:
+    async def visit(queue: Queue, shard: int) -> None:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            async with queue.turn(shard):
+                raise AssertionError
+
+    async with running(place_seconds=KEPT, hold=True) as queue:
+        await visit(queue, 0)
+        await trio.sleep(2 * KEPT)
+        before = sys.getallocatedblocks()
+        for number in range(50_000):
+            await visit(queue, 0)
+            await visit(queue, number)
+        assert len(list(queue.places)) == 50_000
+        await trio.sleep(KEPT + 1)
+        gc.collect()
+        assert sys.getallocatedblocks() - before < 1000
+        assert list(queue.places) == []
+        assert not queue.lanes
+
+
+async def test_places_cost_nothing_while_there_are_none(autojump_clock: MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Places(KEPT).forget_expired)
+        await wait_all_tasks_blocked()
+        assert trio.lowlevel.current_statistics().seconds_to_next_deadline == math.inf
+        nursery.cancel_scope.cancel()
+
+
+def test_the_simulation_says_what_the_readme_says() -> None:
+    with capture_logs():
+        kept = place_simulation.simulate(KEPT)
+        table = place_simulation.table()
+    assert kept.order == list(range(place_simulation.SHARDS)), "as they first came"
+    assert [b - a for a, b in pairwise(kept.times)] == pytest.approx([WINDOW] * 199)
+    assert table in Path("README.md").read_text(encoding="utf-8")
