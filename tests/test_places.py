@@ -22,6 +22,7 @@ from tests import place_simulation
 from tests.running import TOLERANCE, WINDOW, on_mock_clock, running
 
 KEPT = 30.0
+BRIEFLY_KEPT = 8.0
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ def at_odd_times(visits: list[tuple[int, int | None, int | None]]) -> list[Visit
     ]
 
 
-histories = st.lists(
-    st.tuples(st.integers(0, 120), st.none() | st.integers(0, 60), st.none() | st.integers(0, 3)),
-    max_size=40,
-).map(at_odd_times)
+visits = st.tuples(
+    st.integers(0, 60), st.none() | st.integers(0, 12), st.none() | st.integers(0, 2)
+)
+histories = st.lists(visits, min_size=10, max_size=60).map(at_odd_times)
 
 
 def promised(visits: list[Visit]) -> list[tuple[float, Visit]]:
@@ -76,7 +77,7 @@ def promised(visits: list[Visit]) -> list[tuple[float, Visit]]:
             if visit.shard is not None:
                 last = max((v for v in here if v.shard == visit.shard), key=lambda v: here[v])
                 here[visit], here[last] = here[last], here[visit]
-                away[here[visit]] = (visit.shard, now + KEPT)
+                away[here[visit]] = (visit.shard, now + BRIEFLY_KEPT)
             del here[visit]
     return releases
 
@@ -92,7 +93,10 @@ def test_every_history_goes_as_promised(visits: list[Visit]) -> None:
                 releases.append((trio.current_time(), visit))
 
     async def main() -> None:
-        async with running(place_seconds=KEPT) as queue, trio.open_nursery() as everybody:
+        async with (
+            running(place_seconds=BRIEFLY_KEPT) as queue,
+            trio.open_nursery() as everybody,
+        ):
             for visit in visits:
                 everybody.start_soon(act, queue, visit)
 
@@ -166,7 +170,10 @@ async def test_who_comes_back_in_the_moment_of_its_turn_is_released_once(
         async with queue.turn(shard):
             answered.append((shard, trio.current_time()))
 
-    async with running(hold=True, place_seconds=KEPT) as queue, trio.open_nursery() as nursery:
+    async with (
+        running(hold=True, place_seconds=KEPT) as queue,
+        trio.open_nursery() as nursery,
+    ):
         nursery.start_soon(old, queue, trio.CancelScope())
         await wait_all_tasks_blocked()
         for shard in range(3):
@@ -176,9 +183,11 @@ async def test_who_comes_back_in_the_moment_of_its_turn_is_released_once(
         nursery.start_soon(client, queue, 7)
         await wait_all_tasks_blocked()
         assert answered == []
-        seen_to_go.set()
-        await trio.sleep(WINDOW / 2)
+        with capture_logs() as logged:
+            seen_to_go.set()
+            await trio.sleep(WINDOW / 2)
         assert answered == [(7, WINDOW)]
+        assert [event["waited"] for event in logged] == [WINDOW], "since its old connection came"
     assert [shard for shard, _ in answered] == [7, 0, 1, 2]
     assert [b - a for (_, a), (_, b) in pairwise(answered)] == pytest.approx([WINDOW] * 3)
     assert queue.abandoned == 1
@@ -196,6 +205,18 @@ async def test_two_live_requests_of_one_shard_are_two_tickets(autojump_clock: Mo
         await line.join(1, "second")
         assert len(queue) == 3
     assert line.order == ["first", "other", "second"]
+
+
+async def test_of_several_places_the_foremost_is_taken_first(autojump_clock: MockClock) -> None:
+    async with running(hold=True, place_seconds=KEPT) as queue, trio.open_nursery() as nursery:
+        line = Line(queue, nursery)
+        clients = [await line.join(shard) for shard in (1, 2, 1, 3)]
+        clients[0].cancel()
+        clients[2].cancel()
+        await wait_all_tasks_blocked()
+        await line.join(1, "back")
+        await line.join(1, "back as well")
+    assert line.order == ["back", 2, "back as well", 3]
 
 
 @pytest.mark.parametrize(
