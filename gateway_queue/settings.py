@@ -168,6 +168,13 @@ class Settings:
         takes="a whole number from 0",
         about="starts of a shard in an hour until the next ones are delayed; 0 delays none",
     )
+    auth_token: str | None = _variable(
+        None,
+        _token,
+        takes="a token without spaces",
+        about="token that every request has to have, but for /healthz and /readyz",
+        secret=True,
+    )
     log_level: str = _variable(
         "info", _one_of(LOG_LEVELS), takes=f"one of {', '.join(LOG_LEVELS)}", about="least level"
     )

@@ -13,6 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.settings import Settings
 from gateway_queue.web.app import GatewayQueue
+from gateway_queue.web.auth import Guard
 from gateway_queue.web.tickets import TicketRequest
 from tests.harness import GO
 
@@ -66,6 +67,7 @@ SCOPE: HTTPScope = {  # type: ignore[typeddict-item]
     "method": "GET",
     "path": "/",
     "query_string": b"",
+    "headers": [],
 }
 
 
@@ -109,7 +111,7 @@ async def test_a_fault_of_our_own_is_held_until_the_client_leaves(
     if what == "send":
         await trio.sleep(1)
     send = never_sent if what == "send" else wire.send
-    request = TicketRequest(SCOPE, wire.receive, send, failing_turn)
+    request = TicketRequest(SCOPE, wire.receive, send, failing_turn, Guard(None))
     async with trio.open_nursery() as nursery:
         ended = trio.Event()
 
@@ -137,9 +139,9 @@ async def test_a_client_that_does_not_take_its_answer_is_not_waited_for(
     settings = Settings(window_seconds=5, hold_on_start=False)
     async with started(settings) as app, trio.open_nursery() as nursery:
         turn = app.queue.turn
-        nursery.start_soon(TicketRequest(SCOPE, slow.receive, never, turn).run)
+        nursery.start_soon(TicketRequest(SCOPE, slow.receive, never, turn, Guard(None)).run)
         await wait_all_tasks_blocked()
-        await TicketRequest(SCOPE, next_in_line.receive, next_in_line.send, turn).run()
+        await TicketRequest(SCOPE, next_in_line.receive, next_in_line.send, turn, Guard(None)).run()
         assert trio.current_time() == pytest.approx(6.0)
         slow.hang_up()
     assert [event["type"] for event in next_in_line.sent] == [

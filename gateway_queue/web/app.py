@@ -7,7 +7,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, NoReturn
 
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, Scope
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope, Scope
 from quart import Response
 from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
@@ -20,11 +20,15 @@ from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.web import hypercorn_fixes
+from gateway_queue.web.auth import Guard
 from gateway_queue.web.problems import CONTENT_TYPE, problem
 from gateway_queue.web.status import status_document
 from gateway_queue.web.tickets import TicketRequest
 
-ENDPOINTS = frozenset({"/healthz", "/readyz", "/status"})
+PUBLIC = frozenset({"/healthz", "/readyz"})
+"""Endpoints for those who watch over the process, who have no token."""
+
+ENDPOINTS = PUBLIC | {"/status"}
 
 
 class GatewayQueue(QuartTrio):
@@ -52,6 +56,7 @@ class GatewayQueue(QuartTrio):
 
     async def _open_queue(self) -> None:
         self._settings = settings = self._prepare()
+        self._guard = Guard(settings.auth_token)
         hypercorn_fixes.install()
         store = MemoryStore(
             settings.window_seconds,
@@ -97,10 +102,16 @@ class GatewayQueue(QuartTrio):
     ) -> None:
         if scope["type"] != "http":
             await super().asgi_app(scope, receive, send)
-        elif (path := _path(scope["path"])) in ENDPOINTS:
+        elif self._is_for_endpoint(path := _path(scope["path"]), scope):
             await super().asgi_app({**scope, "path": path}, receive, send)
         else:
-            await TicketRequest(scope, receive, send, self.queue.turn).run()
+            await TicketRequest(scope, receive, send, self.queue.turn, self._guard).run()
+
+    def _is_for_endpoint(self, path: str, scope: HTTPScope) -> bool:
+        """Tell whether one of Quart's routes answers, as it does whoever has the right to ask."""
+        if path not in ENDPOINTS:
+            return False
+        return path in PUBLIC or self._guard.admits(scope["headers"])
 
     def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
         """Find routes whatever host a client names: some names are none to Werkzeug."""

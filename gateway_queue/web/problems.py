@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import json
 from http import HTTPStatus
+from typing import ClassVar
 
 CONTENT_TYPE = "application/problem+json"
+
+
+class Refused(Exception):
+    """A request that gets an error at once; the message says why to the client."""
+
+    status: ClassVar[HTTPStatus]
+    headers: ClassVar[tuple[tuple[bytes, bytes], ...]] = ()
 
 
 def problem(status: HTTPStatus, detail: str) -> bytes:

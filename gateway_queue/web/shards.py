@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from http import HTTPStatus
 from urllib.parse import parse_qsl
+
+from gateway_queue.web.problems import Refused
 
 SHARD_MAX = 2**31 - 1
 """Shard ids are 32-bit in every library that we know; more is a mistake of the caller."""
 
 
-class BadShard(ValueError):
-    """The query names no shard that there could be; the message says so to the client."""
+class BadShard(Refused):
+    """The query names no shard that there could be."""
+
+    status = HTTPStatus.BAD_REQUEST
 
 
 def shard_of(query: bytes) -> int | None:

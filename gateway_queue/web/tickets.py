@@ -14,8 +14,9 @@ import structlog
 import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, HTTPScope
 
-from gateway_queue.web.problems import CONTENT_TYPE, problem
-from gateway_queue.web.shards import BadShard, shard_of
+from gateway_queue.web.auth import Guard
+from gateway_queue.web.problems import CONTENT_TYPE, Refused, problem
+from gateway_queue.web.shards import shard_of
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -35,6 +36,7 @@ class TicketRequest:
     Args:
       turn: makes the context in which a shard is answered, see
         :meth:`gateway_queue.queue.Queue.turn`.
+      guard: refuses whoever has no right to ask.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class TicketRequest:
         receive: ASGIReceiveCallable,
         send: ASGISendCallable,
         turn: Callable[[int | None], AbstractAsyncContextManager[None]],
+        guard: Guard,
     ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._turn = turn
+        self._guard = guard
         self._fully_read = trio.Event()
         self._ends_late = False
 
@@ -71,12 +75,12 @@ class TicketRequest:
 
     async def _answer_in_turn(self) -> None:
         try:
+            self._guard.check(self._scope["headers"])
             shard = shard_of(self._scope["query_string"])
-        except BadShard as error:
-            log.warning("refused", detail=str(error))
-            await self._answer(
-                HTTPStatus.BAD_REQUEST, CONTENT_TYPE, problem(HTTPStatus.BAD_REQUEST, str(error))
-            )
+        except Refused as refused:
+            log.warning("refused", status=refused.status.value, detail=str(refused))
+            document = problem(refused.status, str(refused))
+            await self._answer(refused.status, CONTENT_TYPE, document, refused.headers)
         else:
             async with self._turn(shard):
                 for _ in range(NOTICE_CHECKPOINTS):
@@ -86,7 +90,13 @@ class TicketRequest:
             await self._fully_read.wait()
             await self._hand_over({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
+    async def _answer(
+        self,
+        status: HTTPStatus,
+        content_type: str,
+        body: bytes,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
         """Hand the whole answer to the socket."""
         # In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which
         # can take the answer from a client that reads it only when all is sent. So that waits.
@@ -99,6 +109,7 @@ class TicketRequest:
                     (b"content-type", content_type.encode()),
                     (b"content-length", b"%d" % len(body)),
                     (b"cache-control", b"no-store"),
+                    *headers,
                 ],
             },
             {"type": "http.response.body", "body": body, "more_body": self._ends_late},

@@ -1,0 +1,72 @@
+"""Who may ask: whoever has the token, if there is one."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+from collections.abc import Iterable
+from http import HTTPStatus
+
+from gateway_queue.web.problems import Refused
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Unauthorized(Refused):
+    """A request without the token, or with a wrong one."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    # Basic, so that a browser can ask its user for the token.
+    headers = (
+        (b"www-authenticate", b'Bearer realm="gateway-queue"'),
+        (b"www-authenticate", b'Basic realm="gateway-queue", charset="UTF-8"'),
+    )
+
+
+class Guard:
+    """Checks requests for the token.
+
+    Args:
+      token: what to ask for; None lets everybody in.
+    """
+
+    def __init__(self, token: str | None) -> None:
+        self._token = None if token is None else token.encode()
+
+    def check(self, headers: Headers) -> None:
+        """Look at the headers of a request.
+
+        Raises:
+          Unauthorized: they do not have the token in them.
+        """
+        if self._token is None:
+            return
+        credentials = [value for name, value in headers if name == b"authorization"]
+        if len(credentials) != 1:
+            raise Unauthorized("this queue asks for a token: Authorization: Bearer TOKEN")
+        if not hmac.compare_digest(_token_in(credentials[0]), self._token):
+            raise Unauthorized("the token is wrong")
+
+    def admits(self, headers: Headers) -> bool:
+        """Tell whether the check would succeed."""
+        try:
+            self.check(headers)
+        except Unauthorized:
+            return False
+        return True
+
+
+def _token_in(credentials: bytes) -> bytes:
+    """Return the token of Bearer credentials, or the password of Basic ones, under any user."""
+    scheme, _, value = credentials.partition(b" ")
+    match scheme.lower():
+        case b"bearer":
+            return value.strip()
+        case b"basic":
+            try:
+                return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+            except binascii.Error:
+                return b""
+        case _:
+            return b""
