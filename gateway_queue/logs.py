@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
 
 import structlog
 from structlog.dev import ConsoleRenderer, plain_traceback
 
 from gateway_queue.settings import Settings
+
+ACCEPTING = "trio.serve_listeners"
+"""The logger of trio that says that no connection can be accepted, for want of descriptors."""
+
+SELDOM_SECONDS = 10.0
+"""It says so ten times a second; one line in this time will do."""
 
 
 def configure(settings: Settings) -> None:
@@ -37,13 +45,30 @@ def configure(settings: Settings) -> None:
             ],
         )
     )
-    logger = logging.getLogger("gateway_queue")
-    logger.handlers = [handler]
-    logger.propagate = False
-    logger.setLevel(settings.log_level.upper())
+    for name in ("gateway_queue", ACCEPTING):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(settings.log_level.upper())
+    logging.getLogger(ACCEPTING).filters = [_seldom(SELDOM_SECONDS)]
 
 
 def _renderer(log_format: str) -> list[structlog.typing.Processor]:
     if log_format == "json":
         return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     return [ConsoleRenderer(colors=False, exception_formatter=plain_traceback)]
+
+
+def _seldom(seconds: float) -> Callable[[logging.LogRecord], bool]:
+    """Let one line through in a while, without its traceback."""
+    next_at = -math.inf
+
+    def passes(record: logging.LogRecord) -> bool:
+        nonlocal next_at
+        record.exc_info = None
+        if record.created < next_at:
+            return False
+        next_at = record.created + seconds
+        return True
+
+    return passes

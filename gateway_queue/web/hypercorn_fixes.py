@@ -16,7 +16,7 @@ import hypercorn.protocol
 import hypercorn.trio.run
 import structlog
 import trio
-from hypercorn.events import Closed, Event
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
@@ -26,6 +26,11 @@ log = structlog.stdlib.get_logger(__name__)
 
 PIPELINED_MAX = 2**16
 """Bytes that a client may send ahead, behind a request that still stalls."""
+
+
+SEND_SECONDS, SLOWEST_READER = 1.0, 10_000
+"""How soon a client has to read once the kernel's buffers are full, and how many bytes a second.
+For who is next in line waits until an answer is written."""
 
 
 def install() -> None:
@@ -45,9 +50,25 @@ class Connection(TCPServer):
             log.warning("connection closed after an error", error=repr(errors.exceptions))
 
     async def protocol_send(self, event: Event) -> None:
-        """Drop what comes while the connection is being closed, for which trio has an error."""
+        """Close on a client that does not read, where Hypercorn would wait for it.
+
+        What comes while the connection is being closed is dropped; trio has an error for that.
+        """
         with suppress(trio.BusyResourceError):
-            await super().protocol_send(event)
+            if isinstance(event, RawData):
+                await self._write(event.data)
+            else:
+                await super().protocol_send(event)
+
+    async def _write(self, data: bytes) -> None:
+        async with self.send_lock:
+            seconds = SEND_SECONDS + len(data) / SLOWEST_READER
+            try:
+                with trio.fail_after(seconds, shield=True):
+                    await self.stream.send_all(data)
+            except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
+                await trio.aclose_forcefully(self.stream)
+                await self.protocol.handle(Closed())
 
 
 class _Paused(Exception):
@@ -126,6 +147,14 @@ class HTTP1(H11Protocol):
 
 class HTTP2(H2Protocol):
     """HTTP/2 that bears the end of an upload after its answer, and knows no WebSockets."""
+
+    async def initiate(
+        self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None
+    ) -> None:
+        """Begin to count the time in which a client asks for nothing."""
+        await super().initiate(headers, settings)
+        if headers is None:
+            await self.send(Updated(idle=True))
 
     async def handle(self, event: Event) -> None:
         """Let go of answers that nobody sends any more, or they would wait for it for ever."""

@@ -1,0 +1,198 @@
+"""Clients that mean harm, or mean well and are broken: the others notice nothing of them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h2.connection
+import h2.errors
+import h2.exceptions
+import pytest
+
+from tests.harness import GO, REQUEST, Client, Server, first_answers, installed, serving
+from tests.test_http2 import H2Client
+
+IDLE_SECONDS = 5.0
+"""Who does not send a whole request in this time is disconnected."""
+
+
+def assert_serves(server: Server) -> None:
+    assert server.connect().answer().body == GO
+
+
+def wait_until_closed(clients: list[Client], seconds: float) -> None:
+    """Wait until the server has hung up on all of them, without an answer."""
+    give_up = time.monotonic() + seconds
+    for client in clients:
+        client.socket.settimeout(max(0.01, give_up - time.monotonic()))
+        assert client.rest() == b""
+
+
+def test_10_000_connections_that_send_nothing() -> None:
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    with serving(WINDOW_SECONDS=0.05) as server:
+        idle = [server.connect(b"") for _ in range(10_000)]
+        answers = [server.connect().answer() for _ in range(20)]
+        assert {answer.status for answer in answers} == {200}
+        assert answers[-1].at - answers[0].at < 19 * 0.05 + 1
+        wait_until_closed(idle, IDLE_SECONDS + 15)
+        assert_serves(server)
+
+
+def test_heads_that_never_end_are_disconnected() -> None:
+    """However they trickle in: over HTTP/1.1, HTTP/2, and before it is clear which."""
+    headers_without_end = b"\x00\x00\x01\x01\x00\x00\x00\x00\x01\x82"
+    beginnings = [
+        *(b"G", b"GET / HTTP/1.1\r\nHost: q\r\n", b"PRI * HTTP/2.0\r\n\r\n"),
+        *(preface_with(b""), preface_with(headers_without_end)),
+    ]
+    with serving(WINDOW_SECONDS=0.05) as server:
+        slow = [server.connect(beginning) for beginning in beginnings for _ in range(20)]
+        start = time.monotonic()
+        closed = set[Client]()
+        while len(closed) < 40 and time.monotonic() < start + IDLE_SECONDS + 5:
+            for client in slow[:40]:
+                try:
+                    client.socket.sendall(b"X")
+                except OSError:
+                    closed.add(client)
+            assert_serves(server)
+        assert len(closed) == 40
+        for client in slow[40:]:
+            assert b"HTTP/1.1" not in client.rest()
+        assert_serves(server)
+
+
+def preface_with(frame: bytes) -> bytes:
+    connection = h2.connection.H2Connection()
+    connection.initiate_connection()
+    return connection.data_to_send() + frame
+
+
+def test_a_header_line_of_64_kib_is_a_ticket_like_any() -> None:
+    with serving(WINDOW_SECONDS=0.001) as server:
+        line = b"X-Long: " + b"a" * 65_536
+        assert_serves(server)
+        before = server.peak_memory()
+        for _ in range(200):
+            client = server.connect(b"GET / HTTP/1.1\r\nHost: q\r\n" + line + b"\r\n\r\n")
+            assert client.answer().body == GO
+            client.hang_up()
+        assert server.peak_memory() - before < 8 * 2**20
+
+
+def test_garbage_disturbs_nobody() -> None:
+    with serving(WINDOW_SECONDS=0.001) as server:
+        tls = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + os.urandom(500)
+        for garbage in [tls, *(os.urandom(size) for size in (1, 100, 10_000, 1_000_000))]:
+            for _ in range(20):
+                client = server.connect(b"")
+                try:
+                    client.socket.sendall(garbage)
+                    client.socket.shutdown(socket.SHUT_WR)
+                except OSError:
+                    continue  # closed before it had all
+                assert client.rest()[:12] in {b"", b"HTTP/1.1 400"}
+            assert_serves(server)
+        assert not [line for line in server.lines if "Traceback" in line or "[error" in line]
+
+
+def test_a_client_that_never_reads_delays_nobody_for_long() -> None:
+    """It asks for more answers than the kernel has room for."""
+    with serving(WINDOW_SECONDS=0.0005) as server, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        deaf.connect(("127.0.0.1", server.port))
+        deaf.sendall(REQUEST * 2000)
+        waits = [0.0]
+        start = time.monotonic()
+        while max(waits) < 0.5 and time.monotonic() < start + 10:
+            asked_at = time.monotonic()
+            client = server.connect()
+            waits.append(client.answer().at - asked_at)
+            client.hang_up()
+        assert 0.5 < max(waits) < 1.5
+
+
+def test_a_client_that_gives_no_credit_delays_nobody_for_long() -> None:
+    """HTTP/2 lets a client forbid to send it a body."""
+    window = 1.0
+    with serving(WINDOW_SECONDS=window) as server:
+        deaf = H2Client.with_prior_knowledge(server.connect(b"").socket)
+        deaf.connection.update_settings({4: 0})  # SETTINGS_INITIAL_WINDOW_SIZE
+        deaf.ask()
+        server.settle()
+        start = time.monotonic()
+        assert server.connect().answer().at - start < 2 * window + 1 + 0.5
+
+
+def test_streams_that_come_and_go_leave_nothing_behind() -> None:
+    with serving(WINDOW_SECONDS=3600) as server:
+        client = H2Client.with_prior_knowledge(server.connect(b"").socket)
+
+        def come_and_go(times: int) -> None:
+            for _ in range(times):
+                streams = [client.ask() for _ in range(100)]
+                for stream in streams:
+                    client.connection.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
+                client.flush()
+                server.settle()
+
+        come_and_go(10)
+        before = server.peak_memory()
+        come_and_go(40)
+        assert server.peak_memory() - before < 4 * 2**20
+        while server.status()["waiting"]:
+            pass
+
+
+def test_descriptors_that_run_out_come_back() -> None:
+    """80 clients want an answer from a server that may have 64 files open."""
+    few = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); "
+    few += "os.execv(sys.argv[1], sys.argv[1:])"
+    command = (sys.executable, "-c", few, installed("gateway-queue"))
+    with serving(*command, WINDOW_SECONDS=0.01) as server:
+        clients = [server.connect() for _ in range(80)]
+        waiting = list(clients)
+        while waiting:
+            ((number, answer),) = first_answers(waiting, 1)
+            assert answer.status == 200
+            waiting.pop(number).hang_up()
+        assert_serves(server)
+        complaints = [line for line in server.lines if "accept" in line]
+        assert 1 <= len(complaints) <= 3
+        assert not [line for line in server.lines if "Traceback" in line]
+
+
+def open_files(server: Server) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+@pytest.mark.parametrize("leave", [Client.hang_up, Client.reset])
+def test_connections_that_come_and_go_leave_nothing_behind(
+    leave: Callable[[Client], None],
+) -> None:
+    with serving(WINDOW_SECONDS=3600) as server:
+
+        def come_and_go(times: int) -> None:
+            for number in range(times):
+                ask = b"GET /?shard=%d HTTP/1.1\r\nHost: q\r\n\r\n" % (number % 1000)
+                clients = [server.connect(ask) for _ in range(10)]
+                for client in clients:
+                    leave(client)
+
+        come_and_go(40)
+        server.settle()
+        before = server.peak_memory()
+        come_and_go(300)
+        server.settle()
+        assert server.peak_memory() - before < 6 * 2**20
+        while server.status()["waiting"]:
+            pass
+        assert open_files(server) < 30
