@@ -60,7 +60,11 @@ class Server:
 
     def get(self, path: str) -> Answer:
         """Ask one of the endpoints."""
-        return self.connect(f"GET {path} HTTP/1.1\r\nHost: queue\r\n\r\n".encode()).answer()
+        client = Client(self.port, f"GET {path} HTTP/1.1\r\nHost: queue\r\n\r\n".encode())
+        try:
+            return client.answer()
+        finally:
+            client.hang_up()
 
     def status(self) -> dict[str, Any]:
         """Ask how the queue stands."""
@@ -229,3 +233,8 @@ def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]
                 answers.append((key.data, clients[key.data].answer()))
                 selector.unregister(key.fileobj)
     return answers
+
+
+def open_files(server: Server) -> int:
+    """Count the descriptors that a server holds."""
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))

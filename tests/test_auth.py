@@ -16,7 +16,7 @@ TOKEN = "correct-horse:battery/staple"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(AUTH_TOKEN=TOKEN, WINDOW_SECONDS=0.001, LOG_LEVEL="debug") as running:
+    with serving(AUTH_TOKEN=TOKEN, WINDOW_SECONDS=0.001, LOOP_FREE_STARTS=0) as running:
         yield running
         assert not [line for line in running.lines if "staple" in line]
 

@@ -332,9 +332,10 @@ def test_status_shows_who_waits_where() -> None:
         lanes = {lane["rate_limit_key"]: lane for lane in status["lanes"]}
         assert {key: lane["waiting"] for key, lane in lanes.items()} == {0: 2, 1: 2}
         assert [t["shard"] for t in lanes[0]["tickets"]] == [2, None]
-        assert [t["shard"] for t in lanes[1]["tickets"]] == [7, 9]
-        assert [t["position"] for t in lanes[1]["tickets"]] == [1, 2]
-        first, second = lanes[1]["tickets"]
+        assert [t["shard"] for t in lanes[1]["tickets"]] == [5, 7, 9]
+        assert [t["position"] for t in lanes[1]["tickets"]] == [1, 2, 3]
+        away, first, second = lanes[1]["tickets"]
+        assert (away["state"], away["eta"]) == ("away", None)
         assert first["eta"] == lanes[1]["opens_in"] < 100
         assert second["eta"] == pytest.approx(first["eta"] + 100)
         assert 0 <= second["waited"] <= first["waited"] < 20

@@ -8,14 +8,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import h2.connection
 import h2.errors
 import h2.exceptions
 import pytest
 
-from tests.harness import GO, REQUEST, Client, Server, first_answers, installed, serving
+from tests.harness import GO, REQUEST, Client, Server, first_answers, installed, open_files, serving
 from tests.test_http2 import H2Client
 
 IDLE_SECONDS = 5.0
@@ -168,10 +167,6 @@ def test_descriptors_that_run_out_come_back() -> None:
         complaints = [line for line in server.lines if "accept" in line]
         assert 1 <= len(complaints) <= 3
         assert not [line for line in server.lines if "Traceback" in line]
-
-
-def open_files(server: Server) -> int:
-    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
 @pytest.mark.parametrize("leave", [Client.hang_up, Client.reset])
