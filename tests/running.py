@@ -9,6 +9,7 @@ from typing import Any
 import trio
 from trio.testing import MockClock
 
+from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
 from gateway_queue.store.memory import MemoryStore
 
@@ -41,7 +42,7 @@ async def running(
         session_start_limit=session_start_limit,
         loop_free_starts=loop_free_starts,
     )
-    queue = Queue(store, max_concurrency=keys, place_seconds=place_seconds)
+    queue = Queue(store, Metrics(), max_concurrency=keys, place_seconds=place_seconds)
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)
         yield queue

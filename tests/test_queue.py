@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
 from gateway_queue.store.memory import MemoryStore
 from tests.running import TOLERANCE, WINDOW, on_mock_clock, running, stopwatch
@@ -132,7 +133,9 @@ def test_restarts_release_nobody_early_and_lose_nobody_who_asks_again(
     async def serve(lifetime: float) -> None:
         """Be one process: killed without warning when its lifetime is over."""
         answered = {release.client for release in releases}
-        queue = Queue(MemoryStore(WINDOW, hold=True), max_concurrency=keys, place_seconds=0)
+        queue = Queue(
+            MemoryStore(WINDOW, hold=True), Metrics(), max_concurrency=keys, place_seconds=0
+        )
         with trio.move_on_after(lifetime):
             async with trio.open_nursery() as nursery:
                 await nursery.start(queue.run)
@@ -169,7 +172,7 @@ async def test_the_next_in_line_gets_the_slot_of_one_who_leaves_when_chosen(
     autojump_clock: MockClock,
 ) -> None:
     """A thousand leave in the moment in which the first of them is chosen; one stays."""
-    queue = Queue(MemoryStore(WINDOW, hold=True), max_concurrency=1, place_seconds=0)
+    queue = Queue(MemoryStore(WINDOW, hold=True), Metrics(), max_concurrency=1, place_seconds=0)
     served = []
 
     async def client(number: int) -> None:
@@ -203,7 +206,7 @@ async def test_an_answer_that_fails_counts_as_one_that_is_out(autojump_clock: Mo
 async def test_closing_finishes_the_answer_under_way_and_releases_nobody_else(
     autojump_clock: MockClock,
 ) -> None:
-    queue = Queue(MemoryStore(WINDOW, hold=False), max_concurrency=1, place_seconds=0)
+    queue = Queue(MemoryStore(WINDOW, hold=False), Metrics(), max_concurrency=1, place_seconds=0)
     answered = []
 
     async def client(number: int) -> None:
@@ -225,7 +228,7 @@ async def test_closing_finishes_the_answer_under_way_and_releases_nobody_else(
 
 
 async def test_an_idle_queue_has_no_tasks_and_keeps_no_lanes(autojump_clock: MockClock) -> None:
-    queue = Queue(MemoryStore(WINDOW, hold=False), max_concurrency=1000, place_seconds=0)
+    queue = Queue(MemoryStore(WINDOW, hold=False), Metrics(), max_concurrency=1000, place_seconds=0)
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)
         async with trio.open_nursery() as everybody:

@@ -13,6 +13,7 @@ from typing import NoReturn
 import structlog
 import trio
 
+from gateway_queue.metrics import Metrics
 from gateway_queue.queue.budget_alarm import BudgetAlarm
 from gateway_queue.queue.lane import Lane, Slot, Ticket
 from gateway_queue.queue.places import Places
@@ -31,12 +32,19 @@ class Queue:
       max_concurrency: number of rate limit keys; 0 releases everybody at once, and while it is
         None nobody is released.
       place_seconds: how long a shard that goes away while it waits keeps its place.
+      metrics: where to count what happens.
     """
 
     def __init__(
-        self, store: WindowStore, *, max_concurrency: int | None, place_seconds: float
+        self,
+        store: WindowStore,
+        metrics: Metrics,
+        *,
+        max_concurrency: int | None,
+        place_seconds: float,
     ) -> None:
         self.store = store
+        self._metrics = metrics
         self.max_concurrency = max_concurrency
         self.places = Places(place_seconds)
         self.released = 0
@@ -101,6 +109,7 @@ class Queue:
         if self.max_concurrency == 0:
             yield
             self.released += 1
+            self._metrics.released.labels(0).inc()
             return
         ticket = Ticket(next(self._numbers), shard)
         self.places.take(ticket)
@@ -114,6 +123,7 @@ class Queue:
                 slot.send_nowait(trio.current_time())
         except trio.Cancelled:
             self.abandoned += 1
+            self._metrics.abandoned.inc()
             self._leave_place(ticket)
             raise
         finally:
@@ -160,6 +170,7 @@ class Queue:
         key = self.key(ticket.shard)
         if ticket.shard is None and (self.max_concurrency or 0) > 1:
             log.warning("no shard named, taken for shard 0", max_concurrency=self.max_concurrency)
+            self._metrics.unkeyed.inc()
         if key not in self.lanes:
             self.lanes[key] = Lane(key)
             if self._dispatchers is not None:
@@ -224,7 +235,14 @@ class Queue:
             self._ask_again()
         else:
             await self.store.start_window(lane.rate_limit_key, ticket.shard, answered_at)
+            self._measure(lane, ticket, answered_at)
             self._budget_alarm.check(self.store.session_starts())
+
+    def _measure(self, lane: Lane, ticket: Ticket, answered_at: float) -> None:
+        due = max(lane.opens_at, ticket.here_since, ticket.held_until)
+        self._metrics.lateness.observe(answered_at - due)
+        self._metrics.wait.observe(answered_at - ticket.joined_at)
+        self._metrics.released.labels(lane.rate_limit_key).inc()
 
     def _ask_again(self) -> None:
         """Let all dispatchers claim anew: a session start may be left that was not before."""
@@ -236,6 +254,7 @@ class Queue:
         if not lane.leave(ticket):
             return
         log.warning("held: the shard starts too often", shard=ticket.shard, wait=round(seconds, 3))
+        self._metrics.loop_held.inc()
         self.held.add(ticket)
         ticket.held_until = trio.current_time() + seconds
         ticket.give(None)

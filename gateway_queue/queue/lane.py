@@ -22,12 +22,14 @@ class Ticket:
       shard: whose it is; None if the client did not say.
     """
 
-    __slots__ = ("_receive", "_send", "held_until", "joined_at", "number", "shard")
+    __slots__ = ("_receive", "_send", "held_until", "here_since", "joined_at", "number", "shard")
 
     def __init__(self, number: int, shard: int | None) -> None:
         self.number = number
         self.shard = shard
-        self.joined_at = trio.current_time()
+        self.here_since = trio.current_time()
+        self.joined_at = self.here_since
+        """Since when it has had this place, be it with other clients before this one."""
         self.held_until = -math.inf
         # Room for the slot: a channel without any refuses it while nobody is receiving yet.
         self._send, self._receive = trio.open_memory_channel[Slot | None](1)

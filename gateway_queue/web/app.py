@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Any, NoReturn
 
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope, Scope
-from quart import Response
+from quart import Response, request
 from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
@@ -16,7 +17,9 @@ from werkzeug.routing import MapAdapter
 
 from gateway_queue.discord import BadToken, connect
 from gateway_queue.limits import Limits
+from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
+from gateway_queue.queue.gauges import gauges
 from gateway_queue.settings import Settings
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.web import hypercorn_fixes
@@ -28,7 +31,7 @@ from gateway_queue.web.tickets import TicketRequest
 PUBLIC = frozenset({"/healthz", "/readyz"})
 """Endpoints for those who watch over the process, who have no token."""
 
-ENDPOINTS = PUBLIC | {"/status"}
+ENDPOINTS = PUBLIC | {"/status", "/metrics"}
 
 
 class GatewayQueue(QuartTrio):
@@ -52,6 +55,7 @@ class GatewayQueue(QuartTrio):
         self.add_url_rule("/healthz", view_func=healthz)
         self.add_url_rule("/readyz", view_func=self._readyz)
         self.add_url_rule("/status", view_func=self._status)
+        self.add_url_rule("/metrics", view_func=self._show_metrics)
         self.register_error_handler(HTTPException, explain)
 
     async def _open_queue(self) -> None:
@@ -64,13 +68,16 @@ class GatewayQueue(QuartTrio):
             session_start_limit=settings.session_start_limit,
             loop_free_starts=settings.loop_free_starts,
         )
+        self._metrics = Metrics()
         self.queue = Queue(
             store,
+            self._metrics,
             max_concurrency=_known_max_concurrency(settings),
             place_seconds=settings.place_seconds,
         )
         if settings.discord_token is not None and self.queue.max_concurrency is None:
             self.nursery.start_soon(self._follow_discord, settings.discord_token)
+        self._metrics.watch(partial(gauges, self.queue))
         await self.nursery.start(self.queue.run)
 
     async def _follow_discord(self, token: str) -> None:
@@ -96,6 +103,11 @@ class GatewayQueue(QuartTrio):
     async def _status(self) -> dict[str, Any]:
         """Describe the queue."""
         return status_document(self.queue, self._settings)
+
+    async def _show_metrics(self) -> Response:
+        """Hand the metrics to Prometheus."""
+        text, content_type = self._metrics.exposition(request.headers.get("accept", ""))
+        return Response(text, content_type=content_type)
 
     async def asgi_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable

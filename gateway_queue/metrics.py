@@ -1,0 +1,81 @@
+"""Metrics for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+WAIT_BUCKETS = (0.1, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)
+"""Seconds: from "at once" over the patience of common HTTP clients to a fleet's whole start."""
+
+LATENESS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+"""Seconds: from what the kernel's timer allows to what takes shards out of their windows."""
+
+
+class Metrics:
+    """What is counted while the queue runs; all of it belongs to one registry."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        self.released = Counter(
+            "gateway_queue_released",
+            "Tickets that had their turn.",
+            ["rate_limit_key"],
+            registry=self.registry,
+        )
+        self.abandoned = self._counter("abandoned", "Clients that left without their turn.")
+        self.unkeyed = self._counter(
+            "unkeyed", "Tickets that named no shard though there are several rate limit keys."
+        )
+        self.loop_held = self._counter(
+            "loop_held", "Times that a ticket was held because its shard starts too often."
+        )
+        self.store_errors = self._counter("store_errors", "Failures of the window store.")
+        self.wait = self._histogram(
+            "wait_seconds", "From the first request to the answer.", WAIT_BUCKETS
+        )
+        self.lateness = self._histogram(
+            "lateness_seconds",
+            "From the moment in which the window was open and somebody waited to the answer.",
+            LATENESS_BUCKETS,
+        )
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Write all metrics in the best format that an Accept header allows.
+
+        Returns:
+          The text and its content type.
+        """
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def watch(self, look: Callable[[], Iterable[GaugeMetricFamily]]) -> None:
+        """Add gauges that are looked up when somebody asks for them."""
+        self.registry.register(_Gauges(look))
+
+    def _counter(self, name: str, about: str) -> Counter:
+        return Counter(f"gateway_queue_{name}", about, registry=self.registry)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"gateway_queue_{name}", about, buckets=buckets, registry=self.registry)
+
+
+class _Gauges(Collector):
+    def __init__(self, look: Callable[[], Iterable[Metric]]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterable[Metric]:
+        return self._look()

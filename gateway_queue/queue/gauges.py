@@ -1,0 +1,33 @@
+"""What a queue shows to Prometheus of the moment in which it is asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client.metrics_core import GaugeMetricFamily
+
+from gateway_queue.queue import Queue
+
+
+def gauges(queue: Queue) -> Iterator[GaugeMetricFamily]:
+    """Look at the lanes, not at who stands in them."""
+    waiting = Counter({key: len(lane) for key, lane in queue.lanes.items()})
+    waiting.update(queue.key(ticket.shard) for ticket in queue.held)
+    gauge = GaugeMetricFamily(
+        "gateway_queue_waiting", "Clients that wait.", labels=["rate_limit_key"]
+    )
+    for key, number in sorted(waiting.items()):
+        gauge.add_metric([str(key)], number)
+    yield gauge
+
+    starts = queue.store.session_starts()
+    if starts.total is not None and starts.remaining is not None:
+        yield GaugeMetricFamily(
+            "gateway_queue_session_starts_remaining",
+            "Session starts that are left of the day's.",
+            value=starts.remaining,
+        )
+        yield GaugeMetricFamily(
+            "gateway_queue_session_starts_total", "Session starts of a day.", value=starts.total
+        )
