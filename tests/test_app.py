@@ -14,7 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from gateway_queue.settings import Settings
 from gateway_queue.web.app import GatewayQueue
 from gateway_queue.web.auth import Guard
-from gateway_queue.web.tickets import TicketRequest
+from gateway_queue.web.tickets import ANSWER_SECONDS, TicketRequest
 from tests.harness import GO
 
 
@@ -142,7 +142,7 @@ async def test_a_client_that_does_not_take_its_answer_is_not_waited_for(
         nursery.start_soon(TicketRequest(SCOPE, slow.receive, never, turn, Guard(None)).run)
         await wait_all_tasks_blocked()
         await TicketRequest(SCOPE, next_in_line.receive, next_in_line.send, turn, Guard(None)).run()
-        assert trio.current_time() == pytest.approx(6.0)
+        assert trio.current_time() == pytest.approx(5 + ANSWER_SECONDS)
         slow.hang_up()
     assert [event["type"] for event in next_in_line.sent] == [
         "http.response.start",

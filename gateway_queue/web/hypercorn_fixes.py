@@ -28,7 +28,7 @@ PIPELINED_MAX = 2**16
 """Bytes that a client may send ahead, behind a request that still stalls."""
 
 
-SEND_SECONDS, SLOWEST_READER = 1.0, 10_000
+SEND_SECONDS, SLOWEST_READER = 0.8, 10_000
 """How soon a client has to read once the kernel's buffers are full, and how many bytes a second.
 For who is next in line waits until an answer is written."""
 

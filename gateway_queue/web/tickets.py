@@ -22,7 +22,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 GO = b"""{"message": "You're free to connect now! :)"}"""
 
-ANSWER_SECONDS = 1.0
+ANSWER_SECONDS = 0.8
 """A client whose connection does not take the answer within this time keeps others waiting."""
 
 NOTICE_CHECKPOINTS = 3
