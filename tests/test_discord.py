@@ -340,7 +340,12 @@ def test_status_shows_who_waits_where() -> None:
         assert second["eta"] == pytest.approx(first["eta"] + 100)
         assert 0 <= second["waited"] <= first["waited"] < 20
         assert status["abandoned"] == 1
+        assert list(status) == [
+            *("version", "window_seconds", "max_concurrency", "store", "waiting", "released"),
+            *("abandoned", "session_starts", "lanes"),
+        ]
         assert status["store"] == "memory"
+        assert server.get("/status").headers["cache-control"] == "no-store"
         assert any("no shard named" in line for line in server.lines)
 
 

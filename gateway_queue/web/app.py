@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope, Scope
 from quart import Response, request
+from quart.typing import ResponseTypes
 from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
@@ -49,6 +50,7 @@ class GatewayQueue(QuartTrio):
         super().__init__("gateway_queue", static_folder=None)
         self.config["MAX_CONTENT_LENGTH"] = 0  # bodies are dropped, not kept
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+        self.json.sort_keys = False  # type: ignore[attr-defined]
         self._prepare = prepare
         self._refuse = refuse
         self.before_serving(self._open_queue)
@@ -57,6 +59,7 @@ class GatewayQueue(QuartTrio):
         self.add_url_rule("/status", view_func=self._status)
         self.add_url_rule("/metrics", view_func=self._show_metrics)
         self.register_error_handler(HTTPException, explain)
+        self.after_request(never_store)
 
     async def _open_queue(self) -> None:
         self._settings = settings = self._prepare()
@@ -144,6 +147,12 @@ def _known_max_concurrency(settings: Settings) -> int | None:
 async def healthz() -> dict[str, str]:
     """Say that the process serves."""
     return {"status": "ok"}
+
+
+async def never_store(response: ResponseTypes) -> ResponseTypes:
+    """Keep caches from answering in place of the server."""
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
 
 
 async def explain(error: HTTPException) -> Response:
