@@ -507,6 +507,30 @@ async def test_a_reset_is_believed_when_discord_does_not_answer(autojump_clock: 
             follower.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("left", [None, 20])
+async def test_each_is_released_when_its_eta_says(
+    autojump_clock: MockClock, left: int | None
+) -> None:
+    """50 tickets over 4 keys; with a budget for 20, the others go on from the reset."""
+    async with running(keys=4, hold=True) as queue, trio.open_nursery() as nursery:
+        if left is not None:
+            await queue.allow(Allowance(total=100, remaining=left, resets_at=HOUR, asked_at=0))
+        history = History(queue)
+        for shard in range(50):
+            nursery.start_soon(history.ask, shard)
+            await wait_all_tasks_blocked()
+        etas = {
+            ticket.shard: ticket.eta
+            for lane in status.lanes(queue, WINDOW)
+            for ticket in lane.tickets
+        }
+    released = {shard: at for at, shard, _ in history.releases}
+    assert len(etas) == 50
+    for named, eta in etas.items():
+        assert named is not None
+        assert released[named] == pytest.approx(eta, abs=WINDOW / 100)
+
+
 # --- crash loops ------------------------------------------------------------------------------
 
 

@@ -29,10 +29,10 @@ class Queue:
 
     Args:
       store: what is known of earlier releases.
+      metrics: where to count what happens.
       max_concurrency: number of rate limit keys; 0 releases everybody at once, and while it is
         None nobody is released.
       place_seconds: how long a shard that goes away while it waits keeps its place.
-      metrics: where to count what happens.
     """
 
     def __init__(
@@ -189,6 +189,7 @@ class Queue:
             self._join(ticket)
 
     async def _dispatch_with_changes(self) -> NoReturn:
+        """Run dispatchers by one number of keys after the other, from the first that is known."""
         number = self.max_concurrency
         while True:
             if number is None:
@@ -239,6 +240,7 @@ class Queue:
             self._budget_alarm.check(self.store.session_starts())
 
     def _measure(self, lane: Lane, ticket: Ticket, answered_at: float) -> None:
+        # The window was open, the client here, and the shard free to start.
         due = max(lane.opens_at, ticket.here_since, ticket.held_until)
         self._metrics.lateness.observe(answered_at - due)
         self._metrics.wait.observe(answered_at - ticket.joined_at)

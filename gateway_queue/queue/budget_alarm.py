@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from gateway_queue.store import SessionStarts
-
-USUAL_TOTAL = 1000
-"""What Discord grants all but the largest bots, for when no limit is known."""
+from gateway_queue.store import USUAL_TOTAL, SessionStarts
 
 log = structlog.stdlib.get_logger(__name__)
 

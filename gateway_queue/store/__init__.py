@@ -13,6 +13,9 @@ IN_FLIGHT_WINDOWS = 6
 """A released shard has identified after so many windows, or it will not any more. Until then
 Discord's figure may be without it."""
 
+USUAL_TOTAL = 1000
+"""Session starts a day that Discord grants all but the largest bots."""
+
 Source = Literal["discord", "configured"]
 
 

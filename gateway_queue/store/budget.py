@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-from gateway_queue.store import IN_FLIGHT_WINDOWS, Allowance, SessionStarts, Source
+from gateway_queue.store import IN_FLIGHT_WINDOWS, USUAL_TOTAL, Allowance, SessionStarts, Source
 
 DAY = 24 * 60 * 60.0
 """Seconds in which a bot has its session starts:
 https://discord.com/developers/docs/events/gateway#session-start-limit-object"""
-
-USUAL_TOTAL = 1000
-"""What Discord grants all but the largest bots. Where nothing is enforced, no more are counted."""
 
 
 class Budget:
@@ -32,6 +29,7 @@ class Budget:
         self._configured = limit or None
         self._allowance: Allowance | None = None
         self._claimed = 0
+        # Where nothing is enforced, there is no need to count to more than the last warning.
         self._starts = deque[float](maxlen=self._configured or USUAL_TOTAL)
 
     def claim(self, now: float) -> bool:

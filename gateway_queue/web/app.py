@@ -20,11 +20,11 @@ from gateway_queue.discord import BadToken, connect
 from gateway_queue.limits import Limits
 from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
-from gateway_queue.queue.gauges import gauges
 from gateway_queue.settings import Settings
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.web import hypercorn_fixes
 from gateway_queue.web.auth import Guard
+from gateway_queue.web.gauges import gauges
 from gateway_queue.web.problems import CONTENT_TYPE, problem
 from gateway_queue.web.status import status_document
 from gateway_queue.web.tickets import TicketRequest

@@ -61,6 +61,9 @@ class TicketRequest:
             nursery.start_soon(self._read, nursery.cancel_scope)
             try:
                 await self._answer_in_turn()
+            except trio.TooSlowError:
+                log.warning("a client does not take its answer")
+                await trio.sleep_forever()
             except Exception:
                 log.exception("ticket failed, its request is held")
                 await trio.sleep_forever()

@@ -1,4 +1,4 @@
-"""What a queue shows to Prometheus of the moment in which it is asked."""
+"""What ``/metrics`` shows of the moment in which it is asked."""
 
 from __future__ import annotations
 
