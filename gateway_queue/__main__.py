@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     host, port = server.settings.host, server.settings.port
     config = Config.from_object(server)
     try:
-        listener = listen(host, port, config.backlog)
+        listeners = listen(host, port, config.backlog)
     except BadSetting as error:
         refuse(error)
     except OSError as error:
         sys.exit(f"cannot listen on {host}:{port}: {error.strerror}")
-    config.bind = [f"fd://{listener.detach()}"]
+    config.bind = [f"fd://{listener.detach()}" for listener in listeners]
     trio.run(_serve, config)
 
 

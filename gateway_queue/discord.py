@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -121,7 +122,11 @@ def _whole_number(value: object) -> int:
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Read the seconds of a Retry-After header; Discord sends no dates."""
+    """Read the seconds of a Retry-After header; a proxy may send a date there."""
     text = response.headers.get("retry-after", "")
-    seconds = float(text) if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text) else 0.0
-    return seconds if math.isfinite(seconds) else 0.0
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", text):
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0

@@ -1,4 +1,4 @@
-"""The listening socket of the command."""
+"""The listening sockets of the command."""
 
 from __future__ import annotations
 
@@ -11,28 +11,45 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": 20_000
 """Finds out clients that vanished without a word: the kernel asks after 10 s of silence and every
 5 s from then on, and gives up after 20 s, as it does on an answer that nobody acknowledges."""
 
+NOT_HERE = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+"""Errors of an address that a name has, but this machine has not, as without IPv6."""
 
-def listen(host: str, port: int, backlog: int) -> socket.socket:
+
+def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
     """Bind and listen, with options that every accepted connection inherits.
+
+    Args:
+      host: all addresses of this name; ``localhost`` has two on many machines.
+      port: the same for all of them; 0 is any free one.
+      backlog: connections that the kernel keeps ready.
 
     Raises:
       BadSetting: this machine has no such host.
-      OSError: the address cannot be bound, most often because it is in use.
+      OSError: an address cannot be bound, most often because it is in use.
     """
     try:
-        (family, *_, address), *_ = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        # The wildcard of IPv6 stands for IPv4 too, as it does for most servers.
-        listener = socket.create_server(
-            address[:2], family=family, backlog=backlog, dualstack_ipv6=address[0] == "::"
-        )
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
         raise _no_such(host) from None
-    except OSError as error:
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise _no_such(host) from None
-        raise
+    listeners: list[socket.socket] = []
+    for family, address in dict.fromkeys((family, to[0]) for family, *_, to in found):
+        try:
+            listeners.append(_listen(family, str(address), port, backlog))
+        except OSError as error:
+            if error.errno not in NOT_HERE:
+                raise
+        else:
+            port = listeners[0].getsockname()[1]
+    if not listeners:
+        raise _no_such(host)
+    return listeners
+
+
+def _listen(family: int, address: str, port: int, backlog: int) -> socket.socket:
+    # The wildcard of IPv6 stands for IPv4 too, as it does for most servers.
+    listener = socket.create_server(
+        (address, port), family=family, backlog=backlog, dualstack_ipv6=address == "::"
+    )
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for option, value in KEEP_ALIVE.items():

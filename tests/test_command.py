@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import gateway_queue
+from gateway_queue.listener import listen
 from gateway_queue.settings import BadSetting, Settings
 from tests.harness import GO, REQUEST, environ, first_answers, installed, serving
 
@@ -212,6 +213,22 @@ def test_hosts(host: str) -> None:
                 assert client.recv(12) == b"HTTP/1.1 200"
         else:
             assert server.connect().answer().status == 200
+
+
+def test_a_name_with_several_addresses_is_bound_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As localhost is on most machines. One that is not this machine's is passed over."""
+    addresses = [
+        found
+        for host in ("::1", "127.0.0.1", "198.51.100.1")
+        for found in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
+    listeners = listen("localhost", 0, 10)
+    bound = [listener.getsockname()[:2] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    assert [address for address, _ in bound] == ["::1", "127.0.0.1"]
+    assert len({port for _, port in bound}) == 1
 
 
 def test_help_and_version_need_no_good_environment() -> None:

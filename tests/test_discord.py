@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from itertools import pairwise
 from pathlib import Path
 
@@ -153,6 +154,25 @@ async def test_a_host_that_cannot_be_is_a_fault_like_any(url: str) -> None:
     async with connect(TOKEN, url) as discord:
         with pytest.raises(Unavailable):
             await discord.session_start_limit()
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        *(("7", 7.0), ("0.5", 0.5), ("-1", 0.0), ("1e9", 0.0), ("nan", 0.0), ("9" * 400, 0.0)),
+        *(("in an hour", 3600.0), ("an hour ago", 0.0), ("Sun, 31 Feb 2026 25:00:00 GMT", 0.0)),
+    ],
+)
+async def test_retry_after(header: str, seconds: float) -> None:
+    dates = {"in an hour": time.time() + 3600, "an hour ago": time.time() - 3600}
+    if header in dates:
+        header = formatdate(dates[header], usegmt=True)
+    with playing() as fake:
+        fake.tricks.append(answer(503, retry_after=header))
+        async with connect(TOKEN, fake.url) as discord:
+            with pytest.raises(Unavailable) as unavailable:
+                await discord.session_start_limit()
+    assert unavailable.value.retry_after == pytest.approx(seconds, abs=60 if seconds > 60 else 0)
 
 
 async def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,13 @@ async def test_an_unnamed_shard_is_warned_of_where_keys_matter(
     async with running(keys=2) as queue:
         await ask(queue)
         assert len(named(logged, "no shard")) == 1
+    async with running(keys=None, hold=True) as queue, trio.open_nursery() as nursery:
+        nursery.start_soon(ask, queue)
+        await wait_all_tasks_blocked()
+        for keys in (2, 3, 1):
+            await queue.set_max_concurrency(keys)
+            await wait_all_tasks_blocked()
+            assert len(named(logged, "no shard")) == 2, "once the keys are known, and once only"
 
 
 async def test_with_no_keys_everybody_goes_at_once(autojump_clock: MockClock) -> None:

@@ -112,6 +112,7 @@ class Queue:
             self._metrics.released.labels(0).inc()
             return
         ticket = Ticket(next(self._numbers), shard)
+        self._warn_if_unkeyed(ticket)
         self.places.take(ticket)
         try:
             with await self._slot(ticket) as slot:
@@ -168,9 +169,6 @@ class Queue:
     def _join(self, ticket: Ticket) -> None:
         """Stand in the lane of a ticket's key, and open it if nobody else stands there."""
         key = self.key(ticket.shard)
-        if ticket.shard is None and (self.max_concurrency or 0) > 1:
-            log.warning("no shard named, taken for shard 0", max_concurrency=self.max_concurrency)
-            self._metrics.unkeyed.inc()
         if key not in self.lanes:
             self.lanes[key] = Lane(key)
             if self._dispatchers is not None:
@@ -180,13 +178,21 @@ class Queue:
         if lane.first() is ticket:
             lane.news.unpark_all()  # this one may have to be held where the former first had not
 
+    def _warn_if_unkeyed(self, ticket: Ticket) -> None:
+        if ticket.shard is None and (self.max_concurrency or 0) > 1:
+            log.warning("no shard named, taken for shard 0", max_concurrency=self.max_concurrency)
+            self._metrics.unkeyed.inc()
+
     def _move(self, number: int) -> None:
         """Let all who stand in line stand in the lanes of another number of keys."""
+        was_known = self.max_concurrency is not None
         in_line = [ticket for lane in self.lanes.values() for ticket in lane]
         self.max_concurrency = number
         self.lanes = {}
         for ticket in in_line:
             self._join(ticket)
+            if not was_known:
+                self._warn_if_unkeyed(ticket)
 
     async def _dispatch_with_changes(self) -> NoReturn:
         """Run dispatchers by one number of keys after the other, from the first that is known."""
