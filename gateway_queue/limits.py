@@ -51,9 +51,8 @@ class Limits:
                 self.fault = "few session starts are left, and some of them may be in flight"
                 await trio.sleep_until(landed_at)
                 continue
-            now = trio.current_time()
             log.debug("Discord's limits", **vars(limit))
-            await self._adopt(limit, asked_at, now)
+            await self._adopt(limit, asked_at)
             reset_after = max(NEAREST_RESET, limit.reset_after)
             await trio.sleep(min(self._settings.discord_refresh_seconds, reset_after))
 
@@ -82,8 +81,8 @@ class Limits:
             await trio.sleep(wait)
             delay = min(2 * delay, LONGEST_RETRY)
 
-    async def _adopt(self, limit: SessionStartLimit, asked_at: float, now: float) -> None:
-        resets_at = now + limit.reset_after
+    async def _adopt(self, limit: SessionStartLimit, asked_at: float) -> None:
+        resets_at = trio.current_time() + limit.reset_after
         await self._queue.allow(Allowance(limit.total, limit.remaining, resets_at, asked_at))
         own = self._settings.max_concurrency or limit.max_concurrency
         number = min(limit.max_concurrency, own)

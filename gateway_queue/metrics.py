@@ -30,12 +30,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        self.released = Counter(
-            "gateway_queue_released",
-            "Tickets that had their turn.",
-            ["rate_limit_key"],
-            registry=self.registry,
-        )
+        self.released = self._counter("released", "Tickets that had their turn.", "rate_limit_key")
         self.abandoned = self._counter("abandoned", "Clients that left without their turn.")
         self.unkeyed = self._counter(
             "unkeyed", "Tickets that named no shard though there are several rate limit keys."
@@ -66,8 +61,8 @@ class Metrics:
         """Add gauges that are looked up when somebody asks for them."""
         self.registry.register(_Gauges(look))
 
-    def _counter(self, name: str, about: str) -> Counter:
-        return Counter(f"gateway_queue_{name}", about, registry=self.registry)
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(f"gateway_queue_{name}", about, labels, registry=self.registry)
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"gateway_queue_{name}", about, buckets=buckets, registry=self.registry)

@@ -76,9 +76,7 @@ def _token(text: str) -> str:
 
 def _http_url(text: str) -> str:
     # The URL is shown in logs, so no password may be in it.
-    if not re.fullmatch(r"https?://[^@?#]+", text, re.IGNORECASE) or not re.fullmatch(
-        "[!-~]+", text
-    ):
+    if not re.fullmatch(r"https?://[!-~]+", text, re.IGNORECASE) or set(text) & set("@?#"):
         raise ValueError(text)
     url = urlsplit(text)
     if not url.hostname or url.port == 0:  # reading the port checks it
@@ -101,6 +99,10 @@ def _variable(
         repr=not secret,
         metadata={"parse": parse, "takes": takes, "about": about, "secret": secret},
     )
+
+
+def _count(default: int | None, *, about: str) -> Any:
+    return _variable(default, _whole_number, takes="a whole number from 0", about=about)
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,8 @@ class Settings:
         takes="a number from 0",
         about="how long a shard that went away while it waited keeps its place; 0 turns that off",
     )
-    max_concurrency: int | None = _variable(
-        None,
-        _whole_number,
-        takes="a whole number from 0",
-        about="number of rate limit keys; 0 releases every ticket at once",
+    max_concurrency: int | None = _count(
+        None, about="number of rate limit keys; 0 releases every ticket at once"
     )
     discord_token: str | None = _variable(
         None,
@@ -156,17 +155,11 @@ class Settings:
     discord_refresh_seconds: float = _variable(
         300.0, _seconds, takes="a number over 0", about="how often Discord is asked again"
     )
-    session_start_limit: int | None = _variable(
-        None,
-        _whole_number,
-        takes="a whole number from 0",
-        about="session starts in 24 hours; 0 never enforces a limit",
+    session_start_limit: int | None = _count(
+        None, about="session starts in 24 hours; 0 never enforces a limit"
     )
-    loop_free_starts: int = _variable(
-        5,
-        _whole_number,
-        takes="a whole number from 0",
-        about="starts of a shard in an hour until the next ones are delayed; 0 delays none",
+    loop_free_starts: int = _count(
+        5, about="starts of a shard in an hour until the next ones are delayed; 0 delays none"
     )
     auth_token: str | None = _variable(
         None,

@@ -14,6 +14,7 @@ import trio
 from gateway_queue.queue import Queue
 from gateway_queue.queue.lane import Lane, Ticket
 from gateway_queue.queue.places import Place
+from gateway_queue.store import SessionStarts
 
 
 @dataclass
@@ -52,21 +53,17 @@ def lanes(queue: Queue, window: float) -> list[LaneStatus]:
     for one in (*queue.held, *queue.places):
         aside[queue.key(one.shard)].append(one)
     keys = {key for key, lane in queue.lanes.items() if lane} | set(aside)
-    first_slot = _first_slot(queue)
+    starts = queue.store.session_starts()
+    if queue.max_concurrency is None:
+        first_slot = math.inf
+    else:
+        first_slot = starts.resets_in if starts.spent else 0.0
     statuses = [
         _lane(queue.lanes.get(key, Lane(key)), aside[key], first_slot, window)
         for key in sorted(keys)
     ]
-    _delay_to_reset(queue, statuses, window)
+    _delay_to_reset(starts, statuses, window)
     return statuses
-
-
-def _first_slot(queue: Queue) -> float:
-    """Return when the first slot of any lane can come."""
-    if queue.max_concurrency is None:
-        return math.inf
-    starts = queue.store.session_starts()
-    return starts.resets_in if starts.spent else 0.0
 
 
 def _lane(lane: Lane, aside: list[Ticket | Place], first_slot: float, window: float) -> LaneStatus:
@@ -90,9 +87,8 @@ def _lane(lane: Lane, aside: list[Ticket | Place], first_slot: float, window: fl
     return LaneStatus(lane.rate_limit_key, here, opens_in, tickets)
 
 
-def _delay_to_reset(queue: Queue, statuses: list[LaneStatus], window: float) -> None:
+def _delay_to_reset(starts: SessionStarts, statuses: list[LaneStatus], window: float) -> None:
     """Let those for whom the day has no start left go on from its reset, a window apart."""
-    starts = queue.store.session_starts()
     if not starts.enforced or starts.remaining is None or starts.spent:
         return
     here = ((t, lane) for lane in statuses for t in lane.tickets if t.state != "away")

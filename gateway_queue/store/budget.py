@@ -32,13 +32,13 @@ class Budget:
         # Where nothing is enforced, there is no need to count to more than the last warning.
         self._starts = deque[float](maxlen=self._configured or USUAL_TOTAL)
 
-    def claim(self, now: float) -> bool:
-        """Take one start, if one is left."""
+    def claim(self, now: float) -> float:
+        """Take one start and return 0, or return when some are free again if none is left."""
         seen = self.seen_at(now)
         if seen.enforced and seen.remaining is not None and seen.remaining <= self._claimed:
-            return False
+            return seen.resets_in
         self._claimed += 1
-        return True
+        return 0.0
 
     def give_back(self) -> None:
         """Return a claimed start that did not come about."""

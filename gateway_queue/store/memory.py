@@ -44,8 +44,8 @@ class MemoryStore:
             return Refusal(wait, "shard")
         if (wait := self._windows.opens_at(key) - now) > 0:
             return Refusal(wait, "key")
-        if not self._budget.claim(now):
-            return Refusal(self._budget.seen_at(now).resets_in, "key")
+        if wait := self._budget.claim(now):
+            return Refusal(wait, "key")
         return None
 
     async def start_window(self, key: int, shard: int | None, answered_at: float) -> None:

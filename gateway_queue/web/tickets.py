@@ -63,11 +63,10 @@ class TicketRequest:
                 await self._answer_in_turn()
             except trio.TooSlowError:
                 log.warning("a client does not take its answer")
-                await trio.sleep_forever()
             except Exception:
                 log.exception("ticket failed, its request is held")
-                await trio.sleep_forever()
-            nursery.cancel_scope.cancel()
+            else:
+                nursery.cancel_scope.cancel()
 
     async def _read(self, request: trio.CancelScope) -> None:
         """Drop the body as it comes; cancel the request when its client leaves."""
