@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import selectors
 import signal
 import socket
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,10 @@ class Server:
         """Open a connection, send a request, and close it at the latest with the server."""
         self.clients.append(Client(self.port, request))
         return self.clients[-1]
+
+    def ask(self, shard: int) -> Client:
+        """Ask for a shard's turn."""
+        return self.connect(b"GET /?shard=%d HTTP/1.1\r\nHost: queue\r\n\r\n" % shard)
 
     def get(self, path: str) -> Answer:
         """Ask one of the endpoints."""
@@ -233,6 +238,31 @@ def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]
                 answers.append((key.data, clients[key.data].answer()))
                 selector.unregister(key.fileobj)
     return answers
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait for what another process does of itself."""
+    give_up = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def with_open_files(soft: int, hard: int | None = None) -> tuple[str, ...]:
+    """Return the command, with other limits of open files; the hard one stays if it is None."""
+    code = (
+        "import resource, os, sys; name = resource.RLIMIT_NOFILE; "
+        f"hard = {hard} or resource.getrlimit(name)[1]; "
+        f"resource.setrlimit(name, ({soft}, hard)); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    return (sys.executable, "-c", code, installed("gateway-queue"))
+
+
+def allow_10_000_connections() -> None:
+    """Let this process have as many sockets, and the servers that it starts."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert limit >= 11_000, "raise the hard limit of open files: ulimit -Hn 20000"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
 def open_files(server: Server) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import signal
 import socket
 import subprocess
@@ -17,7 +16,16 @@ import pytest
 import gateway_queue
 from gateway_queue.listener import listen
 from gateway_queue.settings import BadSetting, Settings
-from tests.harness import GO, REQUEST, environ, first_answers, installed, serving
+from tests.harness import (
+    GO,
+    REQUEST,
+    allow_10_000_connections,
+    environ,
+    first_answers,
+    installed,
+    serving,
+    with_open_files,
+)
 
 GATEWAY_QUEUE = installed("gateway-queue")
 HYPERCORN = installed("hypercorn")
@@ -68,9 +76,7 @@ def test_a_signal_ends_it_without_an_answer(way: str, number: signal.Signals) ->
 
 
 def test_it_stops_within_2_seconds_with_10_000_waiting() -> None:
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert limit >= 11_000, "raise the hard limit of open files: ulimit -Hn 20000"
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    allow_10_000_connections()
     with serving(WINDOW_SECONDS=3600) as server:
         clients = [server.connect() for _ in range(10_000)]
         server.settle()
@@ -308,10 +314,6 @@ def test_the_first_connection_is_accepted_within_a_second() -> None:
 
 
 def test_the_open_files_limit_is_raised() -> None:
-    soft = "import resource, os, sys; h = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; "
-    soft += (
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, h)); os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    with serving(sys.executable, "-c", soft, GATEWAY_QUEUE, WINDOW_SECONDS=0.01) as server:
+    with serving(*with_open_files(64), WINDOW_SECONDS=0.01) as server:
         clients = [server.connect() for _ in range(200)]
         assert len(first_answers(clients, 200)) == 200

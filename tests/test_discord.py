@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from itertools import pairwise
@@ -18,7 +18,7 @@ import pytest
 
 from gateway_queue.discord import Unavailable, connect
 from tests.fake_discord import TOKEN, FakeDiscord, Trick, after, answer, playing, raw
-from tests.harness import Client, Server, environ, first_answers, installed, serving
+from tests.harness import Server, environ, eventually, first_answers, installed, serving
 
 GATEWAY_QUEUE = installed("gateway-queue")
 HYPERCORN = (installed("hypercorn"), "--worker-class", "trio", "--bind", "127.0.0.1:0")
@@ -32,18 +32,6 @@ def serving_with(discord: FakeDiscord, **variables: object) -> Iterator[Server]:
         yield server
         shown = [*server.lines, server.get("/status").body.decode()]
     assert not [line for line in shown if TOKEN in line]
-
-
-def ask(server: Server, shard: int) -> Client:
-    return server.connect(b"GET /?shard=%d HTTP/1.1\r\nHost: queue\r\n\r\n" % shard)
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Wait for what another process does of itself."""
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
 
 
 def waiting(server: Server) -> int:
@@ -70,7 +58,7 @@ def test_each_rate_limit_key_has_windows_of_its_own() -> None:
     """48 shards on 16 keys: 3 windows, in each of which all keys release."""
     variables = {"WINDOW_SECONDS": 0.5}
     with playing(max_concurrency=16) as discord, serving_with(discord, **variables) as server:
-        clients = [ask(server, shard) for shard in range(48)]
+        clients = [server.ask(shard) for shard in range(48)]
         answers = sorted(first_answers(clients, 48))
     times = [answer.at for _, answer in answers]
     for shard in range(32):
@@ -192,7 +180,7 @@ def test_tickets_are_held_until_discord_has_answered(fault: str) -> None:
     with playing(max_concurrency=2) as discord:
         discord.tricks.append(FAULTS[fault])
         with serving_with(discord) as server:
-            clients = [ask(server, shard) for shard in range(2)]
+            clients = [server.ask(shard) for shard in range(2)]
             eventually(lambda: any("cannot ask Discord" in line for line in server.lines))
             unready = server.get("/readyz")
             assert unready.status == 503
@@ -214,7 +202,7 @@ def test_delays_between_tries_grow_while_nobody_listens() -> None:
     with playing() as discord:
         url = discord.url
     with serving_with(discord, DISCORD_API_URL=url) as server:
-        client = ask(server, 0)
+        client = server.ask(0)
         eventually(lambda: sum("cannot ask Discord" in line for line in server.lines) == 3)
         retries = [re.findall(r"retry_in=(\S+)", line) for line in server.lines]
         assert [delays[0] for delays in retries if delays] == ["1.0", "2.0", "4.0"]
@@ -227,7 +215,7 @@ def test_an_answer_that_takes_long_is_waited_for() -> None:
         slow = threading.Event()
         discord.tricks.append(after(slow, answer(200, discord.document())))
         with serving_with(discord) as server:
-            client = ask(server, 0)
+            client = server.ask(0)
             eventually(lambda: len(discord.requests) == 1)
             assert server.get("/readyz").status == 503
             assert waiting(server) == 1
@@ -242,7 +230,7 @@ def test_later_faults_keep_the_last_limits() -> None:
         discord.tricks.extend([answer(401), answer(500)])
         eventually(lambda: not discord.tricks)
         assert server.get("/readyz").status == 200
-        assert ask(server, 1).answer().status == 200
+        assert server.ask(1).answer().status == 200
         assert server.status()["max_concurrency"] == 4
 
 
@@ -252,7 +240,7 @@ def test_limits_change_while_hundreds_wait(before: int, later: int, count: int) 
     with playing(max_concurrency=before) as discord:
         variables = {"DISCORD_REFRESH_SECONDS": 0.2, "WINDOW_SECONDS": window}
         with serving_with(discord, **variables) as server:
-            clients = [ask(server, shard) for shard in range(count)]
+            clients = [server.ask(shard) for shard in range(count)]
             eventually(lambda: waiting(server) <= count - 5 * before)
             discord.max_concurrency = later
             answers = first_answers(clients, count)
@@ -281,7 +269,7 @@ def test_at_the_end_of_the_budget_tickets_are_held_until_the_reset() -> None:
     with playing(remaining=5, reset_after=3000) as discord:
         start = time.monotonic()
         with serving_with(discord) as server:
-            clients = [ask(server, shard) for shard in range(9)]
+            clients = [server.ask(shard) for shard in range(9)]
             first = first_answers(clients[:5], 5)
             assert max(answer.at for _, answer in first) < start + 2
             status = server.status()
@@ -299,7 +287,7 @@ def test_at_the_end_of_the_budget_tickets_are_held_until_the_reset() -> None:
 
 def test_a_limit_without_a_token() -> None:
     with serving(SESSION_START_LIMIT=3, WINDOW_SECONDS=0.05) as server:
-        clients = [ask(server, shard) for shard in range(5)]
+        clients = [server.ask(shard) for shard in range(5)]
         first_answers(clients, 3)
         server.settle()
         status = server.status()
@@ -315,11 +303,11 @@ def test_a_limit_without_a_token() -> None:
 def test_a_shard_in_a_crash_loop_is_held_and_others_pass() -> None:
     with serving(LOOP_FREE_STARTS=2, WINDOW_SECONDS=0.05) as server:
         for _ in range(2):
-            assert ask(server, 3).answer().status == 200
-        ask(server, 3)
+            assert server.ask(3).answer().status == 200
+        server.ask(3)
         eventually(lambda: any("held" in line for line in server.lines))
         for shard in range(4, 8):
-            assert ask(server, shard).answer().status == 200
+            assert server.ask(shard).answer().status == 200
         (lane,) = server.status()["lanes"]
         (ticket,) = lane["tickets"]
         assert (ticket["shard"], ticket["state"]) == (3, "held")
@@ -335,7 +323,7 @@ def test_behind_a_gateway_proxy_everybody_goes_at_once() -> None:
     variables = {"DISCORD_TOKEN": TOKEN, "DISCORD_API_URL": "http://127.0.0.1:1"}
     with serving(MAX_CONCURRENCY=0, WINDOW_SECONDS=3600, **variables) as server:
         for _ in range(100):
-            assert ask(server, 3).answer().status == 200
+            assert server.ask(3).answer().status == 200
         status = server.status()
         assert (status["max_concurrency"], status["waiting"]) == (0, 0)
         assert server.get("/readyz").status == 200
@@ -343,8 +331,8 @@ def test_behind_a_gateway_proxy_everybody_goes_at_once() -> None:
 
 def test_status_shows_who_waits_where() -> None:
     with serving(MAX_CONCURRENCY=2, WINDOW_SECONDS=100) as server:
-        clients = [ask(server, shard) for shard in (5, 2, 7)] + [server.connect()]
-        clients.append(ask(server, 9))
+        clients = [server.ask(shard) for shard in (5, 2, 7)] + [server.connect()]
+        clients.append(server.ask(9))
         eventually(lambda: waiting(server) == 5)
         clients[0].hang_up()
         eventually(lambda: waiting(server) == 4)

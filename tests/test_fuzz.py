@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import selectors
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.harness import PATIENCE, Client, Server, open_files, serving
+from tests.harness import Client, Server, eventually, open_files, serving
 
 TOKEN = st.text("!#$%&'*+-.^_`|~0123456789abcXYZ", min_size=1, max_size=6)
 VISIBLE = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=20)
@@ -83,9 +82,7 @@ def server() -> Iterator[Server]:
         yield running
         running.settle()
         assert not [line for line in running.lines if "[error" in line or "Traceback" in line]
-        give_up = time.monotonic() + PATIENCE
-        while running.status()["lanes"] or open_files(running) > 20:
-            assert time.monotonic() < give_up, (running.status(), open_files(running))
+        eventually(lambda: not running.status()["lanes"] and open_files(running) <= 20)
         # All that 20,000 requests need while they stall is 500 MiB. What has been waiting for the
         # garbage collector stays under a third of that.
         assert running.peak_memory() < 200 * 2**20

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
-import resource
 import socket
-import sys
 import time
 from collections.abc import Callable
 
 import h2.connection
 import h2.errors
-import h2.exceptions
 import pytest
 
-from tests.harness import GO, REQUEST, Client, Server, first_answers, installed, open_files, serving
+from tests.harness import (
+    GO,
+    REQUEST,
+    Client,
+    Server,
+    allow_10_000_connections,
+    eventually,
+    first_answers,
+    open_files,
+    serving,
+    with_open_files,
+)
 from tests.test_http2 import H2Client
 
 IDLE_SECONDS = 5.0
@@ -34,8 +42,7 @@ def wait_until_closed(clients: list[Client], seconds: float) -> None:
 
 
 def test_10_000_connections_that_send_nothing() -> None:
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    allow_10_000_connections()
     with serving(WINDOW_SECONDS=0.05) as server:
         idle = [server.connect(b"") for _ in range(10_000)]
         answers = [server.connect().answer() for _ in range(20)]
@@ -147,16 +154,12 @@ def test_streams_that_come_and_go_leave_nothing_behind() -> None:
         before = server.peak_memory()
         come_and_go(40)
         assert server.peak_memory() - before < 4 * 2**20
-        while server.status()["waiting"]:
-            pass
+        eventually(lambda: server.status()["waiting"] == 0)
 
 
 def test_descriptors_that_run_out_come_back() -> None:
     """80 clients want an answer from a server that may have 64 files open."""
-    few = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); "
-    few += "os.execv(sys.argv[1], sys.argv[1:])"
-    command = (sys.executable, "-c", few, installed("gateway-queue"))
-    with serving(*command, WINDOW_SECONDS=0.01) as server:
+    with serving(*with_open_files(64, 64), WINDOW_SECONDS=0.01) as server:
         clients = [server.connect() for _ in range(80)]
         waiting = list(clients)
         while waiting:
@@ -177,8 +180,7 @@ def test_connections_that_come_and_go_leave_nothing_behind(
 
         def come_and_go(times: int) -> None:
             for number in range(times):
-                ask = b"GET /?shard=%d HTTP/1.1\r\nHost: q\r\n\r\n" % (number % 1000)
-                clients = [server.connect(ask) for _ in range(10)]
+                clients = [server.ask(number % 1000) for _ in range(10)]
                 for client in clients:
                     leave(client)
 
@@ -188,6 +190,5 @@ def test_connections_that_come_and_go_leave_nothing_behind(
         come_and_go(300)
         server.settle()
         assert server.peak_memory() - before < 6 * 2**20
-        while server.status()["waiting"]:
-            pass
+        eventually(lambda: server.status()["waiting"] == 0)
         assert open_files(server) < 30

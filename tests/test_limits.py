@@ -58,6 +58,30 @@ class History:
             self.releases.append((trio.current_time(), shard, self.queue.max_concurrency))
 
 
+def played(
+    arrivals: list[tuple[float, int]],
+    *,
+    session_start_limit: int | None = None,
+    loop_free_starts: int = 0,
+) -> list[tuple[float, int, int]]:
+    """Let shards come when they come, and return the releases."""
+    releases: list[tuple[float, int, int]] = []
+
+    async def main() -> None:
+        async with (
+            running(
+                session_start_limit=session_start_limit, loop_free_starts=loop_free_starts
+            ) as queue,
+            trio.open_nursery() as nursery,
+        ):
+            history = History(queue, releases)
+            for at, shard in arrivals:
+                nursery.start_soon(history.ask, shard, at)
+
+    on_mock_clock(main)
+    return releases
+
+
 # --- rate limit keys --------------------------------------------------------------------------
 
 
@@ -199,18 +223,8 @@ async def test_with_no_keys_everybody_goes_at_once(autojump_clock: MockClock) ->
 @given(st.lists(st.floats(0, 3 * DAY), max_size=80), st.integers(1, 20))
 @hypothesis.settings(deadline=None)
 def test_no_day_has_more_starts_than_configured(arrivals: list[float], limit: int) -> None:
-    histories = []
-
-    async def main() -> None:
-        async with running(session_start_limit=limit) as queue:
-            histories.append(history := History(queue))
-            async with trio.open_nursery() as nursery:
-                for at in arrivals:
-                    nursery.start_soon(history.ask, 0, at)
-
-    on_mock_clock(main)
-
-    times = [at for at, *_ in histories[0].releases]
+    releases = played([(at, 0) for at in arrivals], session_start_limit=limit)
+    times = [at for at, *_ in releases]
     assert len(times) == len(arrivals)
     for former, latter in zip(times, times[limit:], strict=False):
         assert latter - former >= DAY - TOLERANCE
@@ -644,20 +658,10 @@ def test_the_guard_forgets_shards_that_have_not_started_for_an_hour() -> None:
 )
 @hypothesis.settings(deadline=None)
 def test_the_guard_holds_for_every_history(arrivals: list[tuple[float, int]], free: int) -> None:
-    histories = []
-
-    async def main() -> None:
-        async with running(loop_free_starts=free) as queue:
-            histories.append(history := History(queue))
-            async with trio.open_nursery() as nursery:
-                for at, shard in arrivals:
-                    nursery.start_soon(history.ask, shard, at)
-
-    on_mock_clock(main)
-
-    assert len(histories[0].releases) == len(arrivals)
+    releases = played(arrivals, loop_free_starts=free)
+    assert len(releases) == len(arrivals)
     for one in range(3):
-        times = [at for at, shard, _ in histories[0].releases if shard == one]
+        times = [at for at, shard, _ in releases if shard == one]
         for place, at in enumerate(times):
             in_last_hour = [then for then in times[:place] if then > at - HOUR + TOLERANCE]
             if len(in_last_hour) >= free:

@@ -12,7 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
 from gateway_queue.store.memory import MemoryStore
-from tests.harness import Answer, Server, first_answers, serving
+from tests.harness import Answer, Server, eventually, first_answers, serving
 from tests.running import WINDOW
 
 TYPES = {
@@ -46,21 +46,13 @@ def samples(server: Server) -> dict[tuple[str, str], float]:
 def test_what_happens_is_counted() -> None:
     variables = {"MAX_CONCURRENCY": 2, "SESSION_START_LIMIT": 100, "LOOP_FREE_STARTS": 2}
     with serving(WINDOW_SECONDS=0.05, **variables) as server:
-
-        def ask(query: str) -> bytes:
-            return f"GET /{query} HTTP/1.1\r\nHost: q\r\n\r\n".encode()
-
-        shards = ["?shard=1", "?shard=1", "?shard=3", "?shard=2", ""]
-        first_answers([server.connect(ask(shard)) for shard in shards], 5)
-        server.connect(ask("?shard=1"))  # is held
-        while server.status()["waiting"] == 0:
-            pass
-        leaver = server.connect(ask("?shard=1"))
-        while server.status()["waiting"] == 1:
-            pass
+        first_answers([*map(server.ask, (1, 1, 3, 2)), server.connect()], 5)
+        server.ask(1)  # is held
+        eventually(lambda: server.status()["waiting"] == 1)
+        leaver = server.ask(1)
+        eventually(lambda: server.status()["waiting"] == 2)
         leaver.hang_up()
-        while server.status()["abandoned"] == 0:
-            pass
+        eventually(lambda: server.status()["abandoned"] == 1)
         seen = samples(server)
     assert seen["gateway_queue_released_total", "0"] == 2
     assert seen["gateway_queue_released_total", "1"] == 3
@@ -80,8 +72,7 @@ def test_what_happens_is_counted() -> None:
 def test_both_formats_have_all_names() -> None:
     with serving(SESSION_START_LIMIT=100) as server:
         server.connect()
-        while server.status()["waiting"] == 0:
-            pass
+        eventually(lambda: server.status()["waiting"] == 1)
         plain = scrape(server, "text/plain;version=0.0.4")
         modern = scrape(server, "application/openmetrics-text;version=1.0.0,text/plain;q=0.5")
         by_default = scrape(server, "*/*")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from tests.harness import serving
+from tests.harness import eventually, serving
 
 MONITORING = files("gateway_queue") / "monitoring"
 METRIC = re.compile(r"\b(?:gateway_queue|process)_\w+")
@@ -25,8 +25,7 @@ def exported() -> set[str]:
     with serving(SESSION_START_LIMIT=10, HOLD_ON_START="false", WINDOW_SECONDS=100) as server:
         server.connect().answer()
         server.connect()
-        while server.status()["waiting"] == 0:
-            pass
+        eventually(lambda: server.status()["waiting"] == 1)
         text = server.get("/metrics").body.decode()
     return {sample.name for family in parse_text(text) for sample in family.samples}
 

@@ -172,24 +172,23 @@ async def test_the_next_in_line_gets_the_slot_of_one_who_leaves_when_chosen(
     autojump_clock: MockClock,
 ) -> None:
     """A thousand leave in the moment in which the first of them is chosen; one stays."""
-    queue = Queue(MemoryStore(WINDOW, hold=True), Metrics(), max_concurrency=1, place_seconds=0)
     served = []
 
-    async def client(number: int) -> None:
+    async def client(queue: Queue, number: int) -> None:
         async with queue.turn(number):
             await trio.lowlevel.checkpoint()
             served.append((number, trio.current_time()))
 
-    async with trio.open_nursery() as nursery:
-        await nursery.start(queue.run)
-        async with trio.open_nursery() as leavers:
-            for number in range(1000):
-                leavers.start_soon(client, number)
-            await wait_all_tasks_blocked()
-            nursery.start_soon(client, 1000)
-            leavers.cancel_scope.deadline = WINDOW
+    async with (
+        running(hold=True) as queue,
+        trio.open_nursery() as nursery,
+        trio.open_nursery() as leavers,
+    ):
+        for number in range(1000):
+            leavers.start_soon(client, queue, number)
         await wait_all_tasks_blocked()
-        await queue.close()
+        nursery.start_soon(client, queue, 1000)
+        leavers.cancel_scope.deadline = WINDOW
     assert served == [(1000, WINDOW)]
 
 
@@ -206,18 +205,16 @@ async def test_an_answer_that_fails_counts_as_one_that_is_out(autojump_clock: Mo
 async def test_closing_finishes_the_answer_under_way_and_releases_nobody_else(
     autojump_clock: MockClock,
 ) -> None:
-    queue = Queue(MemoryStore(WINDOW, hold=False), Metrics(), max_concurrency=1, place_seconds=0)
     answered = []
 
-    async def client(number: int) -> None:
+    async def client(queue: Queue, number: int) -> None:
         async with queue.turn(number):
             await trio.sleep(1)
             answered.append(number)
 
-    async with trio.open_nursery() as nursery:
-        await nursery.start(queue.run)
+    async with running(hold=False) as queue, trio.open_nursery() as nursery:
         for number in range(3):
-            nursery.start_soon(client, number)
+            nursery.start_soon(client, queue, number)
         await wait_all_tasks_blocked()
         assert len(queue) == 2
         await queue.close()
@@ -228,9 +225,7 @@ async def test_closing_finishes_the_answer_under_way_and_releases_nobody_else(
 
 
 async def test_an_idle_queue_has_no_tasks_and_keeps_no_lanes(autojump_clock: MockClock) -> None:
-    queue = Queue(MemoryStore(WINDOW, hold=False), Metrics(), max_concurrency=1000, place_seconds=0)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(queue.run)
+    async with running(hold=False, keys=1000) as queue:
         async with trio.open_nursery() as everybody:
 
             async def client(shard: int) -> None:
@@ -243,4 +238,3 @@ async def test_an_idle_queue_has_no_tasks_and_keeps_no_lanes(autojump_clock: Moc
         await wait_all_tasks_blocked()
         assert trio.lowlevel.current_statistics().tasks_living <= 6
         assert not queue.lanes
-        await queue.close()

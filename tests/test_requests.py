@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.harness import GO, Client, Server, first_answers, serving
+from tests.harness import GO, Client, Server, eventually, first_answers, serving
 
 STALLING = 3600
 
@@ -201,18 +201,16 @@ def test_any_host_will_do(server: Server, host: str) -> None:
 
 def test_who_hangs_up_and_asks_again_keeps_its_place() -> None:
     with serving(WINDOW_SECONDS=0.5) as server:
-        asks = [b"GET /?shard=%d HTTP/1.1\r\nHost: q\r\n\r\n" % shard for shard in range(4)]
         clients = []
-        for ask in asks:
-            clients.append(server.connect(ask))
+        for shard in range(4):
+            clients.append(server.ask(shard))
             server.settle()
         clients[1].hang_up()
-        while server.status()["abandoned"] == 0:
-            pass
+        eventually(lambda: server.status()["abandoned"] == 1)
         (lane,) = server.status()["lanes"]
         assert [t["state"] for t in lane["tickets"]] == ["waiting", "away", "waiting", "waiting"]
         assert lane["tickets"][1]["eta"] is None
-        clients[1] = server.connect(asks[1])
+        clients[1] = server.ask(1)
         order = [number for number, _ in first_answers(clients, 4)]
         assert order == [0, 1, 2, 3]
 
