@@ -197,7 +197,8 @@ class Client:
             head, end, rest = self.received.partition(b"\r\n\r\n")
             if end and head.startswith(b"HTTP/1.1 1"):
                 self.received = rest
-            elif end:
+                continue  # the answer may have come along
+            if end:
                 length = int(re.findall(rb"(?i)\r\ncontent-length: (\d+)", head)[0]) if body else 0
                 if len(rest) >= length:
                     self.received = rest[length:]
