@@ -51,6 +51,8 @@ def configure(settings: Settings) -> None:
         logger.propagate = False
         logger.setLevel(settings.log_level.upper())
     logging.getLogger(ACCEPTING).filters = [_seldom(SELDOM_SECONDS)]
+    # It writes the stacks of what we say in a line.
+    logging.getLogger("coredis").disabled = True
 
 
 def _renderer(log_format: str) -> list[structlog.typing.Processor]:

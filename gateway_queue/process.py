@@ -40,10 +40,10 @@ def prepare() -> Settings:
         settings = Settings.from_environ(os.environ)
     except BadSetting as error:
         refuse_to_serve(str(error))
-    if not _is_sole_worker():
+    if settings.redis_url is None and not _is_sole_worker():
         refuse_to_serve(
-            "a second worker would release twice as fast as the limit, "
-            "for each has windows of its own: run hypercorn with --workers 1"
+            "a second worker would release twice as fast as the limit, for each has windows of "
+            "its own: run hypercorn with --workers 1, or let them share theirs with REDIS_URL"
         )
     logs.configure(settings)
     _raise_open_files_limit()

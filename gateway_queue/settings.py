@@ -84,6 +84,25 @@ def _http_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _redis_url(text: str) -> str:
+    if not re.fullmatch(r"(rediss?|unix)://[!-~]+", text):
+        raise ValueError(text)
+    url = urlsplit(text)
+    is_local = url.scheme == "unix"
+    database = url.path.strip("/")
+    if (is_local and not database) or not (is_local or url.hostname) or url.port == 0:
+        raise ValueError(text)
+    if not is_local and database and not re.fullmatch(r"[0-9]{1,9}", database, re.ASCII):
+        raise ValueError(text)
+    return text
+
+
+def _prefix(text: str) -> str:
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError(text)
+    return text
+
+
 def _one_of(words: tuple[str, ...]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         return words[words.index(text.lower())]
@@ -160,6 +179,19 @@ class Settings:
     )
     loop_free_starts: int = _count(
         5, about="starts of a shard in an hour until the next ones are delayed; 0 delays none"
+    )
+    redis_url: str | None = _variable(
+        None,
+        _redis_url,
+        takes="a URL such as redis://user:password@host:6379/0, rediss://… or unix:///path",
+        about="Redis or Valkey server in which several replicas share what they know",
+        secret=True,
+    )
+    redis_prefix: str = _variable(
+        "gateway-queue",
+        _prefix,
+        takes="a text without spaces",
+        about="first part of every key in Redis",
     )
     auth_token: str | None = _variable(
         None,

@@ -11,6 +11,7 @@ from trio.testing import MockClock
 
 from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
+from gateway_queue.store import Rules
 from gateway_queue.store.memory import MemoryStore
 
 WINDOW = 5.0
@@ -36,12 +37,7 @@ async def running(
     place_seconds: float = 0,
 ) -> AsyncIterator[Queue]:
     """Run a queue until the end of the context, and close it then."""
-    store = MemoryStore(
-        WINDOW,
-        hold=hold,
-        session_start_limit=session_start_limit,
-        loop_free_starts=loop_free_starts,
-    )
+    store = MemoryStore(Rules(WINDOW, hold, session_start_limit, loop_free_starts))
     queue = Queue(store, Metrics(), max_concurrency=keys, place_seconds=place_seconds)
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)

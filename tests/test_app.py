@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NoReturn
@@ -91,11 +92,11 @@ class Wire:
 
 
 @asynccontextmanager
-async def failing_turn(_: int | None) -> AsyncIterator[None]:
+async def failing_turn(_: int | None) -> AsyncIterator[float]:
     """Fail at first, and later be a turn like any."""
     if trio.current_time() == 0:
         raise RuntimeError("the queue's own fault")
-    yield
+    yield math.inf
 
 
 async def never_sent(_: ASGISendEvent) -> NoReturn:

@@ -11,6 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
+from gateway_queue.store import Rules
 from gateway_queue.store.memory import MemoryStore
 from tests.harness import Answer, Server, eventually, first_answers, serving
 from tests.running import WINDOW
@@ -108,7 +109,7 @@ async def test_lateness_counts_from_when_the_window_is_open_and_somebody_waits(
     autojump_clock: MockClock, idle: float
 ) -> None:
     metrics = Metrics()
-    store = MemoryStore(WINDOW, hold=True)
+    store = MemoryStore(Rules(WINDOW, hold=True))
     queue = Queue(store, metrics, max_concurrency=1, place_seconds=30)
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)

@@ -15,6 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
+from gateway_queue.store import Rules
 from gateway_queue.store.memory import MemoryStore
 from tests.running import TOLERANCE, WINDOW, on_mock_clock, running, stopwatch
 
@@ -134,7 +135,7 @@ def test_restarts_release_nobody_early_and_lose_nobody_who_asks_again(
         """Be one process: killed without warning when its lifetime is over."""
         answered = {release.client for release in releases}
         queue = Queue(
-            MemoryStore(WINDOW, hold=True), Metrics(), max_concurrency=keys, place_seconds=0
+            MemoryStore(Rules(WINDOW, hold=True)), Metrics(), max_concurrency=keys, place_seconds=0
         )
         with trio.move_on_after(lifetime):
             async with trio.open_nursery() as nursery:

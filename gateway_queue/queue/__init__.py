@@ -5,6 +5,7 @@ Pure trio: nothing here knows of HTTP.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import count
@@ -17,7 +18,7 @@ from gateway_queue.metrics import Metrics
 from gateway_queue.queue.budget_alarm import BudgetAlarm
 from gateway_queue.queue.lane import Lane, Slot, Ticket
 from gateway_queue.queue.places import Places
-from gateway_queue.store import Allowance, WindowStore
+from gateway_queue.store import Allowance, Claim, Refusal, WindowStore
 
 __all__ = ["Queue"]
 
@@ -97,8 +98,10 @@ class Queue:
         return (shard or 0) % (self.max_concurrency or 1)
 
     @asynccontextmanager
-    async def turn(self, shard: int | None) -> AsyncIterator[None]:
+    async def turn(self, shard: int | None) -> AsyncIterator[float]:
         """Wait in line; the body of the context answers the client.
+
+        The context is until when it may (:func:`trio.current_time`).
 
         The window starts when the body ends. A body that is cancelled has not answered: its slot
         goes to the next in line, at once. One that fails may have, so its slot counts as used.
@@ -107,7 +110,7 @@ class Queue:
           shard: whose turn to wait for; None is a client that did not say, and goes with shard 0.
         """
         if self.max_concurrency == 0:
-            yield
+            yield math.inf
             self.released += 1
             self._metrics.released.labels(0).inc()
             return
@@ -117,7 +120,7 @@ class Queue:
         try:
             with await self._slot(ticket) as slot:
                 try:
-                    yield
+                    yield ticket.answer_by
                 except Exception:
                     slot.send_nowait(trio.current_time())
                     raise
@@ -221,29 +224,37 @@ class Queue:
         """Serve a lane until nobody stands in it any more."""
         while lane:
             await trio.lowlevel.checkpoint_if_cancelled()
-            ticket = lane.first()
-            refusal = await self.store.claim(lane.rate_limit_key, ticket.shard)
-            if refusal is None:
-                with trio.CancelScope(shield=True):  # an answer under way is finished
-                    await self._release(lane, ticket)
-            elif refusal.concerns == "shard":
-                self._hold(lane, ticket, refusal.seconds)
-            else:
-                lane.opens_at = trio.current_time() + refusal.seconds
-                with trio.move_on_at(lane.opens_at):
-                    await lane.news.park()
+            with trio.CancelScope(shield=True):  # a claim is used or given back, whatever comes
+                ticket = lane.first()
+                outcome = await self.store.claim(
+                    lane.rate_limit_key, ticket.shard, ticket.joined_at
+                )
+                if isinstance(outcome, Claim):
+                    await self._release(lane, ticket, outcome)
+            if isinstance(outcome, Refusal):
+                await self._stand_back(lane, ticket, outcome)
         del self.lanes[lane.rate_limit_key]
+        await self.store.withdraw(lane.rate_limit_key)
 
-    async def _release(self, lane: Lane, ticket: Ticket) -> None:
+    async def _release(self, lane: Lane, ticket: Ticket, claim: Claim) -> None:
         """Use a claimed key for a ticket, or give it back if its client has left."""
-        answered_at = await lane.release(ticket)
+        answered_at = await lane.release(ticket, claim.answer_by)
         if answered_at is None:
-            await self.store.give_back(lane.rate_limit_key)
+            await self.store.give_back(claim)
             self._ask_again()
         else:
-            await self.store.start_window(lane.rate_limit_key, ticket.shard, answered_at)
+            await self.store.start_window(claim, answered_at)
             self._measure(lane, ticket, answered_at)
             self._budget_alarm.check(self.store.session_starts())
+
+    async def _stand_back(self, lane: Lane, ticket: Ticket, refusal: Refusal) -> None:
+        """Wait until it makes sense to claim again, if it does not for another ticket."""
+        if refusal.concerns == "shard":
+            self._hold(lane, ticket, refusal.seconds)
+            return
+        lane.opens_at = trio.current_time() + refusal.seconds
+        with trio.move_on_at(lane.opens_at):
+            await lane.news.park()
 
     def _measure(self, lane: Lane, ticket: Ticket, answered_at: float) -> None:
         # The window was open, the client here, and the shard free to start.

@@ -22,7 +22,16 @@ class Ticket:
       shard: whose it is; None if the client did not say.
     """
 
-    __slots__ = ("_receive", "_send", "held_until", "here_since", "joined_at", "number", "shard")
+    __slots__ = (
+        "_receive",
+        "_send",
+        "answer_by",
+        "held_until",
+        "here_since",
+        "joined_at",
+        "number",
+        "shard",
+    )
 
     def __init__(self, number: int, shard: int | None) -> None:
         self.number = number
@@ -31,6 +40,8 @@ class Ticket:
         self.joined_at = self.here_since
         """Since when it has had this place, be it with other clients before this one."""
         self.held_until = -math.inf
+        self.answer_by = math.inf
+        """Until when its slot is good, once it has one."""
         # Room for the slot: a channel without any refuses it while nobody is receiving yet.
         self._send, self._receive = trio.open_memory_channel[Slot | None](1)
 
@@ -78,8 +89,12 @@ class Lane:
         """Return who is next, while anybody is."""
         return self._line.peekitem(0)[1]
 
-    async def release(self, ticket: Ticket) -> float | None:
+    async def release(self, ticket: Ticket, answer_by: float) -> float | None:
         """Offer the slot to a ticket, unless it has left in the meantime.
+
+        Args:
+          ticket: whom to release.
+          answer_by: until when the slot is good (:func:`trio.current_time`).
 
         Returns:
           When the answer was out (:func:`trio.current_time`), or None if nobody was there.
@@ -87,6 +102,7 @@ class Lane:
         if not self.leave(ticket):
             return None
         slot, outcome = trio.open_memory_channel[float](1)
+        ticket.answer_by = answer_by
         ticket.give(slot)
         try:
             return await outcome.receive()

@@ -54,7 +54,7 @@ def lanes(queue: Queue, window: float) -> list[LaneStatus]:
         aside[queue.key(one.shard)].append(one)
     keys = {key for key, lane in queue.lanes.items() if lane} | set(aside)
     starts = queue.store.session_starts()
-    if queue.max_concurrency is None:
+    if queue.max_concurrency is None or queue.store.fault is not None:
         first_slot = math.inf
     else:
         first_slot = starts.resets_in if starts.spent else 0.0

@@ -6,6 +6,7 @@ often that they have to wait.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -17,6 +18,33 @@ USUAL_TOTAL = 1000
 """Session starts a day that Discord grants all but the largest bots."""
 
 Source = Literal["discord", "configured"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What every store holds to."""
+
+    window: float
+    """Seconds from an answer until its key opens again."""
+    hold: bool
+    """Whether every key opens only some time after the start. A process that has just started
+    cannot know when its predecessor released last."""
+    session_start_limit: int | None = None
+    """See :class:`~gateway_queue.store.budget.Budget`."""
+    loop_free_starts: int = 0
+    """See :class:`~gateway_queue.store.loop_guard.LoopGuard`."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A key that is the caller's, for one release."""
+
+    key: int
+    shard: int | None
+    answer_by: float = math.inf
+    """Until when it is (:func:`trio.current_time`): nobody may be answered later."""
+    token: str = ""
+    """Tells it from the claims of other replicas."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +97,37 @@ class WindowStore(Protocol):
     """Remembers releases.
 
     Whoever has claimed a key either releases one ticket and starts the window, or gives the key
-    back. A claim takes one of the day's session starts along.
+    back. A claim takes one of the day's session starts along. A store that cannot be reached
+    refuses claims until it can, and what it could not be told it learns then.
     """
 
-    async def claim(self, key: int, shard: int | None) -> Refusal | None:
+    @property
+    def fault(self) -> str | None:
+        """Why the store cannot be reached, if it cannot."""
+
+    async def claim(self, key: int, shard: int | None, came_at: float) -> Claim | Refusal:
         """Claim an open key for a shard.
-
-        Returns:
-          None if the key is the caller's now.
-        """
-
-    async def start_window(self, key: int, shard: int | None, answered_at: float) -> None:
-        """Count a start, and close its key for one window from the answer.
 
         Args:
           key: the rate limit key.
-          shard: whose start it is; None if the client did not say.
-          answered_at: when the answer was out, on this process's :func:`trio.current_time`.
+          shard: whose start it will be; None if the client did not say.
+          came_at: since when it has waited (:func:`trio.current_time`). Where several replicas
+            have a ticket for the key, the oldest goes first.
         """
 
-    async def give_back(self, key: int) -> None:
+    async def start_window(self, claim: Claim, answered_at: float) -> None:
+        """Count a start, and close its key for one window from the answer.
+
+        Args:
+          claim: what was used.
+          answered_at: when the answer was out (:func:`trio.current_time`).
+        """
+
+    async def give_back(self, claim: Claim) -> None:
         """Open a claimed key again: nobody was there to be released."""
+
+    async def withdraw(self, key: int) -> None:
+        """Make way for the other replicas: nobody waits here any more for a key."""
 
     async def regroup(self, max_concurrency: int) -> None:
         """Change the number of rate limit keys, while none is claimed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from gateway_queue.store import Allowance, Refusal, SessionStarts
+from gateway_queue.store import Allowance, Claim, Refusal, Rules, SessionStarts
 from gateway_queue.store.budget import Budget
 from gateway_queue.store.loop_guard import LoopGuard
 from gateway_queue.store.windows import Windows
@@ -16,29 +16,20 @@ class MemoryStore:
     A claim of a key needs no mark here, for each key has a single dispatcher to ask for it.
 
     Args:
-      window: seconds from an answer until its key opens again.
-      hold: open every key only one window from now. A process that has just started cannot
-        know when its predecessor released last.
-      session_start_limit: see :class:`~gateway_queue.store.budget.Budget`.
-      loop_free_starts: see :class:`~gateway_queue.store.loop_guard.LoopGuard`.
+      rules: to hold each key for a window from now, among others.
     """
 
-    def __init__(
-        self,
-        window: float,
-        *,
-        hold: bool,
-        session_start_limit: int | None = None,
-        loop_free_starts: int = 0,
-    ) -> None:
-        now = trio.current_time()
-        self._window = window
-        self._max_concurrency = 1
-        self._windows = Windows(now + window if hold else now)
-        self._budget = Budget(window, session_start_limit)
-        self._loop_guard = LoopGuard(loop_free_starts)
+    fault = None
 
-    async def claim(self, key: int, shard: int | None) -> Refusal | None:
+    def __init__(self, rules: Rules) -> None:
+        now = trio.current_time()
+        self._window = rules.window
+        self._max_concurrency = 1
+        self._windows = Windows(now + rules.window if rules.hold else now)
+        self._budget = Budget(rules.window, rules.session_start_limit)
+        self._loop_guard = LoopGuard(rules.loop_free_starts)
+
+    async def claim(self, key: int, shard: int | None, came_at: float) -> Claim | Refusal:  # noqa: ARG002
         now = trio.current_time()
         if wait := self._loop_guard.wait(shard, now):
             return Refusal(wait, "shard")
@@ -46,15 +37,18 @@ class MemoryStore:
             return Refusal(wait, "key")
         if wait := self._budget.claim(now):
             return Refusal(wait, "key")
-        return None
+        return Claim(key, shard)
 
-    async def start_window(self, key: int, shard: int | None, answered_at: float) -> None:
-        self._windows.close(key, answered_at + self._window, trio.current_time())
+    async def start_window(self, claim: Claim, answered_at: float) -> None:
+        self._windows.close(claim.key, answered_at + self._window, trio.current_time())
         self._budget.start(answered_at)
-        self._loop_guard.start(shard, answered_at)
+        self._loop_guard.start(claim.shard, answered_at)
 
-    async def give_back(self, key: int) -> None:  # noqa: ARG002
+    async def give_back(self, claim: Claim) -> None:  # noqa: ARG002
         self._budget.give_back()
+
+    async def withdraw(self, key: int) -> None:
+        pass
 
     async def regroup(self, max_concurrency: int) -> None:
         self._windows.regroup(self._max_concurrency, max_concurrency, trio.current_time())

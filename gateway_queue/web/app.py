@@ -21,6 +21,7 @@ from gateway_queue.limits import Limits
 from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
+from gateway_queue.store import Rules, WindowStore
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.web import hypercorn_fixes
 from gateway_queue.web.auth import Guard
@@ -65,15 +66,9 @@ class GatewayQueue(QuartTrio):
         self._settings = settings = self._prepare()
         self._guard = Guard(settings.auth_token)
         hypercorn_fixes.install()
-        store = MemoryStore(
-            settings.window_seconds,
-            hold=settings.hold_on_start,
-            session_start_limit=settings.session_start_limit,
-            loop_free_starts=settings.loop_free_starts,
-        )
         self._metrics = Metrics()
         self.queue = Queue(
-            store,
+            self._open_store(),
             self._metrics,
             max_concurrency=_known_max_concurrency(settings),
             place_seconds=settings.place_seconds,
@@ -82,6 +77,29 @@ class GatewayQueue(QuartTrio):
             self.nursery.start_soon(self._follow_discord, settings.discord_token)
         self._metrics.watch(partial(gauges, self.queue))
         await self.nursery.start(self.queue.run)
+
+    def _open_store(self) -> WindowStore:
+        """Return the store of these settings, which lives as long as the app serves."""
+        settings = self._settings
+        rules = Rules(
+            settings.window_seconds,
+            settings.hold_on_start,
+            settings.session_start_limit,
+            settings.loop_free_starts,
+        )
+        if settings.redis_url is None:
+            return MemoryStore(rules)
+        # Not at the top, for most servers run alone, and it takes a while.
+        from gateway_queue.store.redis import RedisStore  # noqa: PLC0415
+
+        store = RedisStore(
+            settings.redis_url,
+            settings.redis_prefix,
+            rules,
+            count_error=self._metrics.store_errors.inc,
+        )
+        self.nursery.start_soon(store.run)
+        return store
 
     async def _follow_discord(self, token: str) -> None:
         """Keep within the limits that Discord gives the bot."""
@@ -97,11 +115,18 @@ class GatewayQueue(QuartTrio):
 
     async def _readyz(self) -> Response | dict[str, str]:
         """Say whether tickets can be released."""
+        if fault := self._fault():
+            return problem_response(HTTPStatus.SERVICE_UNAVAILABLE, fault)
+        return {"status": "ready"}
+
+    def _fault(self) -> str | None:
+        """Say why nobody can be released, if that is so."""
+        if fault := self.queue.store.fault:
+            return f"Redis cannot be reached: {fault}"
         if self.queue.max_concurrency is not None:
-            return {"status": "ready"}
-        fault = self.limits and self.limits.fault
-        detail = "Discord's limits are not known yet" + (f": {fault}" if fault else "")
-        return problem_response(HTTPStatus.SERVICE_UNAVAILABLE, detail)
+            return None
+        fault = self.limits.fault if self.limits else None
+        return "Discord's limits are not known yet" + (f": {fault}" if fault else "")
 
     async def _status(self) -> dict[str, Any]:
         """Describe the queue."""

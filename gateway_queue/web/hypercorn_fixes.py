@@ -7,6 +7,7 @@ app starts, so that they hold for every way to run it.
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from http import HTTPStatus
 
@@ -62,9 +63,13 @@ class Connection(TCPServer):
 
     async def _write(self, data: bytes) -> None:
         async with self.send_lock:
-            seconds = SEND_SECONDS + len(data) / SLOWEST_READER
+            deadline = trio.current_time() + SEND_SECONDS + len(data) / SLOWEST_READER
+            # A cancellation must not tear what is being written, but an answer may have to be out
+            # at a certain time.
+            if (answer_by := trio.current_effective_deadline()) != -math.inf:
+                deadline = min(deadline, answer_by)
             try:
-                with trio.fail_after(seconds, shield=True):
+                with trio.fail_at(deadline, shield=True):
                     await self.stream.send_all(data)
             except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
                 await trio.aclose_forcefully(self.stream)

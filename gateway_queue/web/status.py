@@ -18,7 +18,7 @@ def status_document(queue: Queue, settings: Settings) -> dict[str, Any]:
         "version": __version__,
         "window_seconds": settings.window_seconds,
         "max_concurrency": queue.max_concurrency,
-        "store": "memory",
+        "store": "memory" if settings.redis_url is None else "redis",
         "waiting": len(queue),
         "released": queue.released,
         "abandoned": queue.abandoned,

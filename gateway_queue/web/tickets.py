@@ -6,6 +6,7 @@ answers below, and where none is right it stays without: held until its client l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
@@ -44,7 +45,7 @@ class TicketRequest:
         scope: HTTPScope,
         receive: ASGIReceiveCallable,
         send: ASGISendCallable,
-        turn: Callable[[int | None], AbstractAsyncContextManager[None]],
+        turn: Callable[[int | None], AbstractAsyncContextManager[float]],
         guard: Guard,
     ) -> None:
         self._scope = scope
@@ -84,10 +85,10 @@ class TicketRequest:
             document = problem(refused.status, str(refused))
             await self._answer(refused.status, CONTENT_TYPE, document, refused.headers)
         else:
-            async with self._turn(shard):
+            async with self._turn(shard) as answer_by:
                 for _ in range(NOTICE_CHECKPOINTS):
                     await trio.lowlevel.checkpoint()
-                await self._answer(HTTPStatus.OK, "application/json", GO)
+                await self._answer(HTTPStatus.OK, "application/json", GO, by=answer_by)
         if self._ends_late:
             await self._fully_read.wait()
             await self._hand_over({"type": "http.response.body", "body": b"", "more_body": False})
@@ -98,8 +99,10 @@ class TicketRequest:
         content_type: str,
         body: bytes,
         headers: tuple[tuple[bytes, bytes], ...] = (),
+        *,
+        by: float = math.inf,
     ) -> None:
-        """Hand the whole answer to the socket."""
+        """Hand the whole answer to the socket, until a certain time at the latest."""
         # In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which
         # can take the answer from a client that reads it only when all is sent. So that waits.
         self._ends_late = self._scope["http_version"] != "2" and not self._fully_read.is_set()
@@ -115,10 +118,11 @@ class TicketRequest:
                 ],
             },
             {"type": "http.response.body", "body": body, "more_body": self._ends_late},
+            by=by,
         )
 
-    async def _hand_over(self, *messages: ASGISendEvent) -> None:
+    async def _hand_over(self, *messages: ASGISendEvent, by: float = math.inf) -> None:
         """Send all of it: even at the end of a good answer Hypercorn says that its client left."""
-        with trio.fail_after(ANSWER_SECONDS, shield=True):
+        with trio.fail_at(min(by, trio.current_time() + ANSWER_SECONDS), shield=True):
             for message in messages:
                 await self._send(message)

@@ -1,0 +1,106 @@
+"""A connection to Redis, used until anything about it is in doubt."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any, NoReturn
+
+import trio
+from coredis.connection import BaseConnection
+from coredis.exceptions import RedisError
+from coredis.pool import ConnectionPool
+from coredis.typing import RedisValueT
+
+CALL_SECONDS = 1.0
+"""The longest that an answer may take."""
+
+CONNECT_SECONDS = 5.0
+"""The longest that it may take to connect, with the handshakes of TLS and Redis."""
+
+SCRIPT = Path(__file__).with_name("decisions.lua")
+
+
+class Unreachable(Exception):
+    """Redis has not answered, or not as it should; the message says why.
+
+    What it was asked to do may have been done all the same.
+    """
+
+
+def connections(url: str) -> ConnectionPool[Any]:
+    """Make what the connection of a link comes from, and lives in.
+
+    A pool replaces a lost connection behind the scenes. But the next one may lead to a server that
+    has missed what the last one was told. So each pool has one link, and each link one connection.
+    """
+    if url.startswith("rediss:") and "ssl_" not in url:
+        # Otherwise coredis would take the certificate of any host.
+        context = ssl.create_default_context()
+        return ConnectionPool.from_url(url, decode_components=True, ssl_context=context)
+    return ConnectionPool.from_url(url, decode_components=True)
+
+
+class Link:
+    """A connection; :meth:`open` makes one.
+
+    Attributes:
+      lost: set when it cannot be used any more.
+    """
+
+    def __init__(self, connection: BaseConnection, prefix: str) -> None:
+        self.lost = trio.Event()
+        self._reason = ""
+        self._connection = connection
+        self._prefix = prefix
+        self._script: Any = None
+
+    @classmethod
+    async def open(cls, pool: ConnectionPool[Any], prefix: str) -> Link:
+        """Connect, and teach the server how to decide.
+
+        Raises:
+          Unreachable: there is no such server, or it refuses.
+        """
+        try:
+            with trio.fail_after(CONNECT_SECONDS):
+                link = cls(await pool.get_connection(), prefix)
+        except trio.TooSlowError:
+            raise Unreachable(f"no connection within {CONNECT_SECONDS:g} s") from None
+        except RedisError as error:
+            raise Unreachable(str(error)) from None
+        link._script = await link._request(b"SCRIPT LOAD", SCRIPT.read_bytes())
+        return link
+
+    async def call(self, command: str, *arguments: RedisValueT) -> Any:
+        """Let the server decide.
+
+        Raises:
+          Unreachable: there is no answer, and to nothing else will there be one.
+        """
+        script = (self._script, 1, self._prefix)
+        return await self._request(b"EVALSHA", *script, command, *arguments)
+
+    def give_up(self, reason: str) -> NoReturn:
+        """Use it no more.
+
+        Raises:
+          Unreachable: with the first reason to do so.
+        """
+        if not self.lost.is_set():
+            self._reason = reason
+            self.lost.set()
+        raise Unreachable(self._reason)
+
+    async def _request(self, command: bytes, *arguments: RedisValueT) -> Any:
+        if self.lost.is_set():
+            raise Unreachable(self._reason)
+        try:
+            with trio.fail_after(CALL_SECONDS):
+                return await self._connection.create_request(
+                    command, *arguments, decode=False, disconnect_on_cancellation=True
+                )
+        except trio.TooSlowError:
+            self.give_up(f"no answer within {CALL_SECONDS:g} s")
+        except RedisError as error:
+            self.give_up(str(error))

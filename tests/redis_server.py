@@ -1,0 +1,176 @@
+"""A real Redis server of the tests' own, and a proxy that makes the way to it bad."""
+
+from __future__ import annotations
+
+import re
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
+
+from tests.harness import PATIENCE, eventually
+
+
+def free_port() -> int:
+    """Find a port that is free now; Redis cannot tell which one it has taken."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class RedisServer:
+    """A Redis server that keeps nothing on disk."""
+
+    folder: Path
+    options: tuple[str, ...] = ()
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it, or start it again: empty."""
+        listen = ("--bind", "127.0.0.1", "--port", str(self.port))
+        kept = ("--save", "", "--repl-diskless-sync-delay", "0")
+        self.process = subprocess.Popen(
+            ["redis-server", *listen, *kept, *self.options],
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+        )
+        eventually(self._answers)
+
+    def _answers(self) -> bool:
+        # Without credentials it says NOAUTH, which is an answer too.
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+            connection.sendall(b"PING\r\n")
+            return bool(connection.recv(100))
+        return False
+
+    def kill(self) -> None:
+        """End it without a word."""
+        assert self.process is not None
+        self.signal(signal.SIGKILL)
+        self.process.wait(PATIENCE)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def command(self, *words: str) -> str:
+        """Run a command, and return what its last line says."""
+        line = " ".join(words).encode() + b"\r\n"
+        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as connection:
+            connection.sendall(line + b"QUIT\r\n")
+            received = b""
+            while part := connection.recv(65536):
+                received += part
+        return received.decode().removesuffix("+OK\r\n").strip()
+
+    def calls(self) -> int:
+        """Return how many commands clients have sent, but for those of scripts and of tests."""
+        calls = re.findall(r"cmdstat_(\w+):calls=(\d+)", self.command("INFO", "commandstats"))
+        return sum(int(number) for name, number in calls if name in {"evalsha", "ping"})
+
+
+@contextmanager
+def redis_server(*options: str) -> Iterator[RedisServer]:
+    """Run Redis until the end of the context."""
+    with TemporaryDirectory() as folder:
+        server = RedisServer(Path(folder), options)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+class Proxy:
+    """Stands between a replica and Redis.
+
+    Args:
+      target: the port of Redis; it can be changed for later connections.
+      delay: seconds by which everything comes later, in both directions.
+    """
+
+    def __init__(self, target: int, delay: float = 0.0) -> None:
+        self.target = target
+        self.delay = delay
+        self.swallows_answers_to: bytes | None = None
+        """Cut a connection when the answer comes to a request with these bytes in it."""
+        self.cuts = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._open: list[socket.socket] = []
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        self._thread.join()
+
+    def cut(self) -> None:
+        """Reset all connections."""
+        for connection in self._open:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        threads: list[threading.Thread] = []
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threads.append(threading.Thread(target=self._forward, args=(client,)))
+                threads[-1].start()
+        for thread in threads:
+            thread.join()
+
+    def _forward(self, client: socket.socket) -> None:
+        """Pass on what comes on either side when its time has come."""
+        with ExitStack() as stack:
+            stack.enter_context(client)
+            try:
+                server = socket.create_connection(("127.0.0.1", self.target), PATIENCE)
+            except OSError:
+                return
+            stack.enter_context(server)
+            self._open += [client, server]
+            other = {client: server, server: client}
+            under_way: list[tuple[float, socket.socket, bytes]] = []
+            doomed = False
+            with suppress(OSError):
+                while True:
+                    wait = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
+                    ready, _, _ = select.select([client, server], [], [], wait)
+                    for source in ready:
+                        data = source.recv(65536)
+                        if not data or (doomed and source is server):
+                            self.cuts += doomed
+                            return
+                        wanted = self.swallows_answers_to
+                        doomed |= source is client and wanted is not None and wanted in data
+                        under_way.append((time.monotonic() + self.delay, other[source], data))
+                    while under_way and under_way[0][0] <= time.monotonic():
+                        _, target, data = under_way.pop(0)
+                        target.sendall(data)

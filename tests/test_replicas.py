@@ -1,0 +1,474 @@
+"""Several replicas on one Redis, as clients see them on the wire."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gateway_queue.settings import Settings
+from tests.fake_discord import playing
+from tests.harness import (
+    PATIENCE,
+    Answer,
+    Client,
+    Server,
+    eventually,
+    first_answers,
+    installed,
+    serving,
+)
+from tests.redis_server import Proxy, RedisServer, free_port, redis_server
+
+SLACK = 0.001
+"""Seconds by which a gap may seem short to a client, for its own clock and wake-ups."""
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@contextmanager
+def replicas(number: int, redis_url: str, **variables: object) -> Iterator[list[Server]]:
+    """Run some replicas that share a Redis, until the end of the context."""
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(serving(REDIS_URL=redis_url, **variables)) for _ in range(number)
+        ]
+
+
+def ask_in_turn(servers: list[Server], number: int, keys: int = 1) -> list[Client]:
+    """Ask for the turns of some shards, so that each replica has tickets of each key."""
+    return [servers[shard // keys % len(servers)].ask(shard) for shard in range(number)]
+
+
+def gaps(answers: list[tuple[int, Answer]], keys: int = 1) -> dict[int, list[float]]:
+    """Return the seconds between the releases of each key, to clients numbered as their shards."""
+    times = defaultdict[int, list[float]](list)
+    for shard, answer in answers:
+        assert answer.status == 200
+        times[shard % keys].append(answer.at)
+    return {key: [b - a for a, b in pairwise(sorted(at))] for key, at in times.items()}
+
+
+def readiness(server: Server) -> tuple[int, str]:
+    answer = server.get("/readyz")
+    return answer.status, answer.body.decode()
+
+
+def is_ready(server: Server) -> bool:
+    return readiness(server)[0] == 200
+
+
+def test_600_waiters_of_3_replicas_go_one_a_window_and_key(redis: RedisServer) -> None:
+    window, keys, number = 0.25, 16, 600
+    with replicas(3, redis.url, WINDOW_SECONDS=window, MAX_CONCURRENCY=keys) as servers:
+        calls_before = redis.calls()
+        answers = first_answers(ask_in_turn(servers, number, keys), number)
+        calls = redis.calls() - calls_before
+
+    assert sorted(shard for shard, _ in answers) == list(range(number))
+    by_key = gaps(answers, keys).values()
+    assert min(map(min, by_key)) >= window - SLACK
+    # A machine that does other things besides; by itself it is within 3 % of one a window.
+    assert max(sum(of_key) / len(of_key) for of_key in by_key) < 1.2 * window
+    assert calls <= 3 * len(servers) * number
+
+
+def test_no_ticket_is_overtaken_by_one_that_came_over_a_window_later(redis: RedisServer) -> None:
+    window = 0.25
+    with replicas(3, redis.url, WINDOW_SECONDS=window) as servers:
+        came_at, clients = [], []
+        for number in range(16):
+            came_at.append(time.monotonic())
+            clients.append(servers[number * 7 % 3].ask(number))
+            time.sleep(0.05)
+        order = [number for number, _ in first_answers(clients, len(clients))]
+
+    for place, number in enumerate(order):
+        latest_before = max((came_at[other] for other in order[:place]), default=0.0)
+        assert latest_before - came_at[number] < window
+
+
+def test_idle_replicas_only_keep_their_connection(redis: RedisServer) -> None:
+    with replicas(3, redis.url, WINDOW_SECONDS=0.5) as servers:
+        for server in servers:
+            server.ask(0).answer()
+        before = redis.calls()
+        time.sleep(2)  # what it measures is a time
+        assert redis.calls() - before <= 3 * 3
+
+
+def test_a_replica_that_is_killed_delays_the_others_by_two_windows_at_most(
+    redis: RedisServer,
+) -> None:
+    window = 1.0
+    with replicas(2, redis.url, WINDOW_SECONDS=window) as (doomed, other):
+        for shard in range(5):
+            doomed.ask(shard)
+        eventually(lambda: doomed.status()["waiting"] == 5)
+        survivors = [other.ask(shard) for shard in (5, 6)]
+        eventually(lambda: doomed.status()["released"] == 2)
+        killed_at = time.monotonic()
+        doomed.signal(signal.SIGKILL)
+        first, second = (client.answer().at for client in survivors)
+
+    assert first - killed_at < 3 * window  # the window under way, and two more
+    assert window - SLACK <= second - first < 2 * window
+
+
+class Fleet:
+    """Shards that ask again when their connection ends, as the recipes do."""
+
+    def __init__(self, size: int, ports: list[int]) -> None:
+        self.ports = ports
+        """Where to ask, one after the other; they may change."""
+        self.released_at: list[float] = []
+        self._shards = [threading.Thread(target=self._start, args=(n,)) for n in range(size)]
+        for shard in self._shards:
+            shard.start()
+
+    def _start(self, shard: int) -> None:
+        request = b"GET /?shard=%d HTTP/1.1\r\nHost: queue\r\n\r\n" % shard
+        for attempt in count(shard):
+            with suppress(OSError, AssertionError):
+                client = Client(self.ports[attempt % len(self.ports)], request)
+                with closing(client.socket):
+                    self.released_at.append(client.answer().at)
+                return
+            time.sleep(0.05)
+
+    def wait_for(self, more: int) -> None:
+        """Wait until more of them have been released."""
+        wanted = len(self.released_at) + more
+        eventually(lambda: len(self.released_at) >= wanted)
+
+    def shortest_gap(self) -> float:
+        """Wait until all have been released, and return the least time between two."""
+        for shard in self._shards:
+            shard.join(PATIENCE)
+        assert len(self.released_at) == len(self._shards)
+        return min(b - a for a, b in pairwise(sorted(self.released_at)))
+
+
+def test_restarts_one_after_the_other_lose_no_shard(redis: RedisServer) -> None:
+    window = 0.25
+    with ExitStack() as stack:
+
+        def start() -> Server:
+            return stack.enter_context(serving(REDIS_URL=redis.url, WINDOW_SECONDS=window))
+
+        servers = [start(), start()]
+        fleet = Fleet(20, [server.port for server in servers])
+        for place, server in enumerate(servers):
+            fleet.wait_for(5)
+            server.signal(signal.SIGTERM)
+            assert server.wait() == 0
+            fleet.ports[place] = start().port
+        assert fleet.shortest_gap() >= window - SLACK
+
+
+def readme_compose_file() -> Any:
+    (text,) = re.findall(r"(?s)```yaml\n# compose.yaml\n(.*?)```", Path("README.md").read_text())
+    return yaml.safe_load(text)
+
+
+@contextmanager
+def balancing(servers: list[Server], folder: Path) -> Iterator[int]:
+    """Run the README's balancer until the end of the context, and return its port."""
+    port = free_port()
+    config = readme_compose_file()["configs"]["balancer"]["content"].replace(
+        ":5000\n", f":{port}\n"
+    )
+    for number, server in enumerate(servers, 1):
+        assert f" replica-{number}:5000 " in config
+        config = config.replace(f" replica-{number}:5000 ", f" 127.0.0.1:{server.port} ")
+    (folder / "haproxy.cfg").write_text(config)
+    process = subprocess.Popen(["haproxy", "-f", str(folder / "haproxy.cfg")])
+    try:
+        eventually(lambda: answers_health(port))
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers_health(port: int) -> bool:
+    with suppress(OSError, AssertionError):
+        client = Client(port, b"GET /healthz HTTP/1.1\r\nHost: queue\r\n\r\n")
+        with closing(client.socket):
+            return client.answer().status == 200
+    return False
+
+
+def test_the_balancer_of_the_readme_hides_a_replica_that_is_killed(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    window = 0.25
+    with (
+        replicas(2, redis.url, WINDOW_SECONDS=window) as servers,
+        balancing(servers, tmp_path) as port,
+    ):
+        fleet = Fleet(16, [port])
+        fleet.wait_for(4)
+        assert all(server.status()["waiting"] for server in servers)
+        servers[0].signal(signal.SIGKILL)
+        assert fleet.shortest_gap() >= window - SLACK
+
+
+def test_the_compose_file_of_the_readme_names_what_there_is() -> None:
+    services = readme_compose_file()["services"]
+    assert services.keys() == {"valkey", "replica-1", "replica-2", "balancer"}
+    assert services["replica-1"] == services["replica-2"]
+    variables = services["replica-1"]["environment"]
+    assert Settings.from_environ(variables).redis_url == "redis://valkey:6379"
+
+
+def kill_and_restart(redis: RedisServer) -> None:
+    redis.kill()
+    redis.start()
+
+
+def pause(redis: RedisServer) -> None:
+    redis.signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    redis.signal(signal.SIGCONT)
+
+
+def flush(redis: RedisServer) -> None:
+    redis.command("FLUSHALL")
+
+
+def lose_the_script(redis: RedisServer) -> None:
+    redis.command("SCRIPT", "FLUSH")
+
+
+@pytest.mark.parametrize("fault", [kill_and_restart, pause, flush, lose_the_script])
+def test_whatever_becomes_of_redis_nobody_is_early_and_nobody_lost(
+    redis: RedisServer, fault: Callable[[RedisServer], None]
+) -> None:
+    window = 0.3
+    with replicas(2, redis.url, WINDOW_SECONDS=window, LOG_FORMAT="json") as servers:
+        clients = ask_in_turn(servers, 12)
+        answers = first_answers(clients, 4)
+        fault(redis)
+        waiting = [n for n in range(12) if n not in dict(answers)]
+        late = first_answers([clients[n] for n in waiting], len(waiting))
+        answers += [(waiting[place], answer) for place, answer in late]
+        assert all(map(is_ready, servers))
+        assert all(server.status()["waiting"] == 0 for server in servers)
+
+    assert min(gaps(answers)[0]) >= window - SLACK
+
+
+def test_after_a_lost_connection_the_first_release_waits_for_a_window(redis: RedisServer) -> None:
+    window = 1.0
+    with Proxy(redis.port) as proxy, replicas(1, proxy.url, WINDOW_SECONDS=window) as (server,):
+        server.ask(0).answer()
+        time.sleep(window)  # so that nothing but the lost connection holds the next one
+        proxy.cut()
+        cut_at = time.monotonic()
+        assert server.ask(1).answer().at - cut_at >= window
+
+
+def test_a_connection_that_ends_in_the_middle_of_a_decision_is_no_permission(
+    redis: RedisServer,
+) -> None:
+    """Redis has granted the claim; the replica cannot know."""
+    window = 0.3
+    with Proxy(redis.port) as proxy, replicas(1, proxy.url, WINDOW_SECONDS=window) as (server,):
+        other = redis.url
+        with serving(REDIS_URL=other, WINDOW_SECONDS=window) as second:
+            clients = ask_in_turn([server, second], 10)
+            answers = first_answers(clients, 2)
+            proxy.swallows_answers_to = b"claim"
+            eventually(lambda: proxy.cuts >= 2)
+            proxy.swallows_answers_to = None
+            waiting = [n for n in range(10) if n not in dict(answers)]
+            late = first_answers([clients[n] for n in waiting], len(waiting))
+            answers += [(waiting[place], answer) for place, answer in late]
+            starts = redis.command("ZCARD", "gateway-queue:starts")
+            errors = server.get("/metrics").body.decode()
+
+    assert min(gaps(answers)[0]) >= window - SLACK
+    assert starts == ":10"  # what was granted in vain has been given back
+    assert "gateway_queue_store_errors_total 0.0" not in errors
+
+
+def test_a_promoted_replica_that_missed_the_last_write_lets_nobody_be_early(
+    redis: RedisServer,
+) -> None:
+    window = 0.6
+    with redis_server("--replicaof", "127.0.0.1", str(redis.port)) as standby:
+        eventually(lambda: "master_link_status:up" in standby.command("INFO", "replication"))
+        with (
+            Proxy(redis.port) as proxy,
+            replicas(2, proxy.url, WINDOW_SECONDS=window) as servers,
+        ):
+            clients = ask_in_turn(servers, 4)
+            answers = first_answers(clients, 1)
+            standby.command("REPLICAOF", "NO", "ONE")
+            left = [n for n in range(4) if n not in dict(answers)]
+            late = first_answers([clients[n] for n in left], 1)
+            answers += [(left[place], answer) for place, answer in late]
+            proxy.target = standby.port  # as if it were promoted now, without the last release
+            proxy.cut()
+            left = [n for n in range(4) if n not in dict(answers)]
+            late = first_answers([clients[n] for n in left], len(left))
+            answers += [(left[place], answer) for place, answer in late]
+
+    assert min(gaps(answers)[0]) >= window - SLACK
+
+
+def test_a_slow_redis_makes_nobody_early(redis: RedisServer) -> None:
+    window = 1.0
+    with (
+        Proxy(redis.port, delay=0.2) as proxy,
+        replicas(1, proxy.url, WINDOW_SECONDS=window) as (slow,),
+        replicas(1, redis.url, WINDOW_SECONDS=window) as (fast,),
+    ):
+        answers = first_answers(ask_in_turn([slow, fast], 4), 4)
+
+    (of_key,) = gaps(answers).values()
+    assert min(of_key) >= window - SLACK
+    assert sum(of_key) / len(of_key) < 2 * window
+
+
+def test_a_redis_that_is_too_slow_releases_nobody_and_says_so(redis: RedisServer) -> None:
+    with (
+        Proxy(redis.port, delay=0.35) as proxy,
+        replicas(1, proxy.url, WINDOW_SECONDS=1, HOLD_ON_START="false") as (server,),
+    ):
+        client = server.ask(0)
+        eventually(lambda: any("too late" in line for line in server.lines))
+        proxy.delay = 0.0
+        client.answer()
+        assert redis.command("ZCARD", "gateway-queue:starts") == ":1"
+
+
+def test_a_wrong_password_is_said_and_tried_again(redis: RedisServer) -> None:
+    redis.command("CONFIG", "SET", "requirepass", "right")
+    url = redis.url.replace("//", "//:wrong-one@")
+    with replicas(1, url, WINDOW_SECONDS=0.2) as (server,):
+        client = server.ask(0)
+        eventually(lambda: "username-password" in readiness(server)[1])
+        assert readiness(server)[0] == 503
+        assert server.status()["lanes"][0]["opens_in"] is None
+        eventually(lambda: any("username-password" in line for line in server.lines))
+        assert redis.command("AUTH", "right") == "+OK"
+        admin = redis.command("AUTH right\r\nCONFIG SET requirepass wrong-one")
+        assert admin.endswith("+OK")
+        assert client.answer().status == 200
+        assert is_ready(server)
+        assert not any("wrong-one" in line for line in server.lines)
+
+
+def test_a_redis_that_is_not_there_yet_is_waited_for() -> None:
+    with redis_server() as redis:
+        redis.kill()
+        with replicas(1, redis.url, WINDOW_SECONDS=0.2) as (server,):
+            client = server.ask(0)
+            eventually(lambda: readiness(server)[0] == 503)
+            assert "Redis cannot be reached" in readiness(server)[1]
+            assert server.get("/healthz").status == 200
+            redis.start()
+            assert client.answer().status == 200
+            assert server.status()["store"] == "redis"
+
+
+def test_a_stop_does_not_wait_for_a_redis_that_does_not_answer(redis: RedisServer) -> None:
+    with replicas(1, redis.url, WINDOW_SECONDS=0.2) as (server,):
+        clients = [server.ask(shard) for shard in range(20)]
+        first_answers(clients, 2)
+        redis.signal(signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert time.monotonic() - stopped_at < 2
+        assert [client for client in clients[10:] if client.rest()] == []
+
+
+def test_replicas_share_a_configured_limit(redis: RedisServer) -> None:
+    settings = {"WINDOW_SECONDS": 0.1, "MAX_CONCURRENCY": 3, "SESSION_START_LIMIT": 7}
+    with replicas(3, redis.url, **settings) as servers:
+        first_answers(ask_in_turn(servers, 30, keys=3), 7)
+        eventually(lambda: all(s.status()["session_starts"]["remaining"] == 0 for s in servers))
+        time.sleep(0.5)  # several windows in which nobody may go
+        statuses = [server.status() for server in servers]
+
+    assert sum(status["released"] for status in statuses) == 7
+    assert {status["session_starts"]["source"] for status in statuses} == {"configured"}
+
+
+@pytest.mark.parametrize("fault", [kill_and_restart, flush])
+def test_replicas_know_what_is_used_when_redis_has_lost_it(
+    redis: RedisServer, fault: Callable[[RedisServer], None]
+) -> None:
+    settings = {"WINDOW_SECONDS": 0.3, "SESSION_START_LIMIT": 5}
+    with replicas(2, redis.url, **settings) as servers:
+        clients = ask_in_turn(servers, 10)
+        first_answers(clients, 3)
+        fault(redis)
+        eventually(lambda: sum(server.status()["released"] for server in servers) == 5)
+        eventually(lambda: all(s.status()["session_starts"]["remaining"] == 0 for s in servers))
+        time.sleep(1)  # several windows in which nobody may go
+        assert sum(server.status()["released"] for server in servers) == 5
+
+
+def test_replicas_share_what_discord_has_left(redis: RedisServer) -> None:
+    limit = {"total": 1000, "remaining": 6, "reset_after": 3_600_000, "max_concurrency": 2}
+    with playing(**limit) as discord:
+        settings = discord.variables(WINDOW_SECONDS=0.1, HOLD_ON_START="false")
+        with replicas(3, redis.url, **settings) as servers:
+            first_answers(ask_in_turn(servers, 20, keys=2), 6)
+            eventually(lambda: all(s.status()["session_starts"]["remaining"] == 0 for s in servers))
+            time.sleep(0.5)  # several windows in which nobody may go
+            assert sum(server.status()["released"] for server in servers) == 6
+
+
+def test_replicas_share_the_loop_guard(redis: RedisServer) -> None:
+    settings = {"WINDOW_SECONDS": 0.1, "LOOP_FREE_STARTS": 2}
+    with replicas(2, redis.url, **settings) as (one, other):
+        one.ask(7).answer()
+        other.ask(7).answer()
+        one.ask(7)
+        eventually(lambda: bool(one.status()["lanes"]))
+        (ticket,) = one.status()["lanes"][0]["tickets"]
+        assert ticket["state"] == "held"
+        assert 10 < ticket["eta"] <= 15
+
+
+def test_two_workers_of_hypercorn_share_their_windows(redis: RedisServer) -> None:
+    window = 0.3
+    command = (installed("hypercorn"), "--workers", "2", "-c", "python:gateway_queue.server")
+    with serving(
+        *command, "gateway_queue:app", REDIS_URL=redis.url, WINDOW_SECONDS=window
+    ) as server:
+        answers = first_answers([server.ask(shard) for shard in range(12)], 12)
+        clients = redis.command("CLIENT", "LIST").count("lib-name=coredis") or redis.command(
+            "CLIENT", "LIST"
+        ).count("cmd=evalsha")
+
+    assert clients == 2
+    assert min(gaps(answers)[0]) >= window - SLACK
+
+
+def test_what_is_stored_begins_with_the_prefix(redis: RedisServer) -> None:
+    with replicas(1, redis.url, REDIS_PREFIX="bot:7", WINDOW_SECONDS=0.1) as (server,):
+        server.ask(3).answer()
+        keys = redis.command("KEYS", "*").split("\r\n")[2::2]
+    assert keys
+    assert all(key.startswith("bot:7:") for key in keys)
