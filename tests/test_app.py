@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import trio
 from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, HTTPScope
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
 from gateway_queue.web.app import GatewayQueue
 from gateway_queue.web.auth import Guard
@@ -149,3 +150,56 @@ async def test_a_client_that_does_not_take_its_answer_is_not_waited_for(
         "http.response.start",
         "http.response.body",
     ]
+
+
+@pytest.mark.parametrize("left", [0.3, 0.0, -1.0])
+async def test_nobody_is_answered_when_the_slot_is_not_good_any_more(
+    autojump_clock: MockClock, left: float
+) -> None:
+    """A slot that several replicas share is good for a while only."""
+    wire, sent_at = Wire(), list[float]()
+
+    @asynccontextmanager
+    async def turn(_: int | None) -> AsyncIterator[float]:
+        yield trio.current_time() + left
+
+    async def slow_send(event: ASGISendEvent) -> None:
+        await trio.sleep(0.5)
+        sent_at.append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(TicketRequest(SCOPE, wire.receive, slow_send, turn, Guard(None)).run)
+        await trio.sleep(10)
+        wire.hang_up()
+    assert sent_at == []
+
+
+class Ended(BaseException):
+    """Stands in for the end of the process."""
+
+
+async def test_a_fault_beside_the_requests_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without its dispatchers it would hold its clients for ever."""
+    starts = iter(["lifespan.startup"])
+
+    async def fail(_: Queue, *, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        raise RuntimeError("the queue's own fault")
+
+    def end(_: str) -> NoReturn:
+        raise Ended
+
+    async def receive() -> Any:
+        for kind in starts:
+            return {"type": kind}
+        return await trio.sleep_forever()
+
+    async def send(_: ASGISendEvent) -> None:
+        pass
+
+    monkeypatch.setattr(Queue, "run", fail)
+    app = GatewayQueue(Settings, end)
+    with pytest.raises(Ended):
+        await app.asgi_app({"type": "lifespan", "asgi": {}, "state": {}}, receive, send)

@@ -118,13 +118,14 @@ class Queue:
         self._warn_if_unkeyed(ticket)
         self.places.take(ticket)
         try:
-            with await self._slot(ticket) as slot:
+            slot = await self._slot(ticket)
+            with slot.outcome:
                 try:
-                    yield ticket.answer_by
+                    yield slot.claim.answer_by
                 except Exception:
-                    slot.send_nowait(trio.current_time())
+                    slot.outcome.send_nowait(trio.current_time())
                     raise
-                slot.send_nowait(trio.current_time())
+                slot.outcome.send_nowait(trio.current_time())
         except trio.Cancelled:
             self.abandoned += 1
             self._metrics.abandoned.inc()
@@ -156,9 +157,14 @@ class Queue:
         while True:
             self._join(ticket)
             try:
-                if slot := await ticket.offer():
+                slot = await ticket.offer()
+                if slot is None:
+                    await trio.sleep_until(ticket.held_until)
+                elif trio.current_time() <= slot.claim.begin_by:
                     return slot
-                await trio.sleep_until(ticket.held_until)
+                else:
+                    log.warning("the store is too slow to release anybody")
+                    slot.outcome.close()
             except trio.Cancelled:
                 if lane := self.lanes.get(self.key(ticket.shard)):
                     lane.leave(ticket)
@@ -238,7 +244,7 @@ class Queue:
 
     async def _release(self, lane: Lane, ticket: Ticket, claim: Claim) -> None:
         """Use a claimed key for a ticket, or give it back if its client has left."""
-        answered_at = await lane.release(ticket, claim.answer_by)
+        answered_at = await lane.release(ticket, claim)
         if answered_at is None:
             await self.store.give_back(claim)
             self._ask_again()

@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 import trio
 from sortedcontainers import SortedDict
 
-Slot = trio.MemorySendChannel[float]
-"""The right to answer one client, once. Its holder sends the time of the answer
-(:func:`trio.current_time`), or closes it unused: then the next in line gets it."""
+from gateway_queue.store import Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The right to answer one client, once."""
+
+    claim: Claim
+    """What was claimed for it, and until when it is good."""
+    outcome: trio.MemorySendChannel[float]
+    """Takes the time of the answer (:func:`trio.current_time`), or is closed if there was none:
+    then the next in line gets the slot."""
 
 
 class Ticket:
@@ -22,16 +32,7 @@ class Ticket:
       shard: whose it is; None if the client did not say.
     """
 
-    __slots__ = (
-        "_receive",
-        "_send",
-        "answer_by",
-        "held_until",
-        "here_since",
-        "joined_at",
-        "number",
-        "shard",
-    )
+    __slots__ = ("_receive", "_send", "held_until", "here_since", "joined_at", "number", "shard")
 
     def __init__(self, number: int, shard: int | None) -> None:
         self.number = number
@@ -40,8 +41,6 @@ class Ticket:
         self.joined_at = self.here_since
         """Since when it has had this place, be it with other clients before this one."""
         self.held_until = -math.inf
-        self.answer_by = math.inf
-        """Until when its slot is good, once it has one."""
         # Room for the slot: a channel without any refuses it while nobody is receiving yet.
         self._send, self._receive = trio.open_memory_channel[Slot | None](1)
 
@@ -57,7 +56,7 @@ class Ticket:
         """Close the slot, if it came in the very moment in which its receiver left."""
         with suppress(trio.WouldBlock):
             if slot := self._receive.receive_nowait():
-                slot.close()
+                slot.outcome.close()
 
 
 class Lane:
@@ -89,21 +88,16 @@ class Lane:
         """Return who is next, while anybody is."""
         return self._line.peekitem(0)[1]
 
-    async def release(self, ticket: Ticket, answer_by: float) -> float | None:
+    async def release(self, ticket: Ticket, claim: Claim) -> float | None:
         """Offer the slot to a ticket, unless it has left in the meantime.
-
-        Args:
-          ticket: whom to release.
-          answer_by: until when the slot is good (:func:`trio.current_time`).
 
         Returns:
           When the answer was out (:func:`trio.current_time`), or None if nobody was there.
         """
         if not self.leave(ticket):
             return None
-        slot, outcome = trio.open_memory_channel[float](1)
-        ticket.answer_by = answer_by
-        ticket.give(slot)
+        send, outcome = trio.open_memory_channel[float](1)
+        ticket.give(Slot(claim, send))
         try:
             return await outcome.receive()
         except trio.EndOfChannel:

@@ -41,8 +41,10 @@ class Claim:
 
     key: int
     shard: int | None
+    begin_by: float = math.inf
+    """Until when an answer may begin (:func:`trio.current_time`)."""
     answer_by: float = math.inf
-    """Until when it is (:func:`trio.current_time`): nobody may be answered later."""
+    """When the answer has to be out, for the key may be somebody else's a window later."""
     token: str = ""
     """Tells it from the claims of other replicas."""
 

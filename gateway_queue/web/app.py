@@ -8,6 +8,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any, NoReturn
 
+import structlog
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope, Scope
 from quart import Response, request
 from quart.typing import ResponseTypes
@@ -29,6 +30,8 @@ from gateway_queue.web.gauges import gauges
 from gateway_queue.web.problems import CONTENT_TYPE, problem
 from gateway_queue.web.status import status_document
 from gateway_queue.web.tickets import TicketRequest
+
+log = structlog.stdlib.get_logger(__name__)
 
 PUBLIC = frozenset({"/healthz", "/readyz"})
 """Endpoints for those who watch over the process, who have no token."""
@@ -140,12 +143,24 @@ class GatewayQueue(QuartTrio):
     async def asgi_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        elif scope["type"] != "http":
             await super().asgi_app(scope, receive, send)
         elif self._is_for_endpoint(path := _path(scope["path"]), scope):
             await super().asgi_app({**scope, "path": path}, receive, send)
         else:
             await TicketRequest(scope, receive, send, self.queue.turn, self._guard).run()
+
+    async def _live(
+        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> None:
+        """Run what serves besides requests; if it fails, Hypercorn would go on without it."""
+        try:
+            await super().asgi_app(scope, receive, send)
+        except Exception:
+            log.exception("the queue has failed")
+            self._refuse("the queue has failed, see the log")
 
     def _is_for_endpoint(self, path: str, scope: HTTPScope) -> bool:
         """Tell whether one of Quart's routes answers, as it does whoever has the right to ask."""

@@ -141,7 +141,9 @@ class RedisStore:
         """Use one connection until it is lost, and return why."""
         try:
             self._clock, self._since = ServerClock(), None
-            self._link = link = await Link.open(pool, self._prefix)
+            link = Link(pool, self._prefix)
+            await link.open()
+            self._link = link
             await self._catch_up()
             self._trusted_at = trio.current_time() + self._hold
             self._hold = self._lease
@@ -195,27 +197,23 @@ class RedisStore:
 
     async def claim(self, key: int, shard: int | None, came_at: float) -> Claim | Refusal:
         asked_at = trio.current_time()
+        if self._trusted_at == math.inf:
+            return Refusal(FIRST_RETRY, "key")
         if asked_at < self._trusted_at:
-            return Refusal(min(self._trusted_at - asked_at, self._lease), "key")
+            return Refusal(self._trusted_at - asked_at, "key")
         token = f"{self._replica}:{next(self._numbers)}"
-        claim = Claim(key, shard, asked_at + self._answer_seconds, token)
+        answer_by = asked_at + self._answer_seconds
+        claim = Claim(key, shard, (asked_at + answer_by) / 2, answer_by, token)
         words = self._words(claim)
         try:
             answer = await self._ask("claim", *words, self._replica, self._clock.at(came_at))
         except Unreachable:
             self._doubtful.append(words)
             return Refusal(LOOK_SECONDS, "key")
-        now = trio.current_time()
-        if answer.verdict != _GRANTED:
-            wait = asked_at + answer.wait / MICROSECONDS - now
-            return Refusal(max(0.0, wait), "key" if answer.verdict == _KEY_CLOSED else "shard")
-        if now > asked_at + self._answer_seconds / 2:
-            log.warning(
-                "Redis answers too late to release anybody", seconds=round(now - asked_at, 3)
-            )
-            await self.give_back(claim)
-            return Refusal(0.0, "key")
-        return claim
+        if answer.verdict == _GRANTED:
+            return claim
+        wait = asked_at + answer.wait / MICROSECONDS - trio.current_time()
+        return Refusal(max(0.0, wait), "key" if answer.verdict == _KEY_CLOSED else "shard")
 
     async def start_window(self, claim: Claim, answered_at: float) -> None:
         self._starts.append(_Start(claim.token, claim.shard, answered_at))

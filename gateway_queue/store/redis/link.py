@@ -42,21 +42,24 @@ def connections(url: str) -> ConnectionPool[Any]:
 
 
 class Link:
-    """A connection; :meth:`open` makes one.
+    """A connection, from :meth:`open` until it is lost.
 
-    Attributes:
-      lost: set when it cannot be used any more.
+    Args:
+      pool: where to get it from, open.
+      prefix: the first part of every key.
     """
 
-    def __init__(self, connection: BaseConnection, prefix: str) -> None:
-        self.lost = trio.Event()
-        self._reason = ""
-        self._connection = connection
-        self._prefix = prefix
-        self._script: Any = None
+    _connection: BaseConnection
+    _script: Any
 
-    @classmethod
-    async def open(cls, pool: ConnectionPool[Any], prefix: str) -> Link:
+    def __init__(self, pool: ConnectionPool[Any], prefix: str) -> None:
+        self.lost = trio.Event()
+        """Set when it cannot be used any more."""
+        self._reason = ""
+        self._pool = pool
+        self._prefix = prefix
+
+    async def open(self) -> None:
         """Connect, and teach the server how to decide.
 
         Raises:
@@ -64,13 +67,12 @@ class Link:
         """
         try:
             with trio.fail_after(CONNECT_SECONDS):
-                link = cls(await pool.get_connection(), prefix)
+                self._connection = await self._pool.get_connection()
         except trio.TooSlowError:
-            raise Unreachable(f"no connection within {CONNECT_SECONDS:g} s") from None
+            self.give_up(f"no connection within {CONNECT_SECONDS:g} s")
         except RedisError as error:
-            raise Unreachable(str(error)) from None
-        link._script = await link._request(b"SCRIPT LOAD", SCRIPT.read_bytes())
-        return link
+            self.give_up(str(error))
+        self._script = await self._request(b"SCRIPT LOAD", SCRIPT.read_bytes())
 
     async def call(self, command: str, *arguments: RedisValueT) -> Any:
         """Let the server decide.
