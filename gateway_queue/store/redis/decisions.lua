@@ -6,7 +6,7 @@
 -- PREFIX:state      since when this data is kept, what Discord allows, the number of keys
 -- PREFIX:windows    by rate limit key, when it opens; a claimed one opens when its lease ends
 -- PREFIX:claims     by rate limit key, the token of its claim
--- PREFIX:heads:N:KEY  by replica, when its first ticket came and when it asks again
+-- PREFIX:heads:*    by replica, when its first ticket came and when it asks again
 -- PREFIX:starts     the day's session starts: their tokens by time
 -- PREFIX:shard:N    the same of one shard, in the last hour
 
@@ -33,8 +33,14 @@ local function expire(key, after)
   redis.call('PEXPIRE', key, math.ceil(after / 1000))
 end
 
--- Data that a failed server has lost has another beginning afterwards.
-redis.call('HSETNX', state, 'since', now)
+-- What a server has lost, or has noted by a clock that was set back since, begins anew, and the
+-- replicas see that it does.
+local since, last = unpack(redis.call('HMGET', state, 'since', 'last'))
+if not since or now < tonumber(last) then
+  redis.call('DEL', state, windows, claims, starts)
+  since = string.format('%.0f', now)
+end
+redis.call('HSET', state, 'since', since, 'last', now)
 expire(state, 2 * DAY)
 
 -- Session starts of the day: used, total (-1: no limit is known), until some are free again.
@@ -63,8 +69,7 @@ end
 local function answer(verdict, wait)
   local used, total, resets_in = budget()
   local is_discords = redis.call('HEXISTS', state, 'total')
-  local since = tonumber(redis.call('HGET', state, 'since'))
-  return {verdict, wait, now, since, used, total, resets_in, is_discords}
+  return {verdict, wait, now, tonumber(since), used, total, resets_in, is_discords}
 end
 
 local GRANTED, KEY_CLOSED, SHARD_HELD = 0, 1, 2
@@ -111,14 +116,14 @@ local function shard_wait(shard)
   end
   local key = name('shard', shard)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', now - HOUR)
+  redis.call('ZREMRANGEBYSCORE', key, now + 1, '+inf') -- by a clock that was set back since
   local recent = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
   local excess = #recent / 2 - free_starts
   if excess < 0 then
     return 0
   end
   local delay = math.min(FIRST_DELAY * 2 ^ excess, LONGEST_DELAY)
-  local free_at = math.min(recent[#recent] + delay, recent[2] + HOUR)
-  return math.max(0, math.min(free_at - now, delay))
+  return math.max(0, math.min(recent[#recent] + delay, recent[2] + HOUR) - now)
 end
 
 local function count_start(token, shard, at)
@@ -128,6 +133,10 @@ local function count_start(token, shard, at)
     redis.call('ZADD', name('shard', shard), at, token)
     expire(name('shard', shard), HOUR)
   end
+end
+
+local function heads_of(max_concurrency, key)
+  return name('heads', since, max_concurrency, key)
 end
 
 -- How long an older first ticket of another replica goes before. A replica that does not ask
@@ -151,10 +160,9 @@ function commands.claim(max_concurrency, key, shard, token, replica, came_at)
   if held > 0 then
     return answer(SHARD_HELD, held)
   end
-  local field, heads = max_concurrency .. ':' .. key, name('heads', max_concurrency, key)
+  local field, heads = max_concurrency .. ':' .. key, heads_of(max_concurrency, key)
   came_at = tonumber(came_at)
-  -- No key is closed for longer than a lease, unless the clock was set back.
-  local wait = math.min(opens_at(max_concurrency, key) - now, lease)
+  local wait = opens_at(max_concurrency, key) - now
   if wait <= 0 then
     wait = wait_for_older(heads, replica, came_at)
   elseif redis.call('HEXISTS', claims, field) == 1 then
@@ -204,7 +212,7 @@ function commands.give_back(max_concurrency, key, shard, token)
 end
 
 function commands.withdraw(max_concurrency, key, replica)
-  redis.call('HDEL', name('heads', max_concurrency, key), replica)
+  redis.call('HDEL', heads_of(max_concurrency, key), replica)
   return answer(GRANTED, 0)
 end
 
