@@ -409,6 +409,12 @@ def test_while_redis_is_away_nobody_is_released_and_nobody_lost(redis: RedisServ
     assert min(gaps(answers)[0]) >= window - SLACK
 
 
+def test_who_releases_everybody_at_once_needs_no_redis() -> None:
+    with replicas(1, "redis://127.0.0.1:1", MAX_CONCURRENCY=0) as (server,):
+        assert is_ready(server)
+        assert server.ask(0).answer().status == 200
+
+
 def test_a_stop_does_not_wait_for_a_redis_that_does_not_answer(redis: RedisServer) -> None:
     with replicas(1, redis.url, WINDOW_SECONDS=0.2) as (server,):
         clients = [server.ask(shard) for shard in range(20)]

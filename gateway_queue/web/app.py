@@ -124,6 +124,8 @@ class GatewayQueue(QuartTrio):
 
     def _fault(self) -> str | None:
         """Say why nobody can be released, if that is so."""
+        if self.queue.max_concurrency == 0:
+            return None
         if fault := self.queue.store.fault:
             return f"Redis cannot be reached: {fault}"
         if self.queue.max_concurrency is not None:
