@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 import trio
 from sortedcontainers import SortedDict
@@ -12,6 +13,19 @@ from sortedcontainers import SortedDict
 Slot = trio.MemorySendChannel[float]
 """The right to answer one client, once. Its holder sends the time of the answer
 (:func:`trio.current_time`), or closes it unused: then the next in line gets it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A ticket that had its turn. Times are in seconds."""
+
+    shard: int | None
+    rate_limit_key: int
+    at: float
+    """When the answer was out, on :func:`trio.current_time`."""
+    waited: float
+    lateness: float
+    """Since the window was open, the client here, and the shard free to start."""
 
 
 class Ticket:

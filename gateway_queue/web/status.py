@@ -10,6 +10,9 @@ from gateway_queue.about import __version__
 from gateway_queue.queue import Queue, status
 from gateway_queue.settings import Settings
 
+STORE = "memory"
+"""Where the windows are kept."""
+
 
 def status_document(queue: Queue, settings: Settings) -> dict[str, Any]:
     """Describe the queue and everybody in it."""
@@ -18,7 +21,7 @@ def status_document(queue: Queue, settings: Settings) -> dict[str, Any]:
         "version": __version__,
         "window_seconds": settings.window_seconds,
         "max_concurrency": queue.max_concurrency,
-        "store": "memory",
+        "store": STORE,
         "waiting": len(queue),
         "released": queue.released,
         "abandoned": queue.abandoned,
