@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import NoReturn
 
 import structlog
@@ -44,7 +44,7 @@ class Events:
                 self._news.unpark_all()
             await trio.sleep(INTERVAL)
 
-    async def listen(self) -> AsyncIterator[bytes]:
+    async def listen(self) -> AsyncGenerator[bytes, None]:
         """Yield each event from now on."""
         self._listeners += 1
         self._arrivals.unpark_all()

@@ -122,9 +122,10 @@ function listen() {
     show(data);
     say("Live", true);
   };
+  events.onerror = () => say("Connection lost, trying again", false);
   const watch = setInterval(() => {
     const lost = performance.now() - heardAt > DEAF_MS;
-    if (lost) say("Connection lost, trying again", false);
+    if (lost) events.onerror();
     // A browser tries again by itself, unless an answer came that is none.
     if (lost || events.readyState === EventSource.CLOSED) {
       clearInterval(watch);
