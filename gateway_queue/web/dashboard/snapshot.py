@@ -93,11 +93,12 @@ class Snapshot:
 def take(
     queue: Queue, limits: Limits | None, settings: Settings, not_ready: str | None
 ) -> Snapshot:
-    """Look at the queue, at a cost that does not grow with the number of those who wait."""
+    """Look at the queue, at a cost that does not grow with the length of its lines."""
     now, window = trio.current_time(), settings.window_seconds
     number = min(queue.max_concurrency or 1, KEYS_MAX)
     most = min(max(TICKETS_MAX // number, TICKETS_OF_KEY_MIN), TICKETS_OF_KEY_MAX)
-    shown = lanes(queue, window, most)[:KEYS_MAX]
+    shown = [lane for lane in lanes(queue, window, most) if lane.rate_limit_key < number]
+    starts = queue.store.session_starts()
     recent = [one for one in queue.recent if one.at > now - WINDOWS_BEHIND * window]
     late = [one.lateness for one in recent]
     keys = _keys(number, shown, recent, now, window)
@@ -112,9 +113,9 @@ def take(
         away=sum(1 for _ in queue.places),
         released=queue.released,
         abandoned=queue.abandoned,
-        starts=queue.store.session_starts(),
+        starts=starts,
         next_release=min((key.next_release for key in keys), default=math.inf),
-        last_release=_last_release(shown, queue, window),
+        last_release=_last_release(shown, starts, window),
         lateness=Lateness(median(late), max(late)) if late else None,
         keys=keys,
         lanes=shown,
@@ -147,7 +148,7 @@ def _key(lane: LaneStatus, released: list[float], window: float) -> KeyStatus:
     return KeyStatus(
         rate_limit_key=lane.rate_limit_key,
         waiting=lane.waiting,
-        next_release=min(turns, default=math.inf),
+        next_release=min(turns, default=lane.opens_in if lane.waiting else math.inf),
         released=released,
         expected=[eta for eta in turns if eta < WINDOWS_AHEAD * window],
     )
@@ -163,9 +164,9 @@ def _discord(queue: Queue, limits: Limits | None) -> Condition:
     return Condition("Discord", "limits known", good=True)
 
 
-def _last_release(shown: list[LaneStatus], queue: Queue, window: float) -> float:
-    starts = queue.store.session_starts()
-    if starts.enforced and starts.remaining is not None and starts.remaining < len(queue):
+def _last_release(shown: list[LaneStatus], starts: SessionStarts, window: float) -> float:
+    waiting = sum(lane.waiting for lane in shown)
+    if starts.enforced and starts.remaining is not None and starts.remaining < waiting:
         return math.inf
     turns = (lane.opens_in + (lane.waiting - 1) * window for lane in shown if lane.waiting)
     return max(turns, default=math.inf)
