@@ -207,6 +207,25 @@ def test_focus_and_what_is_opened_stay(browser: Browser, busy: Server) -> None:
         assert page.evaluate("scrollY") == 300
 
 
+def test_what_is_closed_stays_closed(browser: Browser) -> None:
+    with serving() as server:
+        server.ask(1)
+        eventually(lambda: server.status()["waiting"] == 1)
+        with opened(browser, server) as watched:
+            lane = watched.page.locator("#lane-0")
+            expect(lane.locator("table")).to_be_visible()
+            lane.locator("summary").click()
+            watched.wait_for_events(2)
+            expect(lane.locator("table")).to_be_hidden()
+
+
+def test_it_is_loaded_anew_when_the_server_has_another_one(browser: Browser) -> None:
+    with serving() as server, opened(browser, server) as watched:
+        with watched.page.expect_navigation():
+            watched.page.evaluate("document.getElementById('live').dataset.build = 'former'")
+        watched.wait_for_events(1)
+
+
 @pytest.mark.parametrize(
     ("scheme", "background"), [("light", "rgb(244, 245, 248)"), ("dark", "rgb(16, 18, 24)")]
 )

@@ -141,31 +141,33 @@ def test_they_ask_for_the_token(path: str) -> None:
     assert b'www-authenticate: Basic realm="gateway-queue"' in refused.raw
 
 
-def test_who_leaves_is_forgotten(server: Server) -> None:
-    before = open_files(server)
-    listeners = [server.connect(LISTEN) for _ in range(20)]
-    read_events(listeners[-1], 1)
-    assert open_files(server) == before + 20
-    for listener in listeners:
-        listener.hang_up()
-    eventually(lambda: open_files(server) == before)
+def test_who_leaves_is_forgotten() -> None:
+    with serving() as server:
+        idle = open_files(server)
+        listeners = [server.connect(LISTEN) for _ in range(20)]
+        read_events(listeners[-1], 1)
+        eventually(lambda: open_files(server) == idle + 20)
+        for listener in listeners:
+            listener.hang_up()
+        eventually(lambda: open_files(server) == idle)
 
 
 def test_who_does_not_read_is_dropped() -> None:
     """And nobody else waits for that, nor is anything kept."""
     with serving(WINDOW_SECONDS=3600) as server, socket.socket() as deaf:
+        idle = open_files(server)
         for shard in range(100):  # a long line makes for large events
             server.ask(shard)
-        eventually(lambda: server.status()["waiting"] == 100)
         other = server.connect(LISTEN)
         read_events(other, 1)
-        before, memory = open_files(server), server.peak_memory()
+        eventually(lambda: open_files(server) == idle + 101)
+        memory = server.peak_memory()
         deaf.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # makes for small buffers
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", server.port))
         deaf.sendall(LISTEN)
-        eventually(lambda: open_files(server) == before + 1)
-        eventually(lambda: open_files(server) == before)
+        eventually(lambda: open_files(server) == idle + 102)
+        eventually(lambda: open_files(server) == idle + 101)
         other.received = b""
         read_events(other, 2)
         assert server.peak_memory() - memory < 2**20
