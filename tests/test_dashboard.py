@@ -208,7 +208,7 @@ def test_focus_and_what_is_opened_stay(browser: Browser, busy: Server) -> None:
 
 
 def test_what_is_closed_stays_closed(browser: Browser) -> None:
-    with serving() as server:
+    with serving(WINDOW_SECONDS=3600) as server:
         server.ask(1)
         eventually(lambda: server.status()["waiting"] == 1)
         with opened(browser, server) as watched:
