@@ -125,7 +125,7 @@ def test_who_waits_where(browser: Browser, busy: Server) -> None:
         expect(rows).to_have_count(10)
         assert rows.nth(1).locator("td").all_inner_texts()[:2] == ["2", "21"]
         expect(lane).to_contain_text("and 3 more")
-        aside = page.locator("section", has_text="Standing aside").last
+        aside = page.locator("#standing-aside")
         expect(aside).to_contain_text("16 held, 1 away")
         expect(aside.locator("tbody tr").first).to_contain_text("starts too often, may go at")
 
@@ -205,6 +205,12 @@ def test_focus_and_what_is_opened_stay(browser: Browser, busy: Server) -> None:
         expect(focused).to_have_attribute("id", "lane-2")
         expect(focused.locator("table")).to_be_visible()
         assert page.evaluate("scrollY") == 300
+        page.evaluate(
+            """const live = document.getElementById("live").cloneNode(true);
+            live.querySelector("#standing-aside").remove();
+            show(live.outerHTML);"""
+        )
+        expect(focused).to_have_attribute("id", "lane-2")
 
 
 def test_what_is_closed_stays_closed(browser: Browser) -> None:

@@ -60,7 +60,7 @@ function drift() {
 
 /**
  * Change a tree into another, node by node, so that focus, selection and what has been opened stay.
- * Elements with an id are the same in both; they stand in the same order.
+ * Elements that come and go have ids, so that none is taken for another; their order never changes.
  */
 function change(old, fresh) {
   if (old.nodeType === Node.TEXT_NODE) {
@@ -73,6 +73,7 @@ function change(old, fresh) {
   for (const each of [...old.children]) {
     if (each.id && !fresh.querySelector(`#${each.id}`)) each.remove();
   }
+  old.normalize(); // the texts around what has gone are one in the other tree
   let next = old.firstChild;
   for (const wanted of [...fresh.childNodes]) {
     if (next && next.nodeName === wanted.nodeName && (next.id ?? "") === (wanted.id ?? "")) {
