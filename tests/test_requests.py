@@ -125,6 +125,15 @@ def test_a_connection_is_used_again(server: Server) -> None:
     assert_go(client)
 
 
+def test_the_next_request_may_come_as_soon_as_the_answer_is_seen(server: Server) -> None:
+    """Quart's part of the server may not be done with the former one by then."""
+    request = b"HEAD /status HTTP/1.1\r\nHost: q\r\n\r\n"
+    client = server.connect(request)
+    for _ in range(20):
+        assert client.answer(body=False).status == 200
+        client.socket.sendall(request)
+
+
 def test_a_body_is_read_and_dropped(server: Server) -> None:
     sized = request("POST", "/", "Content-Length: 5", body=b"hello")
     chunked = request(

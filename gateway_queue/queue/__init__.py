@@ -6,6 +6,7 @@ Pure trio: nothing here knows of HTTP.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import count
@@ -16,11 +17,14 @@ import trio
 
 from gateway_queue.metrics import Metrics
 from gateway_queue.queue.budget_alarm import BudgetAlarm
-from gateway_queue.queue.lane import Lane, Slot, Ticket
+from gateway_queue.queue.lane import Lane, Release, Slot, Ticket
 from gateway_queue.queue.places import Places
 from gateway_queue.store import Allowance, Claim, Refusal, WindowStore
 
 __all__ = ["Queue"]
+
+RECENT_MAX = 2_000
+"""Releases to remember, for who wants to look: the last 3 minutes of 55 keys."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -51,6 +55,8 @@ class Queue:
         self.released = 0
         self.abandoned = 0
         """How many have left without their turn."""
+        self.recent = deque[Release](maxlen=RECENT_MAX)
+        """The last releases, but for those that nothing held up (``max_concurrency`` 0)."""
         self.lanes: dict[int, Lane] = {}
         self.held: set[Ticket] = set()
         """Those that stand aside, for their shards start too often."""
@@ -263,11 +269,18 @@ class Queue:
             await lane.news.park()
 
     def _measure(self, lane: Lane, ticket: Ticket, answered_at: float) -> None:
-        # The window was open, the client here, and the shard free to start.
         due = max(lane.opens_at, ticket.here_since, ticket.held_until)
-        self._metrics.lateness.observe(answered_at - due)
-        self._metrics.wait.observe(answered_at - ticket.joined_at)
-        self._metrics.released.labels(lane.rate_limit_key).inc()
+        release = Release(
+            shard=ticket.shard,
+            rate_limit_key=lane.rate_limit_key,
+            at=answered_at,
+            waited=answered_at - ticket.joined_at,
+            lateness=answered_at - due,
+        )
+        self.recent.append(release)
+        self._metrics.lateness.observe(release.lateness)
+        self._metrics.wait.observe(release.waited)
+        self._metrics.released.labels(release.rate_limit_key).inc()
 
     def _ask_again(self) -> None:
         """Let all dispatchers claim anew: a session start may be left that was not before."""

@@ -24,6 +24,19 @@ class Slot:
     then the next in line gets the slot."""
 
 
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A ticket that had its turn. Times are in seconds."""
+
+    shard: int | None
+    rate_limit_key: int
+    at: float
+    """When the answer was out, on :func:`trio.current_time`."""
+    waited: float
+    lateness: float
+    """Since the window was open, the client here, and the shard free to start."""
+
+
 class Ticket:
     """A place in the line, and the channel on which its slot comes back.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import count
+from heapq import merge
+from itertools import count, islice
 from operator import attrgetter
 from typing import Literal
 
@@ -42,12 +43,14 @@ class LaneStatus:
     tickets: list[TicketStatus]
 
 
-def lanes(queue: Queue, window: float) -> list[LaneStatus]:
+def lanes(queue: Queue, window: float, most: int | None = None) -> list[LaneStatus]:
     """List the lanes that have tickets, by key.
 
     Args:
       queue: whose.
       window: seconds between two releases of one lane.
+      most: how many tickets of a lane to list, from the front; None lists all. Those that are
+        not listed are not counted on when the day's session starts run out.
     """
     aside = defaultdict[int, list[Ticket | Place]](list)
     for one in (*queue.held, *queue.places):
@@ -59,14 +62,20 @@ def lanes(queue: Queue, window: float) -> list[LaneStatus]:
     else:
         first_slot = starts.resets_in if starts.spent else 0.0
     statuses = [
-        _lane(queue.lanes.get(key, Lane(key)), aside[key], first_slot, window)
+        _lane(queue.lanes.get(key, Lane(key)), aside[key], first_slot, window, most)
         for key in sorted(keys)
     ]
     _delay_to_reset(starts, statuses, window)
     return statuses
 
 
-def _lane(lane: Lane, aside: list[Ticket | Place], first_slot: float, window: float) -> LaneStatus:
+def _lane(
+    lane: Lane,
+    aside: list[Ticket | Place],
+    first_slot: float,
+    window: float,
+    most: int | None,
+) -> LaneStatus:
     now = trio.current_time()
     opens_in = max(first_slot, lane.opens_at - now)
     turns = count()
@@ -81,9 +90,10 @@ def _lane(lane: Lane, aside: list[Ticket | Place], first_slot: float, window: fl
             state, eta = "waiting", opens_in + next(turns) * window
         return TicketStatus(one.shard, state, position, now - one.joined_at, eta)
 
-    everybody = sorted([*lane, *aside], key=attrgetter("number"))
-    tickets = [describe(position, one) for position, one in enumerate(everybody, 1)]
-    here = sum(ticket.state != "away" for ticket in tickets)
+    number = attrgetter("number")
+    foremost = islice(merge(lane, sorted(aside, key=number), key=number), most)
+    tickets = [describe(position, one) for position, one in enumerate(foremost, 1)]
+    here = len(lane) + sum(isinstance(one, Ticket) for one in aside)
     return LaneStatus(lane.rate_limit_key, here, opens_in, tickets)
 
 

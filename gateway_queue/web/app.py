@@ -26,6 +26,9 @@ from gateway_queue.store import Rules, WindowStore
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.web import hypercorn_fixes
 from gateway_queue.web.auth import Guard
+from gateway_queue.web.dashboard.events import Events
+from gateway_queue.web.dashboard.page import Page
+from gateway_queue.web.dashboard.snapshot import Snapshot, take
 from gateway_queue.web.gauges import gauges
 from gateway_queue.web.problems import CONTENT_TYPE, problem
 from gateway_queue.web.status import status_document
@@ -36,7 +39,11 @@ log = structlog.stdlib.get_logger(__name__)
 PUBLIC = frozenset({"/healthz", "/readyz"})
 """Endpoints for those who watch over the process, who have no token."""
 
-ENDPOINTS = PUBLIC | {"/status", "/metrics"}
+ENDPOINTS = PUBLIC | {"/status", "/metrics", "/dashboard", "/events"}
+
+LISTENING_SECONDS = 3600
+"""How long a page gets events until it has to ask anew. So one that is there only in name, as
+HTTP/2 allows, is not there for ever."""
 
 
 class GatewayQueue(QuartTrio):
@@ -62,6 +69,8 @@ class GatewayQueue(QuartTrio):
         self.add_url_rule("/readyz", view_func=self._readyz)
         self.add_url_rule("/status", view_func=self._status)
         self.add_url_rule("/metrics", view_func=self._show_metrics)
+        self.add_url_rule("/dashboard", view_func=self._dashboard)
+        self.add_url_rule("/events", view_func=self._listen)
         self.register_error_handler(HTTPException, explain)
         self.after_request(never_store)
 
@@ -79,6 +88,9 @@ class GatewayQueue(QuartTrio):
         if settings.discord_token is not None and self.queue.max_concurrency is None:
             self.nursery.start_soon(self._follow_discord, settings.discord_token)
         self._metrics.watch(partial(gauges, self.queue))
+        self._page = Page()
+        self._events = Events(lambda: self._page.live(self._snapshot()))
+        self.nursery.start_soon(self._events.run)
         await self.nursery.start(self.queue.run)
 
     def _open_store(self) -> WindowStore:
@@ -118,12 +130,12 @@ class GatewayQueue(QuartTrio):
 
     async def _readyz(self) -> Response | dict[str, str]:
         """Say whether tickets can be released."""
-        if fault := self._fault():
+        if fault := self._not_ready():
             return problem_response(HTTPStatus.SERVICE_UNAVAILABLE, fault)
         return {"status": "ready"}
 
-    def _fault(self) -> str | None:
-        """Say why nobody can be released, if that is so."""
+    def _not_ready(self) -> str | None:
+        """Tell why no ticket can be released, if so."""
         if self.queue.max_concurrency == 0:
             return None
         if fault := self.queue.store.fault:
@@ -141,6 +153,22 @@ class GatewayQueue(QuartTrio):
         """Hand the metrics to Prometheus."""
         text, content_type = self._metrics.exposition(request.headers.get("accept", ""))
         return Response(text, content_type=content_type)
+
+    def _snapshot(self) -> Snapshot:
+        return take(self.queue, self.limits, self._settings, self._not_ready())
+
+    async def _dashboard(self) -> Response:
+        """Show the queue to people."""
+        response = Response(self._page.whole(self._snapshot()), mimetype="text/html")
+        response.headers["Content-Security-Policy"] = self._page.security_policy
+        return response
+
+    async def _listen(self) -> Response:
+        """Keep a page up to date."""
+        events = b"" if request.method == "HEAD" else self._events.listen()
+        response = Response(events, mimetype="text/event-stream")
+        response.timeout = LISTENING_SECONDS
+        return response
 
     async def asgi_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable

@@ -118,7 +118,12 @@ class HTTP1(H11Protocol):
                 await self.send(Closed())
 
     async def _maybe_recycle(self) -> None:
-        await super()._maybe_recycle()
+        """Get ready for the next request, and read it if it has come during a pause.
+
+        Quart cancels whoever sends an answer as soon as it hears that all is sent, so here.
+        """
+        with trio.CancelScope(shield=True):
+            await super()._maybe_recycle()
         if self._paused and self.connection.our_state is h11.IDLE:
             self._paused = False
             self.task_group.spawn(self._handle_events)

@@ -11,6 +11,11 @@ from gateway_queue.queue import Queue, status
 from gateway_queue.settings import Settings
 
 
+def store_name(settings: Settings) -> str:
+    """Say where the windows are kept."""
+    return "memory" if settings.redis_url is None else "redis"
+
+
 def status_document(queue: Queue, settings: Settings) -> dict[str, Any]:
     """Describe the queue and everybody in it."""
     lanes = status.lanes(queue, settings.window_seconds)
@@ -18,7 +23,7 @@ def status_document(queue: Queue, settings: Settings) -> dict[str, Any]:
         "version": __version__,
         "window_seconds": settings.window_seconds,
         "max_concurrency": queue.max_concurrency,
-        "store": "memory" if settings.redis_url is None else "redis",
+        "store": store_name(settings),
         "waiting": len(queue),
         "released": queue.released,
         "abandoned": queue.abandoned,

@@ -1,0 +1,61 @@
+"""Server-sent events: one snapshot a second, for all who listen."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import NoReturn
+
+import structlog
+import trio
+
+INTERVAL = 1.0
+"""Seconds between two events."""
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class Events:
+    """Writes an event a second while anybody listens.
+
+    Who is slow to take one misses those that come meanwhile. So nobody waits for a slow listener,
+    and nothing is kept for one.
+
+    Args:
+      write: makes the text of an event.
+    """
+
+    def __init__(self, write: Callable[[], Awaitable[str]]) -> None:
+        self._write = write
+        self._latest = b""
+        self._listeners = 0
+        self._arrivals = trio.lowlevel.ParkingLot()
+        self._news = trio.lowlevel.ParkingLot()
+
+    async def run(self) -> NoReturn:
+        """Write events, until cancelled."""
+        while True:
+            while not self._listeners:
+                await self._arrivals.park()
+            try:
+                self._latest = _event(await self._write())
+            except Exception:
+                log.exception("cannot show the queue")  # which goes on without being seen
+            else:
+                self._news.unpark_all()
+            await trio.sleep(INTERVAL)
+
+    async def listen(self) -> AsyncGenerator[bytes, None]:
+        """Yield each event from now on."""
+        self._listeners += 1
+        self._arrivals.unpark_all()
+        try:
+            while True:
+                await self._news.park()
+                yield self._latest
+        finally:
+            self._listeners -= 1
+
+
+def _event(text: str) -> bytes:
+    lines = "".join(f"data: {line}\n" for line in text.splitlines())
+    return f"{lines}\n".encode()

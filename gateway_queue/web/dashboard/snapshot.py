@@ -1,0 +1,177 @@
+"""What the page shows of one moment."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import median
+
+import trio
+
+from gateway_queue.limits import Limits
+from gateway_queue.queue import Queue
+from gateway_queue.queue.lane import Release
+from gateway_queue.queue.status import LaneStatus, TicketStatus, lanes
+from gateway_queue.settings import Settings
+from gateway_queue.store import SessionStarts
+from gateway_queue.web.status import store_name
+
+WINDOWS_BEHIND, WINDOWS_AHEAD = 30, 6
+"""How much of the past and of the future the timeline shows."""
+
+KEYS_MAX = 64
+"""Rate limit keys to show."""
+
+TICKETS_MAX, TICKETS_OF_KEY_MIN, TICKETS_OF_KEY_MAX = 160, 5, 100
+"""Tickets to show, of all keys and of each: what a snapshot costs is bounded by these."""
+
+LATEST_MAX, ASIDE_MAX = 10, 20
+"""Releases and tickets that stand aside to list."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How something is that the queue depends on."""
+
+    name: str
+    state: str
+    good: bool
+
+
+@dataclass(frozen=True)
+class Lateness:
+    """How late the releases in the timeline were, in seconds."""
+
+    median: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class KeyStatus:
+    """A row of the timeline. Times are in seconds from the snapshot, those of before below 0."""
+
+    rate_limit_key: int
+    waiting: int
+    next_release: float
+    """Infinite if nobody waits, or if it is not known."""
+    released: list[float]
+    expected: list[float]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The queue at one moment. Times are in seconds."""
+
+    taken_at: float
+    """Since the epoch."""
+    not_ready: str | None
+    """Why nobody can be released, if so."""
+    conditions: list[Condition]
+    window: float
+    max_concurrency: int | None
+    waiting: int
+    held: int
+    away: int
+    released: int
+    abandoned: int
+    starts: SessionStarts
+    next_release: float
+    last_release: float
+    """When the line of now is gone, infinite if that is not known."""
+    lateness: Lateness | None
+    keys: list[KeyStatus]
+    lanes: list[LaneStatus]
+    """Those that have tickets, with the foremost ones."""
+    aside: list[tuple[int, TicketStatus]]
+    """Those of these that are held or away, with their rate limit keys."""
+    latest: list[tuple[float, Release]]
+    """The last releases, the newest first, and how long ago they were."""
+
+
+def take(
+    queue: Queue, limits: Limits | None, settings: Settings, not_ready: str | None
+) -> Snapshot:
+    """Look at the queue, at a cost that does not grow with the length of its lines."""
+    now, window = trio.current_time(), settings.window_seconds
+    number = min(queue.max_concurrency or 1, KEYS_MAX)
+    most = min(max(TICKETS_MAX // number, TICKETS_OF_KEY_MIN), TICKETS_OF_KEY_MAX)
+    shown = [lane for lane in lanes(queue, window, most) if lane.rate_limit_key < number]
+    starts = queue.store.session_starts()
+    recent = [one for one in queue.recent if one.at > now - WINDOWS_BEHIND * window]
+    late = [one.lateness for one in recent]
+    keys = _keys(number, shown, recent, now, window)
+    return Snapshot(
+        taken_at=time.time(),
+        not_ready=not_ready,
+        conditions=[_store(queue, settings), _discord(queue, limits)],
+        window=window,
+        max_concurrency=queue.max_concurrency,
+        waiting=len(queue),
+        held=len(queue.held),
+        away=sum(1 for _ in queue.places),
+        released=queue.released,
+        abandoned=queue.abandoned,
+        starts=starts,
+        next_release=min((key.next_release for key in keys), default=math.inf),
+        last_release=_last_release(shown, starts, window),
+        lateness=Lateness(median(late), max(late)) if late else None,
+        keys=keys,
+        lanes=shown,
+        aside=[
+            (lane.rate_limit_key, ticket)
+            for lane in shown
+            for ticket in lane.tickets
+            if ticket.state != "waiting"
+        ][:ASIDE_MAX],
+        latest=[(now - one.at, one) for one in recent[: -LATEST_MAX - 1 : -1]],
+    )
+
+
+def _keys(
+    number: int, shown: list[LaneStatus], recent: list[Release], now: float, window: float
+) -> list[KeyStatus]:
+    """Describe each rate limit key, also those that nobody waits for."""
+    released = defaultdict[int, list[float]](list)
+    for release in recent:
+        released[release.rate_limit_key].append(release.at - now)
+    by_key = {lane.rate_limit_key: lane for lane in shown}
+    return [
+        _key(by_key.get(key, LaneStatus(key, 0, math.inf, [])), released[key], window)
+        for key in range(number)
+    ]
+
+
+def _key(lane: LaneStatus, released: list[float], window: float) -> KeyStatus:
+    turns = [ticket.eta for ticket in lane.tickets if ticket.state != "away"]
+    return KeyStatus(
+        rate_limit_key=lane.rate_limit_key,
+        waiting=lane.waiting,
+        next_release=min(turns, default=lane.opens_in if lane.waiting else math.inf),
+        released=released,
+        expected=[eta for eta in turns if eta < WINDOWS_AHEAD * window],
+    )
+
+
+def _store(queue: Queue, settings: Settings) -> Condition:
+    name, fault = store_name(settings), queue.store.fault
+    return Condition("Store", name if fault is None else f"{name}: {fault}", good=fault is None)
+
+
+def _discord(queue: Queue, limits: Limits | None) -> Condition:
+    if limits is None:
+        return Condition("Discord", "not asked", good=True)
+    if queue.max_concurrency is None:
+        return Condition("Discord", "limits not known yet", good=False)
+    if limits.fault is not None:
+        return Condition("Discord", f"cannot be asked: {limits.fault}", good=False)
+    return Condition("Discord", "limits known", good=True)
+
+
+def _last_release(shown: list[LaneStatus], starts: SessionStarts, window: float) -> float:
+    waiting = sum(lane.waiting for lane in shown)
+    if starts.enforced and starts.remaining is not None and starts.remaining < waiting:
+        return math.inf
+    turns = (lane.opens_in + (lane.waiting - 1) * window for lane in shown if lane.waiting)
+    return max(turns, default=math.inf)

@@ -1,0 +1,269 @@
+"""The live page, in Debian's Chromium."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.fake_discord import playing, raw
+from tests.harness import PATIENCE, Server, eventually, serving
+
+LOST = re.compile("Failed to load resource: net::ERR_(CONNECTION_REFUSED|INCOMPLETE_CHUNKED)")
+"""What a browser says of a server that is gone."""
+
+expect.set_options(timeout=PATIENCE * 1000)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        yield chromium
+        chromium.close()
+
+
+@dataclass
+class Watched:
+    """A page, and what it does apart from what it shows."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def wait_for_events(self, count: int) -> None:
+        for _ in range(count):
+            now = self.page.locator("#live").get_attribute("data-now")
+            expect(self.page.locator("#live")).not_to_have_attribute("data-now", now or "")
+
+
+@contextmanager
+def opened(browser: Browser, server: Server, **options: Any) -> Iterator[Watched]:
+    """Open the page, and hold it to its own policy until the end of the context."""
+    context = browser.new_context(**options)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    watched = Watched(page)
+    page.on("console", lambda message: watched.complaints.append(message.text))
+    page.on("pageerror", lambda error: watched.complaints.append(str(error)))
+    page.on("request", lambda request: watched.requests.append(request.url))
+    page.add_init_script(
+        "addEventListener('securitypolicyviolation', (e) => console.error(e.violatedDirective))"
+    )
+    page.goto(f"http://127.0.0.1:{server.port}/dashboard")
+    yield watched
+    context.close()
+    assert [one for one in watched.complaints if not LOST.match(one)] == []
+    requested = [urlsplit(url) for url in watched.requests if not url.startswith("data:")]
+    assert {url.netloc for url in requested} == {f"127.0.0.1:{server.port}"}
+    assert {url.path for url in requested} <= {"/dashboard", "/events"}
+
+
+def figure(page: Page, name: str) -> Any:
+    return page.locator(".figures div", has_text=name).locator("dd").first
+
+
+def seconds_shown(page: Page) -> float:
+    """Read the countdown to the next release, of minutes and seconds."""
+    minutes, seconds = re.findall(r"\d+", figure(page, "Next release").inner_text())
+    return int(minutes) * 60 + int(seconds)
+
+
+@pytest.fixture(scope="module")
+def busy() -> Iterator[Server]:
+    """Run a server in which 200 wait for 16 keys; one more has gone away."""
+    variables = {"WINDOW_SECONDS": 3600, "MAX_CONCURRENCY": 16, "SESSION_START_LIMIT": 1000}
+    with serving(HOLD_ON_START="false", PLACE_SECONDS=600, **variables) as it:
+        for shard in range(16):
+            it.ask(shard).answer()
+        gone = it.ask(1000)
+        eventually(lambda: it.status()["waiting"] == 1)
+        gone.hang_up()
+        eventually(lambda: it.status()["waiting"] == 0)
+        for shard in range(200):
+            it.ask(shard)
+        eventually(lambda: it.status()["waiting"] == 200)
+        yield it
+
+
+def test_a_release_appears_and_the_count_falls(browser: Browser) -> None:
+    with serving(WINDOW_SECONDS=1, MAX_CONCURRENCY=2, SESSION_START_LIMIT=10) as server:
+        with opened(browser, server) as watched:
+            page = watched.page
+            expect(page.locator(".headline")).to_contain_text("Nobody waits")
+            for shard in (10, 11, 12, 14):
+                server.ask(shard)
+            for left in ("2", "1", "0"):
+                expect(figure(page, "Waiting")).to_have_text(left)
+            expect(figure(page, "Released")).to_have_text("4")
+            shards = page.locator(".latest tbody td:first-child").all_inner_texts()
+            assert shards[:2] == ["14", "12"]
+            assert sorted(shards[2:]) == ["10", "11"]
+            expect(page.locator(".budget")).to_contain_text("6 of 10 left")
+            released = [path.get_attribute("d") for path in page.locator(".released").all()]
+            assert [(path or "").count("M") for path in released] == [3, 1]
+            expect(page).to_have_title("Gateway queue")
+        assert server.status()["released"] == 4, "the page itself takes no turn"
+
+
+def test_who_waits_where(browser: Browser, busy: Server) -> None:
+    with opened(browser, busy) as watched:
+        page = watched.page
+        expect(page).to_have_title("(200) Gateway queue")
+        expect(page.locator(".keys tbody tr")).to_have_count(16)
+        lane = page.locator("#lane-5")
+        lane.locator("summary").click()
+        rows = lane.locator("tbody tr")
+        expect(rows).to_have_count(10)
+        assert rows.nth(1).locator("td").all_inner_texts()[:2] == ["2", "21"]
+        expect(lane).to_contain_text("and 3 more")
+        aside = page.locator("#standing-aside")
+        expect(aside).to_contain_text("0 held, 1 away")
+        expect(aside.locator("tbody tr")).to_contain_text("its client has gone, its place is kept")
+
+
+def test_why_somebody_is_held(browser: Browser) -> None:
+    with serving(HOLD_ON_START="false", LOOP_FREE_STARTS=1) as server:
+        server.ask(7).answer()
+        server.ask(7)
+        with opened(browser, server) as watched:
+            row = watched.page.locator("#standing-aside tbody tr")
+            expect(row).to_contain_text("starts too often, may go at")
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "Asia/Kolkata"])
+def test_times_of_day_are_the_readers(browser: Browser, busy: Server, zone: str) -> None:
+    with opened(browser, busy, timezone_id=zone, locale="en-GB") as watched:
+        time = watched.page.locator(".latest time").first
+        expected = time.evaluate(
+            "(e, timeZone) => new Date(e.dateTime).toLocaleTimeString('en-GB', { timeZone })", zone
+        )
+        assert time.inner_text().endswith(expected)
+        assert "UTC" not in watched.page.locator("main").inner_text()
+
+
+def test_the_countdown_runs_between_events(browser: Browser) -> None:
+    with serving(WINDOW_SECONDS=3000) as server:
+        server.ask(1)
+        eventually(lambda: server.status()["waiting"] == 1)
+        with opened(browser, server) as watched:
+            watched.wait_for_events(1)
+            server.signal(signal.SIGSTOP)
+            before = seconds_shown(watched.page)
+            expect(figure(watched.page, "Next release")).not_to_contain_text(f":{before % 60:02}")
+            assert seconds_shown(watched.page) < before <= 3000
+            server.signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "a refusal"])
+def test_it_reconnects_after_a_restart(browser: Browser, meanwhile: str) -> None:
+    with serving() as first, opened(browser, first) as watched:
+        connection = watched.page.locator("#connection")
+        expect(connection).to_have_text("Live")
+        first.signal(signal.SIGTERM)
+        first.wait()
+        expect(connection).to_have_text("Connection lost, trying again")
+        if meanwhile == "a refusal":
+            with serving(PORT=first.port, AUTH_TOKEN="secret") as refusing:
+                eventually(lambda: any("status=401" in line for line in refusing.lines))
+        with serving(PORT=first.port) as second:
+            second.ask(7)
+            expect(connection).to_have_text("Live")
+            expect(figure(watched.page, "Waiting")).to_have_text("1")
+        watched.complaints = [one for one in watched.complaints if "401" not in one]
+
+
+def test_without_javascript_it_is_a_plain_table(browser: Browser, busy: Server) -> None:
+    with opened(browser, busy, java_script_enabled=False) as watched:
+        page = watched.page
+        expect(figure(page, "Waiting")).to_have_text("200")
+        expect(page.locator("#lane-5 tbody tr")).to_have_count(10)
+        expect(page.locator(".latest time").first).to_contain_text("UTC")
+        expect(page.get_by_role("link", name="Reload")).to_be_visible()
+        expect(page.locator("#connection")).to_be_hidden()
+        assert len(watched.requests) == 1
+
+
+def test_it_fits_on_a_phone(browser: Browser, busy: Server) -> None:
+    with opened(browser, busy, viewport={"width": 360, "height": 740}) as watched:
+        for summary in watched.page.locator("summary").all():
+            summary.click()
+        watched.wait_for_events(1)
+        assert watched.page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def test_focus_and_what_is_opened_stay(browser: Browser, busy: Server) -> None:
+    with opened(browser, busy) as watched:
+        page = watched.page
+        for _ in range(3):
+            page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        focused = page.locator("details:has(summary:focus)")
+        expect(focused).to_have_attribute("id", "lane-2")
+        expect(focused.locator("table")).to_be_visible()
+        page.evaluate("scrollTo(0, 300)")
+        watched.wait_for_events(2)
+        expect(focused).to_have_attribute("id", "lane-2")
+        expect(focused.locator("table")).to_be_visible()
+        assert page.evaluate("scrollY") == 300
+        page.evaluate(
+            """const live = document.getElementById("live").cloneNode(true);
+            live.querySelector("#standing-aside").remove();
+            show(live.outerHTML);"""
+        )
+        expect(focused).to_have_attribute("id", "lane-2")
+
+
+def test_what_is_closed_stays_closed(browser: Browser) -> None:
+    with serving(WINDOW_SECONDS=3600) as server:
+        server.ask(1)
+        eventually(lambda: server.status()["waiting"] == 1)
+        with opened(browser, server) as watched:
+            lane = watched.page.locator("#lane-0")
+            expect(lane.locator("table")).to_be_visible()
+            lane.locator("summary").click()
+            watched.wait_for_events(2)
+            expect(lane.locator("table")).to_be_hidden()
+
+
+def test_it_is_loaded_anew_when_the_server_has_another_one(browser: Browser) -> None:
+    with serving() as server, opened(browser, server) as watched:
+        with watched.page.expect_navigation():
+            watched.page.evaluate("document.getElementById('live').dataset.build = 'former'")
+        watched.wait_for_events(1)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "background"), [("light", "rgb(244, 245, 248)"), ("dark", "rgb(16, 18, 24)")]
+)
+def test_everybody_can_read_it(
+    browser: Browser, busy: Server, scheme: Any, background: str
+) -> None:
+    with opened(browser, busy, color_scheme=scheme) as watched:
+        expect(watched.page.locator("body")).to_have_css("background-color", background)
+        watched.page.locator("summary").first.click()
+        watched.wait_for_events(1)
+        found = Axe().run(watched.page).response["violations"]
+        assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
+
+
+def test_a_reason_is_text_whatever_it_holds(browser: Browser) -> None:
+    reason = "503 <img src=x onerror=alert(1)>"
+    with playing() as discord:
+        discord.tricks.extend([raw(f"HTTP/1.1 {reason}\r\n\r\n".encode())] * 9)
+        with serving(**discord.variables()) as server:
+            server.ask(3)
+            with opened(browser, server) as watched:
+                watched.wait_for_events(2)
+                expect(watched.page.locator(".headline")).to_contain_text(reason)
+                expect(watched.page.locator(".conditions .bad")).to_contain_text("Discord")
+                expect(watched.page.locator("#lane-0")).to_contain_text("All")
