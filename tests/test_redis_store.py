@@ -311,3 +311,10 @@ async def test_certificates_are_checked(
         async with opened(f"rediss://localhost:{port}", rules) as store:
             await until(lambda: store.fault is None or "Unable" in store.fault)
             assert (store.fault is None) == (name == "localhost")
+
+
+@pytest.mark.parametrize("option", ["ssl_ca_certs=/nonexistent.pem", "max_connections=many"])
+async def test_an_option_that_cannot_be_used_is_a_fault(option: str) -> None:
+    async with opened(f"rediss://localhost?{option}", Rules(0.2, hold=False)) as store:
+        await until(lambda: "not connected" not in str(store.fault))
+        assert store.fault

@@ -126,8 +126,13 @@ class RedisStore:
         """Stay connected until cancelled."""
         delay = FIRST_RETRY
         while True:
-            async with connections(self._url) as pool:
-                reason = await self._use(pool)
+            try:
+                pool = connections(self._url)
+            except (OSError, ValueError) as error:  # a certificate, or an option in the URL
+                reason = str(error)
+            else:
+                async with pool:
+                    reason = await self._use(pool)
             if self.fault is None:
                 delay = FIRST_RETRY
             if self.fault != reason:
