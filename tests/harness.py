@@ -249,6 +249,13 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def free_port() -> int:
+    """Return a port for a server that is to come back to the same one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
 def with_open_files(soft: int, hard: int | None = None) -> tuple[str, ...]:
     """Return the command, with other limits of open files; the hard one stays if it is None."""
     code = (

@@ -1,0 +1,100 @@
+"""The README's recipes, with the libraries that they are for, against a stand-in for Discord."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+
+import pytest
+import trio
+
+from tests.fake_discord.gateway import Gateway, enforcing
+from tests.fleet import (
+    DISCORD_JS,
+    DISCORD_PY,
+    DISCORDENO,
+    HIKARI,
+    SHARDS,
+    recipe,
+    running_bots,
+)
+from tests.harness import PATIENCE, eventually, free_port, serving
+
+WINDOW, DISCORDS_WINDOW = 0.4, 0.2
+"""Seconds. The difference is for what a process that has just started takes from the answer to
+its IDENTIFY, on a machine that is busy with others. Other tests hold the queue's exactness."""
+
+FLEETS = {
+    "discord.py": (DISCORD_PY, 1),
+    "hikari": (HIKARI, 4),
+    "discord.js": (DISCORD_JS, 4),
+    "discordeno": (DISCORDENO, 4),
+}
+"""The library, and the number of rate limit keys."""
+
+STARTS = 40
+"""Session starts of the first day: not enough to start all shards twice."""
+
+
+def all_are_up(gateway: Gateway) -> bool:
+    return len(gateway.shards_up) == SHARDS
+
+
+@pytest.mark.parametrize("name", FLEETS)
+def test_no_shard_gets_an_invalid_session(name: str) -> None:
+    library, keys = FLEETS[name]
+    port = free_port()
+    with (
+        enforcing(DISCORDS_WINDOW, max_concurrency=keys, remaining=STARTS) as gateway,
+        running_bots(library, gateway, port) as bots,
+    ):
+        variables = gateway.discord.variables(
+            PORT=port, WINDOW_SECONDS=WINDOW, DISCORD_REFRESH_SECONDS=1
+        )
+        bots.start_all()
+        with serving(**variables) as queue:
+            eventually(lambda: len(gateway.shards_up) >= 6)
+            queue.signal(signal.SIGKILL)
+            queue.wait()
+        with serving(**variables) as queue:
+            eventually(lambda: queue.status()["waiting"] > 0)
+            bots.kill(3)
+            bots.start(3)
+            eventually(lambda: all_are_up(gateway))
+
+            bots.kill_all()
+            eventually(lambda: not gateway.shards_up)
+            bots.start_all()
+            eventually(lambda: len(gateway.started) == STARTS)
+            gateway.discord.remaining = gateway.discord.total  # the next day
+            eventually(lambda: all_are_up(gateway))
+
+            before = len(gateway.identifies)
+            trio.from_thread.run(gateway.reconnect_all, trio_token=gateway.trio_token)
+            eventually(lambda: gateway.resumed == SHARDS)
+            assert len(gateway.identifies) == before
+    assert gateway.invalid_sessions == 0
+    assert gateway.over_budget == 0
+
+
+@pytest.mark.parametrize("name", FLEETS)
+def test_without_the_queue_the_same_fleet_gets_many(name: str) -> None:
+    library, keys = FLEETS[name]
+    with (
+        enforcing(5, max_concurrency=keys) as gateway,
+        running_bots(library, gateway, None) as bots,
+    ):
+        bots.start_all()
+        eventually(lambda: gateway.invalid_sessions >= 6)
+
+
+def test_a_shell_script_asks_again_until_it_is_its_turn() -> None:
+    port = free_port()
+    shell = subprocess.Popen(["sh", "-c", recipe("Shell", port)])
+    try:
+        with serving(PORT=port, WINDOW_SECONDS=0.1) as server:
+            eventually(lambda: server.status()["released"] == 1)
+            assert shell.wait(PATIENCE) == 0
+    finally:
+        shell.kill()
+        shell.wait()
