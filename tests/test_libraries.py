@@ -9,7 +9,8 @@ import pytest
 import trio
 
 from tests.fake_discord.gateway import Gateway, enforcing
-from tests.fleet import (
+from tests.harness import PATIENCE, eventually, free_port, serving
+from tests.libraries import (
     DISCORD_JS,
     DISCORD_PY,
     DISCORDENO,
@@ -18,7 +19,6 @@ from tests.fleet import (
     recipe,
     running_bots,
 )
-from tests.harness import PATIENCE, eventually, free_port, serving
 
 WINDOW, DISCORDS_WINDOW = 0.4, 0.2
 """Seconds. The difference is for what a process that has just started takes from the answer to

@@ -17,8 +17,8 @@ from tests.fake_discord import TOKEN
 from tests.fake_discord.gateway import Gateway
 from tests.harness import environ
 
-README = Path(__file__).parents[1] / "README.md"
-LIBRARIES = Path(__file__).parent / "libraries"
+README = Path(__file__).parents[2] / "README.md"
+LIBRARIES = Path(__file__).parent
 """Where Node finds its packages."""
 SHARDS, PROCESSES = 24, 4
 QUEUE_IN_RECIPES = "http://127.0.0.1:5000"
