@@ -13,12 +13,9 @@ def test_only_the_queue_gives_no_invalid_session_and_survives_chaos(tmp_path: Pa
     picture = tmp_path / "starts.svg"
     fleet = "--shards 96 --window 0.5 --slack 0.3 --client-timeout 1"
     chaos = "--crash-rate 0.2 --kill-processes 1 --kill-queue 1"
-    ways = ["--ways", "no queue", "gateway-queue"]
+    ways = ["--ways", "no queue", "gateway-queue", "--picture", str(picture)]
     ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.simulation", *fleet.split(), *chaos.split()),
-            *(*ways, "--picture", picture),
-        ],
+        [sys.executable, "-m", "tests.simulation", *fleet.split(), *chaos.split(), *ways],
         capture_output=True,
         text=True,
         check=True,

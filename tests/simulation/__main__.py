@@ -108,7 +108,7 @@ async def _simulate(way: str, options: argparse.Namespace, progress: Progress) -
                 up, invalid = len(gateway.shards_up), gateway.invalid_sessions
                 progress.update(task, completed=up, invalid=invalid)
             nursery.cancel_scope.cancel()
-    return Outcome(way, gateway.identifies, fleet.waits, began_at, options.keys, options.window)
+    return Outcome(way, gateway, fleet.waits, began_at, options.window)
 
 
 async def _serve(stack: ExitStack, discord: FakeDiscord, options: argparse.Namespace) -> Server:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pygal  # type: ignore[import-untyped]
 
-from tests.fake_discord.gateway import Identify
+from tests.fake_discord.gateway import Gateway
 
 
 @dataclass(frozen=True)
@@ -17,22 +17,17 @@ class Outcome:
     """How a fleet has started in one way. Times are in seconds."""
 
     way: str
-    identifies: Sequence[Identify]
+    gateway: Gateway
     waits: Sequence[float]
     """From the start of each shard to its session."""
     began_at: float
     """When the fleet began (:func:`time.monotonic`)."""
-    keys: int
     window: float
-
-    @property
-    def invalid_sessions(self) -> int:
-        return sum(identify.early for identify in self.identifies)
 
     @property
     def starts(self) -> list[float]:
         """When sessions started, since the fleet began."""
-        return [one.at - self.began_at for one in self.identifies if not one.early]
+        return [one.at - self.began_at for one in self.gateway.started]
 
     @property
     def took(self) -> float:
@@ -53,9 +48,8 @@ class Outcome:
 
     def _starts_by_key(self) -> list[list[float]]:
         starts = defaultdict[int, list[float]](list)
-        for identify in self.identifies:
-            if not identify.early:
-                starts[identify.shard % self.keys].append(identify.at)
+        for one in self.gateway.started:
+            starts[one.shard % self.gateway.discord.max_concurrency].append(one.at)
         return list(starts.values())
 
 
@@ -67,7 +61,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     ]
     lines += [
         f"| {one.way} | {one.took:.1f} s | {one.at_least / one.took:.1%} "
-        f"| {one.invalid_sessions:,} | {one.wasted:,} | {max(one.waits):.1f} s |"
+        f"| {one.gateway.invalid_sessions:,} | {one.wasted:,} | {max(one.waits):.1f} s |"
         for one in outcomes
     ]
     return "\n".join(lines)
@@ -79,6 +73,6 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         js=[], show_dots=False, title="Session starts", x_title="seconds", legend_at_bottom=True
     )
     for one in outcomes:
-        name = f"{one.way} ({one.invalid_sessions:,} Invalid Sessions)"
+        name = f"{one.way} ({one.gateway.invalid_sessions:,} Invalid Sessions)"
         chart.add(name, [(at, number) for number, at in enumerate(one.starts, 1)])
     path.write_bytes(chart.render())
