@@ -241,9 +241,9 @@ def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]
     return answers
 
 
-def eventually(condition: Callable[[], bool]) -> None:
+def eventually(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
     """Wait for what another process does of itself."""
-    give_up = time.monotonic() + PATIENCE
+    give_up = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < give_up
         time.sleep(0.01)
