@@ -20,9 +20,9 @@ from tests.libraries import (
     running_bots,
 )
 
-WINDOW, DISCORDS_WINDOW = 0.4, 0.2
-"""Seconds. The difference is for what a process that has just started takes from the answer to
-its IDENTIFY, on a machine that is busy with others. Other tests hold the queue's exactness."""
+WINDOW, DISCORDS_WINDOW = 0.5, 0.1
+"""Seconds. On an overloaded machine a process takes up to 0.4 s from the answer to its IDENTIFY,
+which does not scale with the windows. Other tests hold the queue's exactness."""
 
 FLEETS = {
     "discord.py": (DISCORD_PY, 1),
@@ -69,7 +69,7 @@ def test_no_shard_gets_an_invalid_session(name: str) -> None:
             trio.from_thread.run(gateway.reconnect_all, trio_token=gateway.trio_token)
             eventually(lambda: gateway.resumed == SHARDS, LONG)
             assert len(gateway.identifies) == before
-    assert gateway.invalid_sessions == 0
+    assert gateway.early == []
 
 
 def test_nobody_starts_when_the_days_starts_are_spent() -> None:
@@ -82,11 +82,11 @@ def test_nobody_starts_when_the_days_starts_are_spent() -> None:
         with serving(**variables, DISCORD_REFRESH_SECONDS=0.5) as queue:
             bots.start_all()
             eventually(lambda: len(gateway.shards_up) == 20, LONG)
-            eventually(lambda: queue.status()["waiting"] == SHARDS - 20)
+            eventually(lambda: any(lane["opens_in"] > 60 for lane in queue.status()["lanes"]))
             gateway.discord.remaining = gateway.discord.total  # the next day
             wait_until_all_are_up(gateway)
     assert gateway.over_budget == 0
-    assert gateway.invalid_sessions == 0
+    assert gateway.early == []
 
 
 @pytest.mark.parametrize("name", FLEETS)
@@ -97,7 +97,7 @@ def test_without_the_queue_the_same_fleet_gets_many(name: str) -> None:
         running_bots(library, gateway, None) as bots,
     ):
         bots.start_all()
-        eventually(lambda: gateway.invalid_sessions >= 6, LONG)
+        eventually(lambda: len(gateway.early) >= 6, LONG)
 
 
 def test_a_shell_script_asks_again_until_it_is_its_turn() -> None:

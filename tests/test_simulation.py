@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 
 def test_only_the_queue_gives_no_invalid_session_and_survives_chaos(tmp_path: Path) -> None:
     picture = tmp_path / "starts.svg"
-    fleet = "--shards 96 --window 0.5 --slack 0.3 --client-timeout 1"
+    fleet = "--shards 96 --window 0.5 --slack 0.4 --client-timeout 1"
     chaos = "--crash-rate 0.2 --kill-processes 1 --kill-queue 1"
     ways = ["--ways", "no queue", "gateway-queue", "--picture", str(picture)]
     ended = subprocess.run(

@@ -95,12 +95,13 @@ class Gateway:
 
     @property
     def started(self) -> list[Identify]:
-        """Those who were not early."""
+        """Those that were not early."""
         return [identify for identify in self.identifies if not identify.early]
 
     @property
-    def invalid_sessions(self) -> int:
-        return sum(identify.early for identify in self.identifies)
+    def early(self) -> list[Identify]:
+        """Those that got an Invalid Session."""
+        return [identify for identify in self.identifies if identify.early]
 
     @property
     def shards_up(self) -> set[int]:

@@ -105,7 +105,7 @@ async def _simulate(way: str, options: argparse.Namespace, progress: Progress) -
             task = progress.add_task(way, total=options.shards, invalid=0)
             while not fleet.is_up:
                 await trio.sleep(0.1)
-                up, invalid = len(gateway.shards_up), gateway.invalid_sessions
+                up, invalid = len(gateway.shards_up), len(gateway.early)
                 progress.update(task, completed=up, invalid=invalid)
             nursery.cancel_scope.cancel()
     return Outcome(way, gateway, fleet.waits, began_at, options.window)

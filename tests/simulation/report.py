@@ -61,7 +61,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     ]
     lines += [
         f"| {one.way} | {one.took:.1f} s | {one.at_least / one.took:.1%} "
-        f"| {one.gateway.invalid_sessions:,} | {one.wasted:,} | {max(one.waits):.1f} s |"
+        f"| {len(one.gateway.early):,} | {one.wasted:,} | {max(one.waits):.1f} s |"
         for one in outcomes
     ]
     return "\n".join(lines)
@@ -73,6 +73,6 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         js=[], show_dots=False, title="Session starts", x_title="seconds", legend_at_bottom=True
     )
     for one in outcomes:
-        name = f"{one.way} ({one.gateway.invalid_sessions:,} Invalid Sessions)"
+        name = f"{one.way} ({len(one.gateway.early):,} Invalid Sessions)"
         chart.add(name, [(at, number) for number, at in enumerate(one.starts, 1)])
     path.write_bytes(chart.render())
