@@ -110,3 +110,21 @@ def test_a_shell_script_asks_again_until_it_is_its_turn() -> None:
     finally:
         shell.kill()
         shell.wait()
+
+
+@pytest.mark.parametrize("name", ["discord.js", "discordeno"])
+def test_a_shard_that_stops_waiting_leaves_the_line(name: str) -> None:
+    """Discord ends its connection; discord.py and hikari do not hear of that in the meantime."""
+    library, keys = FLEETS[name]
+    port = free_port()
+    with (
+        enforcing(DISCORDS_WINDOW, max_concurrency=keys) as gateway,
+        running_bots(library, gateway, port) as bots,
+    ):
+        variables = gateway.discord.variables(PORT=port, WINDOW_SECONDS=3600)
+        with serving(**variables) as queue:
+            bots.start(0)
+            eventually(lambda: queue.status()["waiting"] > 3)
+            trio.from_thread.run(gateway.reconnect_all, trio_token=gateway.trio_token)
+            eventually(lambda: queue.status()["abandoned"] > 3)
+            eventually(lambda: queue.status()["waiting"] > 3)
