@@ -10,7 +10,6 @@ import math
 import threading
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -59,11 +58,11 @@ ENDS_SESSION = {1000, 1001}
 
 @dataclass(frozen=True)
 class Identify:
-    """One IDENTIFY. Times are of :func:`time.monotonic`."""
+    """One IDENTIFY."""
 
     shard: int
-    connected_at: float
     at: float
+    """When it arrived (:func:`time.monotonic`)."""
     early: bool
     """Whether it was answered with an Invalid Session."""
 
@@ -85,13 +84,11 @@ class Gateway:
     resumed: int = 0
     over_budget: int = 0
     """How many IDENTIFYs came when the day's session starts were spent."""
-    connected: Counter[int] = field(default_factory=Counter)
-    """How many connections with a session each shard has now."""
     trio_token: trio.lowlevel.TrioToken = field(init=False)
     """Where it runs."""
-    _opens_at: dict[int, float] = field(default_factory=dict)
-    _sessions: dict[str, _Session] = field(default_factory=dict)
-    _links: set[_Link] = field(default_factory=set)
+    _opens_at: dict[int, float] = field(default_factory=dict, init=False)
+    _sessions: dict[str, _Session] = field(default_factory=dict, init=False)
+    _links: set[_Link] = field(default_factory=set, init=False)
 
     @property
     def started(self) -> list[Identify]:
@@ -106,7 +103,8 @@ class Gateway:
     @property
     def shards_up(self) -> set[int]:
         """The shards that have a session."""
-        return {shard for shard, number in self.connected.items() if number}
+        links = list(self._links)  # tests look at it from another thread
+        return {link.session.shard for link in links if link.session is not None}
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Serve until cancelled; where, stands in Get Gateway Bot's answer by then."""
@@ -144,12 +142,11 @@ class Gateway:
             pass
         finally:
             self._links.discard(link)
-            self._disconnect(link)
+            self._end_session(link)
 
-    def _disconnect(self, link: _Link) -> None:
+    def _end_session(self, link: _Link) -> None:
         if link.session is None:
             return
-        self.connected[link.session.shard] -= 1
         if link.socket.closed is not None and link.socket.closed.code in ENDS_SESSION:
             self._sessions.pop(link.session.name, None)
 
@@ -173,21 +170,21 @@ class Gateway:
         if not 0 <= shard < count:
             await link.socket.aclose(Close.INVALID_SHARD)
             return
-        key = shard % self.discord.max_concurrency
-        early = now < self._opens_at.get(key, -math.inf)
-        self.identifies.append(Identify(shard, link.connected_at, now, early))
         if self.discord.remaining == 0:
             self.over_budget += 1
             await link.socket.aclose(Close.AUTHENTICATION_FAILED)
             return
         self.discord.remaining -= 1
+        key = shard % self.discord.max_concurrency
+        early = now < self._opens_at.get(key, -math.inf)
+        self.identifies.append(Identify(shard, now, early))
         if early:
             await link.send(Op.INVALID_SESSION, data=False)
             return
         self._opens_at[key] = now + self.window
         session = _Session(f"session-{len(self.identifies)}", shard)
         self._sessions[session.name] = session
-        self._connect(link, session)
+        link.session = session
         await link.dispatch(
             "READY",
             {
@@ -206,12 +203,8 @@ class Gateway:
             await link.send(Op.INVALID_SESSION, data=False)
             return
         self.resumed += 1
-        self._connect(link, session)
-        await link.dispatch("RESUMED", {})
-
-    def _connect(self, link: _Link, session: _Session) -> None:
         link.session = session
-        self.connected[session.shard] += 1
+        await link.dispatch("RESUMED", {})
 
 
 @dataclass(frozen=True)
@@ -225,7 +218,6 @@ class _Link:
 
     def __init__(self, socket: WebSocketConnection, *, compressed: bool) -> None:
         self.socket = socket
-        self.connected_at = time.monotonic()
         self.session: _Session | None = None
         self._deflate = zlib.compressobj() if compressed else None
         self._sequence = 0
