@@ -241,12 +241,19 @@ def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]
     return answers
 
 
-def eventually(condition: Callable[[], bool]) -> None:
+def eventually(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
     """Wait for what another process does of itself."""
-    give_up = time.monotonic() + PATIENCE
+    give_up = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < give_up
         time.sleep(0.01)
+
+
+def free_port() -> int:
+    """Return a port for a server that is to come back to the same one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
 
 
 def with_open_files(soft: int, hard: int | None = None) -> tuple[str, ...]:

@@ -16,15 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-from tests.harness import PATIENCE, eventually
-
-
-def free_port() -> int:
-    """Find a port that is free now; Redis cannot tell which one it has taken."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from tests.harness import PATIENCE, eventually, free_port
 
 
 @dataclass

@@ -22,6 +22,7 @@ from tests.harness import (
     allow_10_000_connections,
     environ,
     first_answers,
+    free_port,
     installed,
     serving,
     with_open_files,
@@ -304,12 +305,6 @@ def test_the_log_level_is_respected() -> None:
     quiet.terminate()
     assert quiet.communicate()[1] == ""
     assert quiet.returncode == 0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
 
 
 def test_idle_it_neither_wakes_up_nor_grows() -> None:

@@ -213,7 +213,7 @@ def test_delays_between_tries_grow_while_nobody_listens() -> None:
 def test_an_answer_that_takes_long_is_waited_for() -> None:
     with playing() as discord:
         slow = threading.Event()
-        discord.tricks.append(after(slow, answer(200, discord.document())))
+        discord.tricks.append(after(slow, discord.answer_to("/gateway/bot")))
         with serving_with(discord) as server:
             client = server.ask(0)
             eventually(lambda: len(discord.requests) == 1)

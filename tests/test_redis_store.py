@@ -18,8 +18,8 @@ from gateway_queue.store import Allowance, Claim, Refusal, Rules
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.store.redis import RedisStore, link
 from gateway_queue.store.redis.clock import ServerClock
-from tests.harness import PATIENCE
-from tests.redis_server import RedisServer, free_port, redis_server
+from tests.harness import PATIENCE, free_port
+from tests.redis_server import RedisServer, redis_server
 from tests.running import WINDOW
 
 EPOCH = 1_000_000_000

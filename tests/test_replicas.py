@@ -26,10 +26,11 @@ from tests.harness import (
     Server,
     eventually,
     first_answers,
+    free_port,
     installed,
     serving,
 )
-from tests.redis_server import Proxy, RedisServer, free_port, redis_server
+from tests.redis_server import Proxy, RedisServer, redis_server
 
 SLACK = 0.001
 """Seconds by which a gap may seem short to a client, for its own clock and wake-ups."""

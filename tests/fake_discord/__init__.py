@@ -1,4 +1,7 @@
-"""A server that plays Get Gateway Bot, well or badly."""
+"""A stand-in for Discord: here its HTTP API, well or badly; beside it the gateway.
+
+As much of the API as the queue and the libraries ask at their start.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 TOKEN = "MTk4NjIyNDgzNDcxOTI1MjQ4.Cl2FMQ.ZnCjm1XVW7vRze4b7Cq4se7kKWs"
+
+USER = {
+    "id": "198622483471925248",
+    "username": "bot",
+    "discriminator": "0",
+    "global_name": None,
+    "avatar": None,
+    "bot": True,
+    "mfa_enabled": True,
+    "verified": True,
+    "email": None,
+    "flags": 0,
+}
+APPLICATION = {
+    "id": USER["id"],
+    "name": "bot",
+    "icon": None,
+    "description": "",
+    "summary": "",
+    "bot_public": True,
+    "bot_require_code_grant": False,
+    "verify_key": "",
+    "flags": 0,
+    "owner": USER,
+}
 
 Trick = Callable[[BaseHTTPRequestHandler], None]
 """Answers one request instead of Discord."""
@@ -31,16 +60,29 @@ class FakeDiscord:
     requests: list[tuple[float, str, dict[str, str]]] = field(default_factory=list)
     """When, for which path, with which headers."""
     url: str = ""
+    gateway_url: str = "wss://x"
 
-    def document(self) -> bytes:
-        """Write what Discord answers with when all is well."""
+    def documents(self) -> dict[str, Any]:
+        """Return what Discord answers with when all is well, by the last part of the path."""
         limit = {
             "total": self.total,
             "remaining": self.remaining,
             "reset_after": self.reset_after,
             "max_concurrency": self.max_concurrency,
         }
-        return json.dumps({"url": "wss://x", "shards": 9, "session_start_limit": limit}).encode()
+        gateway = {"url": self.gateway_url, "shards": 9, "session_start_limit": limit}
+        return {
+            "/gateway/bot": gateway,
+            "/users/@me": USER,
+            "/oauth2/applications/@me": APPLICATION,
+        }
+
+    def answer_to(self, path: str) -> Trick:
+        """Answer as Discord does when all is well."""
+        for end, document in self.documents().items():
+            if path.endswith(end):
+                return answer(200, json.dumps(document).encode(), content_type="application/json")
+        return answer(404)
 
     def variables(self, **variables: object) -> dict[str, object]:
         """Return what to set so that a server asks here."""
@@ -91,7 +133,7 @@ def playing(**figures: int) -> Iterator[FakeDiscord]:
             headers = {name.lower(): value for name, value in self.headers.items()}
             discord.requests.append((time.monotonic(), self.path, headers))
             trick = discord.tricks.popleft() if discord.tricks else None
-            (trick or answer(200, discord.document()))(self)
+            (trick or discord.answer_to(self.path))(self)
 
         def log_message(self, *_: object) -> None:
             pass

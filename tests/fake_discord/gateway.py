@@ -1,0 +1,268 @@
+"""The gateway of a stand-in for Discord: it enforces the limits of IDENTIFY, and counts.
+
+As much of the protocol as the libraries need: https://discord.com/developers/docs/events/gateway
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import trio
+from trio_websocket import (
+    ConnectionClosed,
+    WebSocketConnection,
+    WebSocketRequest,
+    WebSocketServer,
+    serve_websocket,
+)
+
+from tests.fake_discord import TOKEN, USER, FakeDiscord, playing
+
+
+class Op(IntEnum):
+    """What a message is for."""
+
+    DISPATCH = 0
+    HEARTBEAT = 1
+    IDENTIFY = 2
+    RESUME = 6
+    RECONNECT = 7
+    INVALID_SESSION = 9
+    HELLO = 10
+    HEARTBEAT_ACK = 11
+
+
+class Close(IntEnum):
+    """Why the gateway closes a connection."""
+
+    AUTHENTICATION_FAILED = 4004
+    ALREADY_AUTHENTICATED = 4005
+    INVALID_SHARD = 4010
+
+
+ENDS_SESSION = {1000, 1001}
+"""With these codes of a client's close its session ends; any other way it can be resumed."""
+
+
+@dataclass(frozen=True)
+class Identify:
+    """One IDENTIFY."""
+
+    shard: int
+    at: float
+    """When it arrived (:func:`time.monotonic`)."""
+    early: bool
+    """Whether it was answered with an Invalid Session."""
+
+
+@dataclass
+class Gateway:
+    """One IDENTIFY a window for each rate limit key, by its own clock.
+
+    Early ones get an Invalid Session and do not put off the next window. Each of them costs one
+    of the day's session starts; whoever starts more than there are loses its token.
+    """
+
+    discord: FakeDiscord
+    window: float
+    """Seconds."""
+    heartbeat_interval: float = 41.25
+    """Seconds in which a client has to say that it is alive."""
+    identifies: list[Identify] = field(default_factory=list)
+    resumed: int = 0
+    over_budget: int = 0
+    """How many IDENTIFYs came when the day's session starts were spent."""
+    trio_token: trio.lowlevel.TrioToken = field(init=False)
+    """Where it runs."""
+    _opens_at: dict[int, float] = field(default_factory=dict, init=False)
+    _sessions: dict[str, _Session] = field(default_factory=dict, init=False)
+    _links: set[_Link] = field(default_factory=set, init=False)
+
+    @property
+    def started(self) -> list[Identify]:
+        """Those that were not early."""
+        return [identify for identify in self.identifies if not identify.early]
+
+    @property
+    def early(self) -> list[Identify]:
+        """Those that got an Invalid Session."""
+        return [identify for identify in self.identifies if identify.early]
+
+    @property
+    def shards_up(self) -> set[int]:
+        """The shards that have a session."""
+        links = list(self._links)  # tests look at it from another thread
+        return {link.session.shard for link in links if link.session is not None}
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Serve until cancelled; where, stands in Get Gateway Bot's answer by then."""
+        self.trio_token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            serve = partial(
+                serve_websocket,
+                self._accept,
+                "127.0.0.1",
+                0,
+                ssl_context=None,
+                handler_nursery=nursery,
+            )
+            server: WebSocketServer = await nursery.start(serve)
+            self.discord.gateway_url = f"ws://127.0.0.1:{server.port}"
+            task_status.started()
+
+    async def reconnect_all(self) -> None:
+        """Ask every client to connect again and resume."""
+        for link in list(self._links):
+            with suppress(ConnectionClosed):
+                await link.send(Op.RECONNECT)
+
+    async def _accept(self, request: WebSocketRequest) -> None:
+        query = parse_qs(urlsplit(request.path).query)
+        link = _Link(await request.accept(), compressed=query.get("compress") == ["zlib-stream"])
+        try:
+            await link.send(Op.HELLO, {"heartbeat_interval": 1000 * self.heartbeat_interval})
+            self._links.add(link)
+            while True:
+                with trio.fail_after(2 * self.heartbeat_interval):
+                    message = json.loads(await link.socket.get_message())
+                await self._answer(link, Op(message["op"]), message["d"])
+        except (ConnectionClosed, trio.TooSlowError):
+            pass
+        finally:
+            self._links.discard(link)
+            self._end_session(link)
+
+    def _end_session(self, link: _Link) -> None:
+        if link.session is None:
+            return
+        if link.socket.closed is not None and link.socket.closed.code in ENDS_SESSION:
+            self._sessions.pop(link.session.name, None)
+
+    async def _answer(self, link: _Link, op: Op, data: Any) -> None:
+        match op:
+            case Op.HEARTBEAT:
+                await link.send(Op.HEARTBEAT_ACK)
+            case Op.IDENTIFY if link.session is None:
+                await self._identify(link, data)
+            case Op.RESUME if link.session is None:
+                await self._resume(link, data)
+            case _:
+                await link.socket.aclose(Close.ALREADY_AUTHENTICATED)
+
+    async def _identify(self, link: _Link, data: Any) -> None:
+        now = time.monotonic()
+        shard, count = data["shard"]
+        if data["token"].removeprefix("Bot ") != TOKEN:
+            await link.socket.aclose(Close.AUTHENTICATION_FAILED)
+            return
+        if not 0 <= shard < count:
+            await link.socket.aclose(Close.INVALID_SHARD)
+            return
+        if self.discord.remaining == 0:
+            self.over_budget += 1
+            await link.socket.aclose(Close.AUTHENTICATION_FAILED)
+            return
+        self.discord.remaining -= 1
+        key = shard % self.discord.max_concurrency
+        early = now < self._opens_at.get(key, -math.inf)
+        self.identifies.append(Identify(shard, now, early))
+        if early:
+            await link.send(Op.INVALID_SESSION, data=False)
+            return
+        self._opens_at[key] = now + self.window
+        session = _Session(f"session-{len(self.identifies)}", shard)
+        self._sessions[session.name] = session
+        link.session = session
+        await link.dispatch(
+            "READY",
+            {
+                "v": 10,
+                "user": USER,
+                "guilds": [],
+                "session_id": session.name,
+                "resume_gateway_url": self.discord.gateway_url,
+                "shard": [shard, count],
+                "application": {"id": USER["id"], "flags": 0},
+            },
+        )
+
+    async def _resume(self, link: _Link, data: Any) -> None:
+        if (session := self._sessions.get(data["session_id"])) is None:
+            await link.send(Op.INVALID_SESSION, data=False)
+            return
+        self.resumed += 1
+        link.session = session
+        await link.dispatch("RESUMED", {})
+
+
+@dataclass(frozen=True)
+class _Session:
+    name: str
+    shard: int
+
+
+class _Link:
+    """A connection of one client."""
+
+    def __init__(self, socket: WebSocketConnection, *, compressed: bool) -> None:
+        self.socket = socket
+        self.session: _Session | None = None
+        self._deflate = zlib.compressobj() if compressed else None
+        self._sequence = 0
+
+    async def send(
+        self, op: Op, data: Any = None, event: str | None = None, sequence: int | None = None
+    ) -> None:
+        message = json.dumps({"op": op, "d": data, "t": event, "s": sequence})
+        if self._deflate is None:
+            await self.socket.send_message(message)
+        else:
+            start = self._deflate.compress(message.encode())
+            await self.socket.send_message(start + self._deflate.flush(zlib.Z_SYNC_FLUSH))
+
+    async def dispatch(self, event: str, data: Any) -> None:
+        """Tell of an event."""
+        self._sequence += 1
+        await self.send(Op.DISPATCH, data, event, self._sequence)
+
+
+@contextmanager
+def enforcing(window: float, **figures: int) -> Iterator[Gateway]:
+    """Run all of the stand-in until the end of the context, in threads of this process.
+
+    Args:
+      window: seconds of Discord's own window.
+      figures: see :class:`~tests.fake_discord.FakeDiscord`.
+    """
+    with playing(**figures) as discord:
+        gateway = Gateway(discord, window)
+        serving = threading.Event()
+        end = trio.CancelScope()
+
+        async def main() -> None:
+            with end:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(gateway.run)
+                    serving.set()
+
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(trio.run, main)
+            serving.wait()
+            try:
+                yield gateway
+            finally:
+                with suppress(trio.RunFinishedError):
+                    gateway.trio_token.run_sync_soon(end.cancel)
+                running.result()

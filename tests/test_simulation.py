@@ -1,0 +1,29 @@
+"""``scripts/simulate``, with a small fleet."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+
+def test_only_the_queue_gives_no_invalid_session_and_survives_chaos(tmp_path: Path) -> None:
+    picture = tmp_path / "starts.svg"
+    fleet = "--shards 96 --window 0.5 --slack 0.4 --client-timeout 1"
+    chaos = "--crash-rate 0.2 --kill-processes 1 --kill-queue 1"
+    ways = ["--ways", "no queue", "gateway-queue", "--picture", str(picture)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.simulation", *fleet.split(), *chaos.split(), *ways],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [re.split(r" *\| *", line)[1:-1] for line in ended.stdout.splitlines() if "|" in line]
+    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    assert int(table["no queue"]["Invalid Sessions"]) > 20
+    assert table["gateway-queue"]["Invalid Sessions"] == "0"
+    svg = ET.parse(picture).getroot()
+    assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "gateway-queue" in "".join(svg.itertext())
