@@ -7,16 +7,12 @@ import socket
 
 from gateway_queue.settings import BadSetting
 
-KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": 20_000}
-"""Finds out clients that vanished without a word: the kernel asks after 10 s of silence and every
-5 s from then on, and gives up after 20 s, as it does on an answer that nobody acknowledges."""
-
 NOT_HERE = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 """Errors of an address that a name has, but this machine has not, as without IPv6."""
 
 
 def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
-    """Bind and listen, with options that every accepted connection inherits.
+    """Bind and listen.
 
     Args:
       host: all addresses of this name; ``localhost`` has two on many machines.
@@ -50,11 +46,7 @@ def _listen(family: int, address: str, port: int, backlog: int) -> socket.socket
     listener = socket.create_server(
         (address, port), family=family, backlog=backlog, dualstack_ipv6=address == "::"
     )
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for option, value in KEEP_ALIVE.items():
-        if hasattr(socket, option):  # all are Linux's, some are others' too
-            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     return listener
 
 

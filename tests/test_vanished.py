@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import time
+
+import pytest
+
+from tests.harness import Server, eventually, serving
+from tests.test_command import WAYS
 
 NOTICED_WITHIN = 30
 """Seconds that the contract gives the server to find out."""
@@ -27,9 +33,29 @@ def test_whoever_vanishes_without_a_word_loses_its_place() -> None:
     assert time.monotonic() - start < 2 * NOTICED_WITHIN
 
 
+@pytest.mark.parametrize("way", ["command", "hypercorn"])
+def test_the_kernel_asks_after_each_client_at_another_time(way: str) -> None:
+    """After all at once, it would drop questions, and give up clients that are there."""
+    with serving(*WAYS[way]) as server:
+        for shard in range(100):
+            server.ask(shard)
+        eventually(lambda: len(keep_alive_timers(server)) == 100)
+        asked_in = keep_alive_timers(server)
+    assert max(asked_in) <= 18
+    assert len({round(seconds) for seconds in asked_in}) > 8
+
+
+def keep_alive_timers(server: Server) -> list[float]:
+    """Tell in how many seconds the kernel will ask after each client of a server."""
+    command = ["ss", "-tnoH", "state", "established", f"sport = :{server.port}"]
+    sockets = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # It writes 4.992 s as 4.992ms.
+    return [float(seconds) for seconds in re.findall(r"keepalive,([0-9.]+)(?:sec|ms)", sockets)]
+
+
 SCENARIO = """
     import subprocess, sys, time
-    from tests.harness import serving
+    from tests.harness import Server, eventually, serving
 
     ASK = (
         "import socket, time;"

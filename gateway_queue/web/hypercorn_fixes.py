@@ -23,6 +23,8 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import H11SendableEvent
 
+from gateway_queue.web.keep_alive import keep_alive
+
 log = structlog.stdlib.get_logger(__name__)
 
 PIPELINED_MAX = 2**16
@@ -42,9 +44,13 @@ def install() -> None:
 
 
 class Connection(TCPServer):
-    """A fault in one connection ends that connection, where Hypercorn would end the server."""
+    """A connection that is watched over by the kernel, which Hypercorn has no setting for.
+
+    And a fault in it ends this connection alone, where Hypercorn would end the server.
+    """
 
     async def run(self) -> None:
+        keep_alive(self.stream)
         try:
             await super().run()
         except* Exception as errors:  # noqa: BLE001
