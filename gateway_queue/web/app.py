@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -112,15 +112,14 @@ class GatewayQueue(QuartTrio):
         text, content_type = self._metrics.exposition(request.headers.get("accept", ""))
         return Response(text, content_type=content_type)
 
-    async def asgi_app(
+    def asgi_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
         if scope["type"] != "http":
-            await super().asgi_app(scope, receive, send)
-        elif self._is_for_endpoint(path := _path(scope["path"]), scope):
-            await super().asgi_app({**scope, "path": path}, receive, send)
-        else:
-            await TicketRequest(scope, receive, send, self.queue.turn, self._guard).run()
+            return super().asgi_app(scope, receive, send)
+        if self._is_for_endpoint(path := _path(scope["path"]), scope):
+            return super().asgi_app({**scope, "path": path}, receive, send)
+        return TicketRequest(scope, receive, send, self.queue.turn, self._guard).run()
 
     def _is_for_endpoint(self, path: str, scope: HTTPScope) -> bool:
         """Tell whether one of Quart's routes answers, as it does whoever has the right to ask."""

@@ -25,19 +25,21 @@ GO = b"""{"message": "You're free to connect now! :)"}"""
 ANSWER_SECONDS = 0.8
 """A client whose connection does not take the answer within this time keeps others waiting."""
 
-NOTICE_CHECKPOINTS = 3
-"""A hang-up takes this many steps of the scheduler from the socket to the request's task:
-Hypercorn's reader, :meth:`TicketRequest._read`, the cancellation."""
+NOTICE_CHECKPOINTS = 2
+"""A hang-up takes this many steps of the scheduler from the socket to the request's task: its
+connection's reader, the cancellation."""
 
 
 class TicketRequest:
-    """One request, from its arrival to its answer or its client's leaving.
+    """One request, from its arrival to its answer; its client's leaving cancels it.
 
     Args:
       turn: makes the context in which a shard is answered, see
         :meth:`gateway_queue.queue.Queue.turn`.
       guard: refuses whoever has no right to ask.
     """
+
+    __slots__ = ("_ends_late", "_guard", "_receive", "_scope", "_send", "_turn")
 
     def __init__(
         self,
@@ -52,28 +54,20 @@ class TicketRequest:
         self._send = send
         self._turn = turn
         self._guard = guard
-        self._fully_read = trio.Event()
-        self._ends_late = False
+        self._ends_late = scope["http_version"] != "2"
 
     async def run(self) -> None:
-        """Stall, answer, and end; a client that leaves ends it at any point."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read, nursery.cancel_scope)
-            try:
-                await self._answer_in_turn()
-            except trio.TooSlowError:
-                log.warning("a client does not take its answer")
-            except Exception:
-                log.exception("ticket failed, its request is held")
-            else:
-                nursery.cancel_scope.cancel()
-
-    async def _read(self, request: trio.CancelScope) -> None:
-        """Drop the body as it comes; cancel the request when its client leaves."""
-        while (message := await self._receive())["type"] == "http.request":
-            if not message["more_body"]:
-                self._fully_read.set()
-        request.cancel()
+        """Stall, answer, and end."""
+        try:
+            await self._answer_in_turn()
+        except trio.TooSlowError:
+            log.warning("a client does not take its answer")
+        except Exception:
+            log.exception("ticket failed, its request is held")
+        else:
+            return
+        while (await self._receive())["type"] == "http.request":
+            pass
 
     async def _answer_in_turn(self) -> None:
         try:
@@ -89,7 +83,9 @@ class TicketRequest:
                     await trio.lowlevel.checkpoint()
                 await self._answer(HTTPStatus.OK, "application/json", GO)
         if self._ends_late:
-            await self._fully_read.wait()
+            # In the middle of an upload HTTP/1 has to reset the connection to end the exchange,
+            # which can take the answer from a client that reads it only when all is sent.
+            await self._receive()
             await self._hand_over({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _answer(
@@ -100,9 +96,6 @@ class TicketRequest:
         headers: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
         """Hand the whole answer to the socket."""
-        # In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which
-        # can take the answer from a client that reads it only when all is sent. So that waits.
-        self._ends_late = self._scope["http_version"] != "2" and not self._fully_read.is_set()
         await self._hand_over(
             {
                 "type": "http.response.start",
