@@ -16,6 +16,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import MapAdapter
 
+from gateway_queue import trio_fixes
 from gateway_queue.discord import BadToken, connect
 from gateway_queue.limits import Limits
 from gateway_queue.metrics import Metrics
@@ -65,6 +66,7 @@ class GatewayQueue(QuartTrio):
         self._settings = settings = self._prepare()
         self._guard = Guard(settings.auth_token)
         hypercorn_fixes.install()
+        trio_fixes.install()
         store = MemoryStore(
             settings.window_seconds,
             hold=settings.hold_on_start,

@@ -93,7 +93,8 @@ class Connection(TCPServer):
         """
         with suppress(trio.BusyResourceError):
             if isinstance(event, RawData):
-                await self._write(event.data)
+                if event.data:
+                    await self._write(event.data)
             else:
                 await super().protocol_send(event)
 
@@ -226,6 +227,7 @@ class HTTP1(H11Protocol):
     async def initiate(self) -> None:
         self.can_read = _LeaveLoop()
         self._paused = False
+        self._unsent = b""
 
     async def _handle_events(self) -> None:
         """Parse what has come, and go on to read when h11 pauses.
@@ -260,9 +262,19 @@ class HTTP1(H11Protocol):
         await super()._create_stream(request)
 
     async def _send_h11_event(self, event: H11SendableEvent) -> None:
-        """Leave out the body when CONNECT is answered, which has none (RFC 9110, 9.3.6)."""
+        """Send the head of an answer in one packet with what follows, as Hypercorn does not.
+
+        What follows the head when CONNECT is answered is no body (RFC 9110, 9.3.6).
+        """
         if self.connection.our_state is not h11.SWITCHED_PROTOCOL:
-            await super()._send_h11_event(event)
+            try:
+                self._unsent += self.connection.send(event) or b""
+            except h11.LocalProtocolError:
+                if self.connection.their_state is not h11.ERROR:
+                    raise
+        if not isinstance(event, h11.Response):
+            data, self._unsent = self._unsent, b""
+            await self.send(RawData(data))
 
     async def _send_error_response(self, status_code: int) -> None:
         """Answer what is no request at all; otherwise close without an answer.

@@ -25,10 +25,6 @@ GO = b"""{"message": "You're free to connect now! :)"}"""
 ANSWER_SECONDS = 0.8
 """A client whose connection does not take the answer within this time keeps others waiting."""
 
-NOTICE_CHECKPOINTS = 2
-"""A hang-up takes this many steps of the scheduler from the socket to the request's task: its
-connection's reader, the cancellation."""
-
 
 class TicketRequest:
     """One request, from its arrival to its answer; its client's leaving cancels it.
@@ -79,8 +75,8 @@ class TicketRequest:
             await self._answer(refused.status, CONTENT_TYPE, document, refused.headers)
         else:
             async with self._turn(shard):
-                for _ in range(NOTICE_CHECKPOINTS):
-                    await trio.lowlevel.checkpoint()
+                # Whoever has hung up when its turn came is cancelled here.
+                await trio.lowlevel.checkpoint()
                 await self._answer(HTTPStatus.OK, "application/json", GO)
         if self._ends_late:
             # In the middle of an upload HTTP/1 has to reset the connection to end the exchange,
