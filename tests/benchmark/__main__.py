@@ -12,9 +12,12 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tests.benchmark.report import DRAWN, Report, draw
+from tests.benchmark.report import Report
 from tests.benchmark.scenarios import ON_OTHERS, ON_THE_FLOOR, SCENARIOS
 from tests.benchmark.subjects import Died, Subject, floor, ours, running
+
+DRAWN = {"hold", "churn", "lateness"}
+"""Scenarios of the chart."""
 
 SHORTER, LONGER = 0.1, 1.8
 """Lines that the chart shows beside the one of ``--waiters``. 18,000 are as many as a process can
@@ -54,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         report.write(options.json)
     if options.chart:
+        from tests.benchmark.chart import draw  # noqa: PLC0415 (see there)
+
         draw([shorter, report, longer], options.chart)
 
 

@@ -1,4 +1,4 @@
-"""What was measured, as a table, as JSON and as a chart."""
+"""What was measured, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-import pygal
-from pygal.style import CleanStyle
 from rich.table import Table
 
 from tests.benchmark.scenarios import Figures
@@ -72,38 +70,3 @@ class Report:
 
 def _shown(figure: float | None) -> str:
     return "" if figure is None else f"{figure:,.{2 if abs(figure) < 100 else 0}f}"
-
-
-LINES = {
-    "comes: CPU µs": ("hold", "CPU µs a waiter", "server"),
-    "comes, floor: CPU µs": ("hold", "CPU µs a waiter", "floor"),
-    "leaves: CPU µs": ("churn", "CPU µs a leaver", "server"),
-    "is released: CPU µs": ("lateness", "CPU µs a release", "server"),
-    "stalls: kB": ("hold", "kB a waiter", "server"),
-    "stalls, floor: kB": ("hold", "kB a waiter", "floor"),
-}
-
-DRAWN = {scenario for scenario, _, _ in LINES.values()}
-
-
-def draw(reports: list[Report], path: Path) -> None:
-    """Draw an SVG of what one waiter costs, by the length of the line."""
-    chart = pygal.Line(
-        title="What it costs that one waiter …, by the length of the line",
-        x_title="waiters",
-        logarithmic=True,
-        style=CleanStyle,
-        js=(),
-        legend_at_bottom=True,
-        legend_at_bottom_columns=3,
-        height=500,
-    )
-    chart.x_labels = [f"{report.waiters:,}" for report in reports]
-    for line, figure in LINES.items():
-        is_floor = figure[2] == "floor"
-        chart.add(
-            line,
-            [report.median(*figure) for report in reports],
-            stroke_style={"dasharray": "4, 4"} if is_floor else {},
-        )
-    chart.render_to_file(str(path))

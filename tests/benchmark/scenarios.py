@@ -169,8 +169,7 @@ def _gather(target: Target, crowd: Crowd, waiters: int, at_once: int = 1000) -> 
     while waiters > 0:
         crowd.come(min(waiters, at_once))
         waiters -= at_once
-        if not crowd.watch(lambda: target.open_files() - others >= len(crowd.clients)):
-            raise Died
+        crowd.watch(lambda: target.open_files() - others >= len(crowd.clients))
     crowd.watch(target.becomes_quiet())
 
 
