@@ -132,7 +132,7 @@ class Requests(TaskGroup):
 
     Hypercorn hands the app a channel instead, on which the body comes and, in the end, the news
     that the client has left; so a request that stalls needs a second task to listen, and a
-    nursery for both. That took a quarter of its memory, and a fifth of its CPU time.
+    nursery for both. That took a quarter of its memory, and an eighth of its CPU time.
     """
 
     _nursery: trio.Nursery

@@ -28,6 +28,7 @@ def draw(reports: list[Report], path: Path) -> None:
         title="What it costs that one waiter …, by the length of the line",
         x_title="waiters",
         logarithmic=True,
+        range=(10, 10_000),
         style=CleanStyle,
         js=(),
         legend_at_bottom=True,
