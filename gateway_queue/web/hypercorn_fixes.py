@@ -8,6 +8,7 @@ app starts, so that they hold for every way to run it.
 from __future__ import annotations
 
 import math
+import select
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from http import HTTPStatus
@@ -95,8 +96,20 @@ class Connection(TCPServer):
             if isinstance(event, RawData):
                 if event.data:
                     await self._write(event.data)
+            elif isinstance(event, _Look):
+                if self._has_hung_up():
+                    await self.protocol.handle(Closed())
             else:
                 await super().protocol_send(event)
+
+    def _has_hung_up(self) -> bool:
+        """Ask the kernel: trio may not have come to it yet, if thousands hang up at once."""
+        stream = getattr(self.stream, "transport_stream", self.stream)
+        if (descriptor := stream.socket.fileno()) < 0:
+            return True
+        poll = select.poll()
+        poll.register(descriptor, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     async def _write(self, data: bytes) -> None:
         async with self.send_lock:
@@ -107,6 +120,10 @@ class Connection(TCPServer):
             except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
                 await trio.aclose_forcefully(self.stream)
                 await self.protocol.handle(Closed())
+
+
+class _Look(Event):
+    """Lets a connection look for its client, for an answer is about to be sent."""
 
 
 class _Idle(TrioSingleTask):
@@ -272,7 +289,9 @@ class HTTP1(H11Protocol):
             except h11.LocalProtocolError:
                 if self.connection.their_state is not h11.ERROR:
                     raise
-        if not isinstance(event, h11.Response):
+        if isinstance(event, h11.Response):
+            await self.send(_Look())
+        else:
             data, self._unsent = self._unsent, b""
             await self.send(RawData(data))
 

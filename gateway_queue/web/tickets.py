@@ -75,8 +75,6 @@ class TicketRequest:
             await self._answer(refused.status, CONTENT_TYPE, document, refused.headers)
         else:
             async with self._turn(shard):
-                # Whoever has hung up when its turn came is cancelled here.
-                await trio.lowlevel.checkpoint()
                 await self._answer(HTTPStatus.OK, "application/json", GO)
         if self._ends_late:
             # In the middle of an upload HTTP/1 has to reset the connection to end the exchange,
@@ -92,6 +90,7 @@ class TicketRequest:
         headers: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
         """Hand the whole answer to the socket."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         await self._hand_over(
             {
                 "type": "http.response.start",
@@ -102,12 +101,16 @@ class TicketRequest:
                     (b"cache-control", b"no-store"),
                     *headers,
                 ],
-            },
-            {"type": "http.response.body", "body": body, "more_body": self._ends_late},
+            }
+        )
+        # Whoever is seen to have hung up by now is cancelled here. Over HTTP/1 nothing is sent yet.
+        if self._ends_late:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        await self._hand_over(
+            {"type": "http.response.body", "body": body, "more_body": self._ends_late}
         )
 
-    async def _hand_over(self, *messages: ASGISendEvent) -> None:
+    async def _hand_over(self, message: ASGISendEvent) -> None:
         """Send all of it: even at the end of a good answer Hypercorn says that its client left."""
         with trio.fail_after(ANSWER_SECONDS, shield=True):
-            for message in messages:
-                await self._send(message)
+            await self._send(message)
