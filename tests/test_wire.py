@@ -90,6 +90,7 @@ def test_hundreds_who_hang_up_when_their_turn_comes_cost_no_slot() -> None:
         last = server.connect()
         server.settle()
         first = clients[0].answer().at
+        server.settle()
         server.signal(signal.SIGSTOP)
         for client in reversed(clients):
             client.hang_up()

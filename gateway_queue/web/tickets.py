@@ -35,7 +35,7 @@ class TicketRequest:
       guard: refuses whoever has no right to ask.
     """
 
-    __slots__ = ("_ends_late", "_guard", "_receive", "_scope", "_send", "_turn")
+    __slots__ = ("_guard", "_is_http_1", "_receive", "_scope", "_send", "_turn")
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class TicketRequest:
         self._send = send
         self._turn = turn
         self._guard = guard
-        self._ends_late = scope["http_version"] != "2"
+        self._is_http_1 = scope["http_version"] != "2"
 
     async def run(self) -> None:
         """Stall, answer, and end."""
@@ -76,7 +76,7 @@ class TicketRequest:
         else:
             async with self._turn(shard):
                 await self._answer(HTTPStatus.OK, "application/json", GO)
-        if self._ends_late:
+        if self._is_http_1:
             # In the middle of an upload HTTP/1 has to reset the connection to end the exchange,
             # which can take the answer from a client that reads it only when all is sent.
             await self._receive()
@@ -89,7 +89,7 @@ class TicketRequest:
         body: bytes,
         headers: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
-        """Hand the whole answer to the socket."""
+        """Hand the whole answer to the socket, unless the client has left before its first byte."""
         await trio.lowlevel.checkpoint_if_cancelled()
         await self._hand_over(
             {
@@ -103,11 +103,10 @@ class TicketRequest:
                 ],
             }
         )
-        # Whoever is seen to have hung up by now is cancelled here. Over HTTP/1 nothing is sent yet.
-        if self._ends_late:
+        if self._is_http_1:  # the server keeps the head back, and looks for the client
             await trio.lowlevel.checkpoint_if_cancelled()
         await self._hand_over(
-            {"type": "http.response.body", "body": body, "more_body": self._ends_late}
+            {"type": "http.response.body", "body": body, "more_body": self._is_http_1}
         )
 
     async def _hand_over(self, message: ASGISendEvent) -> None:
