@@ -117,6 +117,7 @@ class GatewayQueue(QuartTrio):
     def asgi_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> Coroutine[Any, Any, None]:
+        # Not async itself, which would keep one more coroutine for each request that stalls.
         if scope["type"] != "http":
             return super().asgi_app(scope, receive, send)
         if self._is_for_endpoint(path := _path(scope["path"]), scope):
