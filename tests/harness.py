@@ -222,8 +222,13 @@ class Client:
 
     def reset(self) -> None:
         """Hang up with a RST."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.socket.close()
+        reset(self.socket)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a connection with a RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
 
 
 def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]:

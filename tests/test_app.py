@@ -149,6 +149,7 @@ async def test_a_client_that_does_not_take_its_answer_is_not_waited_for(
     assert [event["type"] for event in next_in_line.sent] == [
         "http.response.start",
         "http.response.body",
+        "http.response.body",
     ]
 
 

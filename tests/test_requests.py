@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import string
+import struct
 import time
 from collections.abc import Iterator
 
@@ -108,6 +110,14 @@ def test_any_target_is_a_ticket(server: Server, target: str) -> None:
 @pytest.mark.parametrize("headers", HEADERS)
 def test_any_headers_are_a_ticket(server: Server, headers: str) -> None:
     assert_go(server.connect(request("GET", "/", headers)))
+
+
+def test_an_answer_comes_in_one_packet(server: Server) -> None:
+    client = server.connect()
+    assert_go(client)
+    info = client.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+    (data_packets,) = struct.unpack_from("I", info, 152)  # tcpi_data_segs_in of linux/tcp.h
+    assert data_packets == 1
 
 
 @pytest.mark.parametrize("connection", ["close", "keep-alive"])

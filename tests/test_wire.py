@@ -79,3 +79,22 @@ def test_whoever_hangs_up_when_chosen_leaves_the_slot_to_the_next(
             server.signal(signal.SIGCONT)
             woken = time.monotonic()
             assert clients[2].answer().at - woken < window / 2
+
+
+def test_hundreds_who_hang_up_when_their_turn_comes_cost_no_slot() -> None:
+    """More than the server looks at in one step; the last of them goes first."""
+    window = 1.0
+    with serving(WINDOW_SECONDS=window) as server:
+        clients = [server.connect() for _ in range(301)]
+        server.settle()
+        last = server.connect()
+        server.settle()
+        first = clients[0].answer().at
+        server.settle()
+        server.signal(signal.SIGSTOP)
+        for client in reversed(clients):
+            client.hang_up()
+        time.sleep(max(0.0, first + 1.2 * window - time.monotonic()))
+        server.signal(signal.SIGCONT)
+        woken = time.monotonic()
+        assert last.answer().at - woken < window / 2

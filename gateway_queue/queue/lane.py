@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -57,9 +57,9 @@ class Ticket:
         # Room for the slot: a channel without any refuses it while nobody is receiving yet.
         self._send, self._receive = trio.open_memory_channel[Slot | None](1)
 
-    async def offer(self) -> Slot | None:
+    def offer(self) -> Awaitable[Slot | None]:
         """Wait for the slot, or None: then it has to stand aside until ``held_until``."""
-        return await self._receive.receive()
+        return self._receive.receive()
 
     def give(self, slot: Slot | None) -> None:
         """Hand over what :meth:`offer` waits for."""

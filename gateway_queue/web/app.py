@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import MapAdapter
 
+from gateway_queue import trio_fixes
 from gateway_queue.discord import BadToken, connect
 from gateway_queue.limits import Limits
 from gateway_queue.metrics import Metrics
@@ -78,6 +79,7 @@ class GatewayQueue(QuartTrio):
         self._settings = settings = self._prepare()
         self._guard = Guard(settings.auth_token)
         hypercorn_fixes.install()
+        trio_fixes.install()
         self._metrics = Metrics()
         self.queue = Queue(
             self._open_store(),
@@ -170,17 +172,17 @@ class GatewayQueue(QuartTrio):
         response.timeout = LISTENING_SECONDS
         return response
 
-    async def asgi_app(
+    def asgi_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
+        # Not async itself, which would keep one more coroutine for each request that stalls.
         if scope["type"] == "lifespan":
-            await self._live(scope, receive, send)
-        elif scope["type"] != "http":
-            await super().asgi_app(scope, receive, send)
-        elif self._is_for_endpoint(path := _path(scope["path"]), scope):
-            await super().asgi_app({**scope, "path": path}, receive, send)
-        else:
-            await TicketRequest(scope, receive, send, self.queue.turn, self._guard).run()
+            return self._live(scope, receive, send)
+        if scope["type"] != "http":
+            return super().asgi_app(scope, receive, send)
+        if self._is_for_endpoint(path := _path(scope["path"]), scope):
+            return super().asgi_app({**scope, "path": path}, receive, send)
+        return TicketRequest(scope, receive, send, self.queue.turn, self._guard).run()
 
     async def _live(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable

@@ -26,19 +26,17 @@ GO = b"""{"message": "You're free to connect now! :)"}"""
 ANSWER_SECONDS = 0.8
 """A client whose connection does not take the answer within this time keeps others waiting."""
 
-NOTICE_CHECKPOINTS = 3
-"""A hang-up takes this many steps of the scheduler from the socket to the request's task:
-Hypercorn's reader, :meth:`TicketRequest._read`, the cancellation."""
-
 
 class TicketRequest:
-    """One request, from its arrival to its answer or its client's leaving.
+    """One request, from its arrival to its answer; its client's leaving cancels it.
 
     Args:
       turn: makes the context in which a shard is answered, see
         :meth:`gateway_queue.queue.Queue.turn`.
       guard: refuses whoever has no right to ask.
     """
+
+    __slots__ = ("_guard", "_is_http_1", "_receive", "_scope", "_send", "_turn")
 
     def __init__(
         self,
@@ -53,28 +51,20 @@ class TicketRequest:
         self._send = send
         self._turn = turn
         self._guard = guard
-        self._fully_read = trio.Event()
-        self._ends_late = False
+        self._is_http_1 = scope["http_version"] != "2"
 
     async def run(self) -> None:
-        """Stall, answer, and end; a client that leaves ends it at any point."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read, nursery.cancel_scope)
-            try:
-                await self._answer_in_turn()
-            except trio.TooSlowError:
-                log.warning("a client does not take its answer")
-            except Exception:
-                log.exception("ticket failed, its request is held")
-            else:
-                nursery.cancel_scope.cancel()
-
-    async def _read(self, request: trio.CancelScope) -> None:
-        """Drop the body as it comes; cancel the request when its client leaves."""
-        while (message := await self._receive())["type"] == "http.request":
-            if not message["more_body"]:
-                self._fully_read.set()
-        request.cancel()
+        """Stall, answer, and end."""
+        try:
+            await self._answer_in_turn()
+        except trio.TooSlowError:
+            log.warning("a client does not take its answer")
+        except Exception:
+            log.exception("ticket failed, its request is held")
+        else:
+            return
+        while (await self._receive())["type"] == "http.request":
+            pass
 
     async def _answer_in_turn(self) -> None:
         try:
@@ -86,11 +76,11 @@ class TicketRequest:
             await self._answer(refused.status, CONTENT_TYPE, document, refused.headers)
         else:
             async with self._turn(shard) as answer_by:
-                for _ in range(NOTICE_CHECKPOINTS):
-                    await trio.lowlevel.checkpoint()
                 await self._answer(HTTPStatus.OK, "application/json", GO, by=answer_by)
-        if self._ends_late:
-            await self._fully_read.wait()
+        if self._is_http_1:
+            # In the middle of an upload HTTP/1 has to reset the connection to end the exchange,
+            # which can take the answer from a client that reads it only when all is sent.
+            await self._receive()
             await self._hand_over({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _answer(
@@ -102,10 +92,8 @@ class TicketRequest:
         *,
         by: float = math.inf,
     ) -> None:
-        """Hand the whole answer to the socket, until a certain time at the latest."""
-        # In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which
-        # can take the answer from a client that reads it only when all is sent. So that waits.
-        self._ends_late = self._scope["http_version"] != "2" and not self._fully_read.is_set()
+        """Hand the answer to the socket in time, if the client is there for its first byte."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         await self._hand_over(
             {
                 "type": "http.response.start",
@@ -117,12 +105,15 @@ class TicketRequest:
                     *headers,
                 ],
             },
-            {"type": "http.response.body", "body": body, "more_body": self._ends_late},
-            by=by,
+            by,
+        )
+        if self._is_http_1:  # the server keeps the head back, and looks for the client
+            await trio.lowlevel.checkpoint_if_cancelled()
+        await self._hand_over(
+            {"type": "http.response.body", "body": body, "more_body": self._is_http_1}, by
         )
 
-    async def _hand_over(self, *messages: ASGISendEvent, by: float = math.inf) -> None:
+    async def _hand_over(self, message: ASGISendEvent, by: float = math.inf) -> None:
         """Send all of it: even at the end of a good answer Hypercorn says that its client left."""
         with trio.fail_at(min(by, trio.current_time() + ANSWER_SECONDS), shield=True):
-            for message in messages:
-                await self._send(message)
+            await self._send(message)

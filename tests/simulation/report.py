@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pygal  # type: ignore[import-untyped]
+import pygal
 
 from tests.fake_discord.gateway import Gateway
 

@@ -1,0 +1,122 @@
+"""Measures a gateway queue from outside: ``scripts/benchmark --help``."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tests.benchmark.report import Report
+from tests.benchmark.scenarios import ON_OTHERS, ON_THE_FLOOR, SCENARIOS
+from tests.benchmark.subjects import Died, Subject, floor, ours, running
+
+DRAWN = {"hold", "churn", "lateness"}
+"""Scenarios of the chart."""
+
+SHORTER, LONGER = 0.1, 1.8
+"""Lines that the chart shows beside the one of ``--waiters``. 18,000 are as many as a process can
+have where it may open 20,000 files."""
+
+
+class Measurement(NamedTuple):
+    """One scenario, once."""
+
+    report: Report
+    scenario: str
+    name: str
+    subject: Subject
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, with a progress bar, and then show the medians."""
+    options = _parse(arguments)
+    # Each waiter has a descriptor here, and one in the server, which inherits the limit.
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+    if options.url:
+        subjects = {"server": running(options.url, options.window, options.pid)}
+    else:
+        subjects = {"server": ours, "floor": floor}
+    report = Report(options.waiters, options.runs)
+    plan = list(_plan(report, options.scenarios, subjects))
+    shorter, longer = (
+        Report(round(length * options.waiters), options.runs) for length in (SHORTER, LONGER)
+    )
+    if options.chart:
+        drawn = [name for name in options.scenarios if name in DRAWN]
+        plan += [*_plan(shorter, drawn, subjects), *_plan(longer, drawn, subjects)]
+    _measure(plan)
+    Console().print(report.table())
+    if options.json:
+        report.write(options.json)
+    if options.chart:
+        from tests.benchmark.chart import draw  # noqa: PLC0415 (see there)
+
+        draw([shorter, report, longer], options.chart)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/benchmark",
+        description="Measures a gateway queue from outside. Without --url it starts the one of "
+        "this checkout for each measurement, and beside it the floor: a bare ASGI function that "
+        "only stalls, under the same server.",
+    )
+    several = f"any of {', '.join(SCENARIOS)}; all of them by default, and with --url"
+    several += f" {', '.join(name for name in SCENARIOS if name in ON_OTHERS)}"
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=several)
+    parser.add_argument("--url", help="a server that runs already, such as http://127.0.0.1:5000")
+    parser.add_argument("--window", type=float, default=5.0, help="of that server, in seconds")
+    parser.add_argument("--pid", type=int, help="its process, if it cannot be found by its port")
+    parser.add_argument("--waiters", type=int, default=10_000)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every run")
+    parser.add_argument(
+        "--chart", type=Path, metavar="FILE", help="draw lines of several lengths, as SVG"
+    )
+    options = parser.parse_args(arguments)
+    possible = [name for name in SCENARIOS if not options.url or name in ON_OTHERS]
+    if impossible := set(options.scenarios) - set(possible):
+        parser.error(f"cannot measure {', '.join(sorted(impossible))} here")
+    options.scenarios = options.scenarios or possible
+    return options
+
+
+def _plan(
+    report: Report, scenarios: Sequence[str], subjects: dict[str, Subject]
+) -> Iterator[Measurement]:
+    """List what to measure, server and floor side by side, for the machine may change."""
+    for _ in range(report.runs):
+        for scenario in scenarios:
+            for name, subject in subjects.items():
+                if name == "server" or scenario in ON_THE_FLOOR:
+                    yield Measurement(report, scenario, name, subject)
+
+
+def _measure(plan: Sequence[Measurement]) -> None:
+    columns = (
+        *(TextColumn("{task.description:<20}"), BarColumn()),
+        *(MofNCompleteColumn(), TimeRemainingColumn()),
+    )
+    # The bar is drawn seldom, for it takes time from the clients.
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as progress:
+        task = progress.add_task("", total=len(plan))
+        for report, scenario, name, subject in plan:
+            progress.update(task, description=f"{scenario}, {name}")
+            try:
+                figures = SCENARIOS[scenario](subject, report.waiters)
+            except Died:
+                sys.exit(f"the {name} has died, or answers nobody: {scenario}")
+            report.add(scenario, name, figures)
+            progress.advance(task)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What was measured, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from rich.table import Table
+
+from tests.benchmark.scenarios import Figures
+
+
+class Report:
+    """Figures by scenario, name and subject: one of each run.
+
+    Args:
+      waiters: how many there were.
+      runs: how often all was measured.
+    """
+
+    def __init__(self, waiters: int, runs: int) -> None:
+        self.waiters = waiters
+        self.runs = runs
+        self._load = [os.getloadavg()[0]]
+        self._figures: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
+            lambda: defaultdict(lambda: defaultdict(list))
+        )
+
+    def add(self, scenario: str, subject: str, figures: Figures) -> None:
+        """Take what one run has measured."""
+        for name, figure in figures.items():
+            self._figures[scenario][name][subject].append(figure)
+        self._load.append(os.getloadavg()[0])
+
+    def median(self, scenario: str, name: str, subject: str) -> float | None:
+        """Return the median of all runs, None if there was none."""
+        figures = self._figures[scenario][name][subject]
+        return statistics.median(figures) if figures else None
+
+    def table(self) -> Table:
+        """Show the medians, and beside them the floor where it has any."""
+        title = f"{self.waiters:,} waiters, medians of {self.runs} runs"
+        table = Table("scenario", "figure", title=title)
+        for column in ("server", "floor", "ratio"):
+            table.add_column(column, justify="right")
+        for scenario, names in self._figures.items():
+            for name in names:
+                server = self.median(scenario, name, "server")
+                floor = self.median(scenario, name, "floor")
+                ratio = server / floor if server is not None and floor else None
+                table.add_row(scenario, name, *map(_shown, (server, floor, ratio)))
+            table.add_section()
+        return table
+
+    def write(self, path: Path) -> None:
+        """Write every run's figures as JSON."""
+        document = {
+            "waiters": self.waiters,
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+            "load": {"least": min(self._load), "most": max(self._load)},
+            "figures": self._figures,
+        }
+        path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def _shown(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:,.{2 if abs(figure) < 100 else 0}f}"

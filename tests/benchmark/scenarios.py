@@ -1,0 +1,192 @@
+"""The scenarios: each measures some figures of one server. A figure's name says its unit."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from tests.benchmark.load import Crowd
+from tests.benchmark.subjects import Died, Subject, Target
+from tests.harness import PATIENCE
+
+Figures = dict[str, float]
+
+STALLED = 3600.0
+"""A window, in seconds, in which nobody is released while something else is measured."""
+
+WINDOW = 0.1
+RELEASES = 200
+"""Gaps that are measured: enough for a 99th percentile that is not the maximum."""
+
+BUSY_WINDOW = 0.05
+"""For a storm that is over in seconds: how many gaps there are depends on it."""
+
+ASKERS = 32
+"""Connections that keep the server busy, and few enough not to wait for each other."""
+
+IDLE_SECONDS = PASSTHROUGH_SECONDS = 5.0
+
+
+def hold(subject: Subject, waiters: int) -> Figures:
+    """Let requests stall."""
+    with subject(STALLED) as target, Crowd(target.address) as crowd:
+        memory, cpu = target.memory(), target.cpu()
+        _gather(target, crowd, waiters)
+        return {
+            "kB a waiter": (target.memory() - memory) / waiters / 1024,
+            "CPU µs a waiter": (target.cpu() - cpu) / waiters * 1e6,
+        }
+
+
+def storm(subject: Subject, waiters: int) -> Figures:
+    """Let all come at once, while releases go on."""
+    with subject(BUSY_WINDOW) as target, Crowd(target.address) as crowd:
+        crowd.come(20)
+        _wait_for_answers(target, crowd, 2)
+        before, start = len(crowd.answers), time.monotonic()
+        _gather(target, crowd, waiters, at_once=waiters)
+        taken = time.monotonic() - start
+        _wait_for_answers(target, crowd, 1)
+        return {
+            "refused": crowd.refused,
+            "s until all are in": taken,
+            **_lateness(crowd.answers[before - 1 :], target.window),
+        }
+
+
+def churn(subject: Subject, waiters: int) -> Figures:
+    """Let every second one hang up at once, while releases go on."""
+    with subject(BUSY_WINDOW) as target, Crowd(target.address) as crowd:
+        _gather(target, crowd, waiters)
+        _wait_for_answers(target, crowd, 1)
+        leavers = list(crowd.clients)[1::2]
+        before, cpu = len(crowd.answers), target.cpu()
+        crowd.leave(leavers)
+        crowd.watch(target.becomes_quiet())
+        used = target.cpu() - cpu
+        _wait_for_answers(target, crowd, 1)
+        answers = crowd.answers[before - 1 :]
+        return {
+            "refused": crowd.refused,
+            "slots unused": sum((b - a) // target.window - 1 for a, b in pairwise(answers)),
+            "CPU µs a leaver": used / len(leavers) * 1e6,
+            **_lateness(answers, target.window),
+        }
+
+
+def lateness(subject: Subject, waiters: int) -> Figures:
+    """Let many wait, and measure the gaps between releases."""
+    with subject(WINDOW) as target, Crowd(target.address) as crowd:
+        _gather(target, crowd, waiters)
+        _wait_for_answers(target, crowd, 1)
+        before, cpu = len(crowd.answers), target.cpu()
+        releases = min(RELEASES, waiters // 2)
+        _wait_for_answers(target, crowd, releases)
+        used = target.cpu() - cpu
+        return {
+            "CPU µs a release": used / releases * 1e6,
+            **_lateness(crowd.answers[before - 1 :], target.window),
+        }
+
+
+def drain(subject: Subject, waiters: int) -> Figures:
+    """Stop the server while many wait."""
+    with subject(STALLED) as target, Crowd(target.address) as crowd:
+        assert target.process is not None
+        _gather(target, crowd, waiters)
+        start = time.monotonic()
+        target.process.terminate()
+        status = target.process.wait(PATIENCE)
+        stopped = time.monotonic() - start
+        crowd.watch(lambda: not crowd.clients)
+        return {"s": stopped, "exit status": status, "answered": len(crowd.answers)}
+
+
+def idle(subject: Subject, _: int) -> Figures:
+    """Leave the server alone."""
+    with subject(STALLED) as target:
+        memory = target.memory()
+        time.sleep(1)  # what the start has left to do is no idling
+        cpu, wake_ups, start = target.cpu(), target.wake_ups(), time.monotonic()
+        time.sleep(IDLE_SECONDS)
+        seconds = time.monotonic() - start
+        return {
+            "CPU %": (target.cpu() - cpu) / seconds * 100,
+            "wake-ups a second": (target.wake_ups() - wake_ups) / seconds,
+            "MiB": memory / 2**20,
+        }
+
+
+def start(subject: Subject, _: int) -> Figures:
+    """Start the server, until it has answered."""
+    spawned = time.monotonic()
+    with subject(STALLED, MAX_CONCURRENCY=0) as target, Crowd(target.address) as crowd:
+        crowd.come(1)
+        _wait_for_answers(target, crowd, 1)
+        return {"s until the first answer": crowd.answers[0] - spawned}
+
+
+def passthrough(subject: Subject, _: int) -> Figures:
+    """Let a few ask again and again, and be answered at once."""
+    with (
+        subject(STALLED, MAX_CONCURRENCY=0) as target,
+        Crowd(target.address, keep_asking=True) as crowd,
+    ):
+        crowd.come(ASKERS)
+        _wait_for_answers(target, crowd, ASKERS)
+        answers, cpu, start = len(crowd.answers), target.cpu(), time.monotonic()
+        crowd.watch(lambda: False, PASSTHROUGH_SECONDS)
+        answered, seconds = len(crowd.answers) - answers, time.monotonic() - start
+        return {
+            "requests a second": answered / seconds,
+            "CPU µs a request": (target.cpu() - cpu) / answered * 1e6,
+        }
+
+
+Scenario = Callable[[Subject, int], Figures]
+
+SCENARIOS: dict[str, Scenario] = {
+    scenario.__name__: scenario
+    for scenario in (hold, storm, churn, lateness, drain, idle, start, passthrough)
+}
+
+ON_THE_FLOOR = {"hold", "idle", "start", "passthrough"}
+"""The others need releases."""
+
+ON_OTHERS = {"hold", "storm", "churn", "lateness", "idle"}
+"""The others start or stop the server, or set it up."""
+
+
+def _gather(target: Target, crowd: Crowd, waiters: int, at_once: int = 1000) -> None:
+    """Let clients come, and wait until the server has nothing more to do for them.
+
+    If more come at once than the kernel keeps for the server, it drops some, who try again.
+    """
+    others = target.open_files() - len(crowd.clients)
+    while waiters > 0:
+        crowd.come(min(waiters, at_once))
+        waiters -= at_once
+        crowd.watch(lambda: target.open_files() - others >= len(crowd.clients))
+    crowd.watch(target.becomes_quiet())
+
+
+def _wait_for_answers(target: Target, crowd: Crowd, number: int) -> None:
+    """Wait until so many more have been answered."""
+    number += len(crowd.answers)
+    patience = number * target.window + PATIENCE
+    if not crowd.watch(lambda: len(crowd.answers) >= number, patience):
+        raise Died
+
+
+def _lateness(answers: Sequence[float], window: float) -> Figures:
+    """Tell by how much the gaps between answers were longer than the window."""
+    late = sorted((latter - former - window) * 1000 for former, latter in pairwise(answers))
+    return {
+        "ms late, p50": statistics.median(late),
+        "ms late, p99": late[math.ceil(0.99 * len(late)) - 1],
+        "ms late, max": late[-1],
+        "ms late, min": late[0],
+    }

@@ -1,0 +1,143 @@
+"""What is measured: servers that are started for each measurement, or one that runs somewhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+
+from tests.harness import installed, serving
+
+QUIET_SECONDS, QUIET_SHARE = 0.3, 0.1
+"""A server that takes less than this share of a CPU for this time has done what there was to do."""
+
+Subject = Callable[..., AbstractContextManager["Target"]]
+"""Lets a server be measured for a while: ``subject(window, **variables)``. It has a window of so
+many seconds, and so many environment variables, if it is started for that."""
+
+
+class Died(Exception):
+    """The server is not there any more."""
+
+
+@dataclass
+class Target:
+    """A server while it is measured, its processes together."""
+
+    address: tuple[str, int]
+    pids: list[int]
+    window: float
+    """Seconds between two of its releases."""
+    process: subprocess.Popen[str] | None = None
+    """What was started, if it was."""
+
+    def cpu(self) -> float:
+        """Return the CPU time that it has taken, in seconds."""
+        return sum(map(_nanoseconds, self._living())) / 1e9
+
+    def memory(self) -> int:
+        """Return what it has resident, in bytes."""
+        return sum(process.memory_info().rss for process in self._living())
+
+    def wake_ups(self) -> int:
+        """Return how often it has gone to sleep."""
+        return sum(process.num_ctx_switches().voluntary for process in self._living())
+
+    def open_files(self) -> int:
+        """Return how many descriptors it holds: one for each client that it has accepted."""
+        return sum(process.num_fds() for process in self._living())
+
+    def becomes_quiet(self) -> Callable[[], bool]:
+        """Return what tells whether it has had nothing to do for a while."""
+        looked_at, cpu = time.monotonic(), self.cpu()
+
+        def is_quiet() -> bool:
+            nonlocal looked_at, cpu
+            passed = time.monotonic() - looked_at
+            if passed < QUIET_SECONDS:
+                return False
+            used = self.cpu() - cpu
+            looked_at, cpu = looked_at + passed, cpu + used
+            return used < QUIET_SHARE * passed
+
+        return is_quiet
+
+    def _living(self) -> Iterator[psutil.Process]:
+        for pid in self.pids:
+            try:
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    yield process
+                    continue
+            except psutil.NoSuchProcess:
+                pass
+            raise Died
+
+
+def _nanoseconds(process: psutil.Process) -> int:
+    # psutil knows CPU times only in hundredths of a second.
+    threads = Path(f"/proc/{process.pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads)
+
+
+@contextmanager
+def ours(window: float, **variables: object) -> Iterator[Target]:
+    """Start ``gateway-queue``."""
+    with _started(installed("gateway-queue"), window=window, **variables) as target:
+        yield target
+
+
+@contextmanager
+def floor(window: float, **variables: object) -> Iterator[Target]:
+    """Start a bare ASGI function under the same Hypercorn."""
+    command = (sys.executable, "-m", "tests.benchmark.floor")
+    with _started(*command, window=window, **variables) as target:
+        yield target
+
+
+@contextmanager
+def _started(*command: str, window: float, **variables: object) -> Iterator[Target]:
+    with serving(*command, WINDOW_SECONDS=window, **variables) as server:
+        process = server.process
+        yield Target(("127.0.0.1", server.port), [process.pid], window, process)
+
+
+def running(url: str, window: float, pid: int | None) -> Subject:
+    """Measure a server that runs already.
+
+    Args:
+      url: where, such as ``http://127.0.0.1:5000``.
+      window: seconds between two of its releases.
+      pid: its process; without it, all that listen at its port.
+    """
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise SystemExit(f"--url: got {url!r}, takes http://HOST:PORT")
+    address = (parts.hostname, parts.port or 80)
+    pids = [pid] if pid else _listening_at(address[1])
+    if not pids:
+        raise SystemExit(f"no process of this machine listens at port {address[1]}: name its --pid")
+
+    @contextmanager
+    def subject(_: float, **__: object) -> Iterator[Target]:
+        yield Target(address, pids, window)
+
+    return subject
+
+
+def _listening_at(port: int) -> list[int]:
+    return [
+        connection.pid
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+        and connection.laddr
+        and connection.laddr.port == port
+        and connection.pid is not None
+    ]

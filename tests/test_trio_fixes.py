@@ -1,0 +1,38 @@
+"""Trio's event loop, as the server changes it."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+from itertools import chain
+
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from gateway_queue import trio_fixes
+
+
+async def test_sockets_with_news_take_turns() -> None:
+    """A task that is due meanwhile has to wait for a few of them, not for all."""
+    trio_fixes.install()
+    woken = list[socket.socket]()
+
+    async def wait(sock: socket.socket) -> None:
+        await trio.lowlevel.wait_readable(sock)
+        woken.append(sock)
+
+    pairs = [socket.socketpair() for _ in range(50)]
+    with ExitStack() as stack:
+        for sock in chain(*pairs):
+            stack.enter_context(sock)
+        async with trio.open_nursery() as nursery:
+            for here, _ in pairs:
+                nursery.start_soon(wait, here)
+            await wait_all_tasks_blocked()
+            for _, there in pairs:
+                there.send(b"news")
+            while len(woken) < len(pairs):
+                before = len(woken)
+                await trio.lowlevel.checkpoint()
+                # The tasks of one look run in any order, so between two steps it may be two looks.
+                assert len(woken) - before <= 2 * trio_fixes.EVENTS_AT_ONCE
