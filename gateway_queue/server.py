@@ -18,8 +18,9 @@ bind = [f"{settings.host}:{settings.port}"]
 # or more. The kernel takes no more than net.core.somaxconn.
 backlog = 65_535
 
-# Every shard of a process may stall on one connection, for as long as the process lives.
-h2_max_concurrent_streams = 2**31 - 1
+# Every shard of a process may stall on one connection, for as long as the process lives. Over 1000
+# requests at a time, Hypercorn would end it; told of a limit, clients open another one.
+h2_max_concurrent_streams = 900
 keep_alive_max_requests = 2**31 - 1
 
 # Any headers are welcome, within reason: a limit for each connection that is not a request yet.

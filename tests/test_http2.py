@@ -98,10 +98,10 @@ def server() -> Iterator[Server]:
         assert not [line for line in running.lines if "Traceback" in line or "error" in line]
 
 
-def test_300_streams_stall_on_one_connection(server: Server) -> None:
+def test_900_streams_stall_on_one_connection(server: Server) -> None:
     client = H2Client.with_prior_knowledge(connect(server))
     client.read()  # its settings say how many it takes
-    streams = [client.ask() for _ in range(300)]
+    streams = [client.ask() for _ in range(900)]
     client.assert_go(*streams)
     assert client.ended == streams
 

@@ -9,21 +9,32 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 
-def test_only_the_queue_gives_no_invalid_session_and_survives_chaos(tmp_path: Path) -> None:
-    picture = tmp_path / "starts.svg"
-    fleet = "--shards 96 --window 0.5 --slack 0.4 --client-timeout 1"
-    chaos = "--crash-rate 0.2 --kill-processes 1 --kill-queue 1"
-    ways = ["--ways", "no queue", "gateway-queue", "--picture", str(picture)]
+def simulate(*arguments: str) -> dict[str, dict[str, str]]:
+    """Return the rows of the table, by way."""
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.simulation", *fleet.split(), *chaos.split(), *ways],
+        [sys.executable, "-m", "tests.simulation", *arguments],
         capture_output=True,
         text=True,
         check=True,
     )
     rows = [re.split(r" *\| *", line)[1:-1] for line in ended.stdout.splitlines() if "|" in line]
-    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+def test_only_the_queue_gives_no_invalid_session_and_survives_chaos(tmp_path: Path) -> None:
+    picture = tmp_path / "starts.svg"
+    fleet = "--shards 96 --window 0.5 --slack 0.4 --client-timeout 1"
+    chaos = "--crash-rate 0.2 --kill-processes 1 --kill-queue 1"
+    ways = ["--ways", "no queue", "gateway-queue", "--picture", str(picture)]
+    table = simulate(*fleet.split(), *chaos.split(), *ways)
     assert int(table["no queue"]["Invalid Sessions"]) > 20
     assert table["gateway-queue"]["Invalid Sessions"] == "0"
     svg = ET.parse(picture).getroot()
     assert svg.tag == "{http://www.w3.org/2000/svg}svg"
     assert "gateway-queue" in "".join(svg.itertext())
+
+
+def test_replicas_that_are_killed_give_no_invalid_session() -> None:
+    fleet = "--shards 48 --window 0.5 --slack 0.4 --ways gateway-queue"
+    table = simulate(*fleet.split(), "--replicas", "2", "--kill-queue", "1")
+    assert table["gateway-queue"]["Invalid Sessions"] == "0"

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 
 import trio
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tests.fake_discord import FakeDiscord, playing
 from tests.fake_discord.gateway import Gateway
+from tests.redis_server import redis_server
 from tests.simulation.fleet import Fleet
 from tests.simulation.report import Outcome, draw, table
 from tests.simulation.server import Server
@@ -74,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--client-timeout", type=float, default=math.inf, help="seconds until a client asks again")
     add("--crash-rate", type=float, default=0.2, help="part of the shards that crash once")
     add("--kill-processes", type=int, default=0, help="how often a process is killed")
-    add("--kill-queue", type=int, default=0, help="how often the queue is killed")
+    add("--replicas", type=int, default=1, help="of the queue; if more than one, on a Redis")
+    add("--kill-queue", type=int, default=0, help="how often the queue, or a replica, is killed")
     ways = (NO_QUEUE, LOCK, QUEUE)
     add("--ways", nargs="+", choices=ways, default=ways, help="how the shards wait")
     add("--picture", type=Path, help="where to write an SVG of the starts over time")
@@ -91,17 +94,20 @@ async def _simulate(way: str, options: argparse.Namespace, progress: Progress) -
         playing(max_concurrency=options.keys, total=BUDGET, remaining=BUDGET) as discord,
         ExitStack() as servers,
     ):
-        server = await _serve(servers, discord, options) if way == QUEUE else None
+        replicas = await _serve(servers, discord, options) if way == QUEUE else []
         gateway = Gateway(discord, options.window - options.slack, heartbeat_interval=math.inf)
-        ways = _ways(way, options, server)
+        ways = _ways(way, options, replicas)
         fleet = Fleet(gateway, ways, options.shards, second, _crashes(options, expected))
         began_at = time.monotonic()
         async with trio.open_nursery() as nursery:
             await nursery.start(gateway.run)
             nursery.start_soon(fleet.run)
             nursery.start_soon(_often, options.kill_processes, expected, fleet.kill_process)
-            if server is not None:
-                nursery.start_soon(_often, options.kill_queue, expected, server.kill)
+            if replicas:
+                victims = cycle(replicas)
+                nursery.start_soon(
+                    _often, options.kill_queue, expected, lambda: next(victims).kill()
+                )
             task = progress.add_task(way, total=options.shards, invalid=0)
             while not fleet.is_up:
                 await trio.sleep(0.1)
@@ -111,20 +117,25 @@ async def _simulate(way: str, options: argparse.Namespace, progress: Progress) -
     return Outcome(way, gateway, fleet.waits, began_at, options.window)
 
 
-async def _serve(stack: ExitStack, discord: FakeDiscord, options: argparse.Namespace) -> Server:
-    """Run a server that has already held its first window."""
+async def _serve(
+    stack: ExitStack, discord: FakeDiscord, options: argparse.Namespace
+) -> list[Server]:
+    """Run servers that have already held their first window."""
     scale = options.window / DISCORDS_WINDOW
     settings = {"WINDOW_SECONDS": options.window, "PLACE_SECONDS": 30 * scale}
-    server = Server(stack, **discord.variables(**settings))
-    await trio.sleep(options.window)
-    return server
+    if options.replicas > 1:
+        settings["REDIS_URL"] = stack.enter_context(redis_server()).url
+    servers = [Server(stack, **discord.variables(**settings)) for _ in range(options.replicas)]
+    await trio.sleep(2 * options.window)
+    return servers
 
 
-def _ways(way: str, options: argparse.Namespace, server: Server | None) -> Sequence[Way]:
+def _ways(way: str, options: argparse.Namespace, replicas: Sequence[Server]) -> Sequence[Way]:
     """Return how the shards of each process wait."""
     second = options.window / DISCORDS_WINDOW
-    if server is not None:
-        return [AskQueue(server.port, options.client_timeout, second)] * options.processes
+    if replicas:
+        ports = [replica.port for replica in replicas]
+        return [AskQueue(ports, options.client_timeout, second)] * options.processes
     if way == LOCK:
         return [NaiveLock(options.keys, second)] * options.processes
     return [OwnPace(options.keys, options.window) for _ in range(options.processes)]

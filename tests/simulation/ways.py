@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Protocol
 
 import trio
@@ -70,25 +73,26 @@ class AskQueue:
     """The real server, asked over plain sockets: thousands of clients share a machine with it.
 
     Args:
-      port: where it is.
+      ports: where it is; if there are replicas, each shard asks one after the other.
       patience: seconds after which a client gives up and asks again.
       retry_after: seconds until it asks again.
     """
 
-    def __init__(self, port: int, patience: float, retry_after: float) -> None:
-        self._port = port
+    def __init__(self, ports: Sequence[int], patience: float, retry_after: float) -> None:
+        self._ports = ports
         self._patience = patience
         self._retry_after = retry_after
 
     async def wait_for_turn(self, shard: int) -> None:
-        while True:
+        for attempt in count(random.randrange(len(self._ports))):
+            port = self._ports[attempt % len(self._ports)]
             with trio.move_on_after(self._patience), suppress(OSError, trio.BrokenResourceError):
-                if await self._is_let_go(shard):
+                if await self._is_let_go(shard, port):
                     return
             await trio.sleep(self._retry_after)
 
-    async def _is_let_go(self, shard: int) -> bool:
-        async with await trio.open_tcp_stream("127.0.0.1", self._port) as stream:
+    async def _is_let_go(self, shard: int, port: int) -> bool:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             await stream.send_all(b"GET /?shard=%d HTTP/1.1\r\nHost: queue\r\n\r\n" % shard)
             answer = b""
             while not answer.endswith(GO):
