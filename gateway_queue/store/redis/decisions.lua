@@ -36,7 +36,7 @@ end
 -- What a server has lost, or has noted by a clock that was set back since, begins anew, and the
 -- replicas see that it does.
 local since, last = unpack(redis.call('HMGET', state, 'since', 'last'))
-if not since or now < tonumber(last) then
+if not last or now < tonumber(last) then
   redis.call('DEL', state, windows, claims, starts)
   since = string.format('%.0f', now)
 end
