@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import secrets
 import selectors
 import signal
 import socket
@@ -255,10 +256,14 @@ def eventually(condition: Callable[[], bool], patience: float = PATIENCE) -> Non
 
 
 def free_port() -> int:
-    """Return a port for a server that is to come back to the same one."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
+    """Return a port for a server that is to come back to the same one.
+
+    It is below those that the kernel gives to clients, which could take it in the meantime.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def with_open_files(soft: int, hard: int | None = None) -> tuple[str, ...]:
