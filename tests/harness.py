@@ -31,6 +31,16 @@ GO = b"""{"message": "You're free to connect now! :)"}"""
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: queue\r\n\r\n"
 
+README = Path(__file__).parent.with_name("README.md")
+
+SLACK = 0.001
+"""Seconds by which a gap may seem short to a client, for its own clock and wake-ups."""
+
+
+def asking(shard: int) -> bytes:
+    """Return a request for a shard's turn."""
+    return b"GET /?shard=%d HTTP/1.1\r\nHost: queue\r\n\r\n" % shard
+
 
 def installed(command: str) -> str:
     """Return the path of a command that stands beside this Python."""
@@ -62,7 +72,7 @@ class Server:
 
     def ask(self, shard: int) -> Client:
         """Ask for a shard's turn."""
-        return self.connect(b"GET /?shard=%d HTTP/1.1\r\nHost: queue\r\n\r\n" % shard)
+        return self.connect(asking(shard))
 
     def get(self, path: str) -> Answer:
         """Ask one of the endpoints."""

@@ -7,7 +7,6 @@ import math
 import sys
 from dataclasses import dataclass
 from itertools import count, pairwise
-from pathlib import Path
 
 import pytest
 import trio
@@ -19,6 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from gateway_queue.queue import Queue, status
 from gateway_queue.queue.places import Places
 from tests import place_simulation
+from tests.harness import README
 from tests.running import TOLERANCE, WINDOW, on_mock_clock, running
 
 KEPT = 30.0
@@ -315,4 +315,4 @@ def test_the_simulation_says_what_the_readme_says() -> None:
         table = place_simulation.table()
     assert kept.order == list(range(place_simulation.SHARDS)), "as they first came"
     assert [b - a for a, b in pairwise(kept.times)] == pytest.approx([WINDOW] * 199)
-    assert table in Path("README.md").read_text(encoding="utf-8")
+    assert table in README.read_text(encoding="utf-8")

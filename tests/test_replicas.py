@@ -21,9 +21,12 @@ from gateway_queue.settings import Settings
 from tests.fake_discord import playing
 from tests.harness import (
     PATIENCE,
+    README,
+    SLACK,
     Answer,
     Client,
     Server,
+    asking,
     eventually,
     first_answers,
     free_port,
@@ -31,9 +34,6 @@ from tests.harness import (
     serving,
 )
 from tests.redis_server import Proxy, RedisServer, redis_server
-
-SLACK = 0.001
-"""Seconds by which a gap may seem short to a client, for its own clock and wake-ups."""
 
 
 @pytest.fixture
@@ -152,10 +152,9 @@ class Fleet:
             shard.start()
 
     def _start(self, shard: int) -> None:
-        request = b"GET /?shard=%d HTTP/1.1\r\nHost: queue\r\n\r\n" % shard
         for attempt in count(shard):
             with suppress(OSError, AssertionError):
-                client = Client(self.ports[attempt % len(self.ports)], request)
+                client = Client(self.ports[attempt % len(self.ports)], asking(shard))
                 with closing(client.socket):
                     self.released_at.append(client.answer().at)
                 return
@@ -192,7 +191,7 @@ def test_restarts_one_after_the_other_lose_no_shard(redis: RedisServer) -> None:
 
 
 def readme_compose_file() -> Any:
-    (text,) = re.findall(r"(?s)```yaml\n# compose.yaml\n(.*?)```", Path("README.md").read_text())
+    (text,) = re.findall(r"(?s)```yaml\n# compose.yaml\n(.*?)```", README.read_text())
     return yaml.safe_load(text)
 
 

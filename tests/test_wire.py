@@ -9,10 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.harness import GO, Client, first_answers, serving
-
-SLACK = 0.001
-"""Seconds by which a gap may seem short to a client, for its own clock and wake-ups."""
+from tests.harness import GO, SLACK, Client, first_answers, serving
 
 
 def test_2000_waiters_are_released_one_a_window_in_order() -> None:

@@ -75,9 +75,11 @@ class Connection(TCPServer):
     ) -> None:
         super().__init__(app, config, context, state, stream)
         self.idle_task = _Idle(config.keep_alive_timeout)
+        # Hypercorn's type says that there always is TLS.
+        self._transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
 
     async def run(self) -> None:
-        keep_alive(self.stream)
+        keep_alive(self._transport)
         try:
             await super().run()
         except* Exception as errors:  # noqa: BLE001
@@ -110,8 +112,7 @@ class Connection(TCPServer):
 
     def _has_hung_up(self) -> bool:
         """Ask the kernel: trio may not have come to it yet, if thousands hang up at once."""
-        stream = getattr(self.stream, "transport_stream", self.stream)
-        if (descriptor := stream.socket.fileno()) < 0:
+        if (descriptor := self._transport.socket.fileno()) < 0:
             return True
         poll = select.poll()
         poll.register(descriptor, select.POLLRDHUP)

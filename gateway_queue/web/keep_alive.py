@@ -21,15 +21,14 @@ PATIENCE_SECONDS = 25
 times; and it is done within 30 s."""
 
 
-def keep_alive(stream: trio.SocketStream | trio.SSLStream[trio.SocketStream]) -> None:
+def keep_alive(stream: trio.SocketStream) -> None:
     """Let the kernel watch over a connection; a Unix socket needs no such thing."""
-    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
     with suppress(OSError):
-        transport.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
             ("TCP_KEEPIDLE", randint(*IDLE_SECONDS)),  # noqa: S311
             ("TCP_KEEPINTVL", INTERVAL_SECONDS),
             ("TCP_USER_TIMEOUT", PATIENCE_SECONDS * 1000),
         ):
             if hasattr(socket, name):  # all are Linux's, some are others' too
-                transport.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+                stream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -11,7 +11,7 @@ from itertools import count
 from types import TracebackType
 from typing import Self
 
-from tests.harness import PATIENCE, SO_TIMESTAMPNS, arrival, reset
+from tests.harness import PATIENCE, SO_TIMESTAMPNS, arrival, asking, reset
 
 GLANCE = 0.05
 """Seconds between two looks at what the clients wait for."""
@@ -23,7 +23,7 @@ class Client:
     __slots__ = ("received", "request", "socket")
 
     def __init__(self, address: tuple[str, int], shard: int) -> None:
-        self.request = b"GET /?shard=%d HTTP/1.1\r\nHost: queue\r\n\r\n" % shard
+        self.request = asking(shard)
         self.received = b""
         self.socket = socket.socket()
         self.socket.setblocking(False)

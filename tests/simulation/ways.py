@@ -12,7 +12,7 @@ from typing import Protocol
 
 import trio
 
-from tests.harness import GO
+from tests.harness import GO, asking
 
 
 class Way(Protocol):
@@ -93,7 +93,7 @@ class AskQueue:
 
     async def _is_let_go(self, shard: int, port: int) -> bool:
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            await stream.send_all(b"GET /?shard=%d HTTP/1.1\r\nHost: queue\r\n\r\n" % shard)
+            await stream.send_all(asking(shard))
             answer = b""
             while not answer.endswith(GO):
                 if not (received := await stream.receive_some()):
