@@ -251,7 +251,7 @@ def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]
         while len(answers) < count:
             ready = selector.select(PATIENCE)
             assert ready, "no answer came"
-            for key, _ in ready:
+            for key, _ in ready[: count - len(answers)]:
                 answers.append((key.data, clients[key.data].answer()))
                 selector.unregister(key.fileobj)
     return answers
