@@ -29,6 +29,8 @@ class Rules:
     hold: bool
     """Whether every key opens only some time after the start. A process that has just started
     cannot know when its predecessor released last."""
+    releases_per_window: int | None = None
+    """The most releases in any one window over all keys; None sets no limit beside the keys."""
     session_start_limit: int | None = None
     """See :class:`~gateway_queue.store.budget.Budget`."""
     loop_free_starts: int = 0
@@ -40,6 +42,8 @@ class Claim:
     """A key that is the caller's, for one release."""
 
     key: int
+    max_concurrency: int
+    """The number of rate limit keys when it was claimed."""
     shard: int | None
     begin_by: float = math.inf
     """Until when an answer may begin (:func:`trio.current_time`)."""
@@ -55,8 +59,9 @@ class Refusal:
 
     seconds: float
     """Ask again after this time."""
-    concerns: Literal["key", "shard"]
-    """Whether nobody with this key may start now, or only this shard may not."""
+    concerns: Literal["shard", "key", "queue"]
+    """What has to wait: this shard alone, all tickets of the key, or all tickets of all keys, because
+    ``releases_per_window`` is used up or an older ticket of another replica goes first."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,10 @@ class WindowStore(Protocol):
         """Make way for the other replicas: nobody waits here any more for a key."""
 
     async def regroup(self, max_concurrency: int) -> None:
-        """Change the number of rate limit keys, while none is claimed.
+        """Change the number of rate limit keys. Claims of before stay good.
 
-        A key that shares a shard with a closed one of before opens no sooner than that.
+        A key that shares a shard with one of before that is claimed or closed opens no sooner than
+        that one.
         """
 
     async def allow(self, allowance: Allowance) -> None:
