@@ -84,18 +84,17 @@ class Limits:
     async def _adopt(self, limit: SessionStartLimit, asked_at: float) -> None:
         resets_at = trio.current_time() + limit.reset_after
         await self._queue.allow(Allowance(limit.total, limit.remaining, resets_at, asked_at))
-        own = self._settings.max_concurrency or limit.max_concurrency
-        number = min(limit.max_concurrency, own)
-        if number == self._queue.max_concurrency:
+        if limit.max_concurrency == self._queue.max_concurrency:
             return
-        log.info("Discord allows", **vars(limit))
-        if own > number:
+        log.info("Discord session limits", **vars(limit))
+        own = self._settings.max_concurrency
+        if own is not None and own > limit.max_concurrency:
             log.warning(
-                "MAX_CONCURRENCY is more than Discord allows, so the smaller one counts",
+                "MAX_CONCURRENCY is more than Discord allows and limits nothing",
                 configured=own,
-                max_concurrency=number,
+                max_concurrency=limit.max_concurrency,
             )
-        await self._queue.set_max_concurrency(number)
+        self._queue.set_max_concurrency(limit.max_concurrency)
 
     def _within_own_limit(self, limit: SessionStartLimit) -> SessionStartLimit:
         """Hold back as many of Discord's session starts as the user's own limit is lower."""

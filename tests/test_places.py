@@ -16,7 +16,6 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.queue import Queue, status
-from gateway_queue.queue.places import Places
 from tests import place_simulation
 from tests.harness import README
 from tests.running import TOLERANCE, WINDOW, on_mock_clock, running
@@ -249,7 +248,7 @@ async def test_places_go_along_when_the_number_of_keys_changes(autojump_clock: M
         line = Line(queue, nursery)
         (await line.join(7)).cancel()
         await line.join(5)
-        await queue.set_max_concurrency(2)
+        queue.set_max_concurrency(2)
         await wait_all_tasks_blocked()
         (lane,) = status.lanes(queue, WINDOW)
         assert [(t.shard, t.state) for t in lane.tickets] == [(7, "away"), (5, "waiting")]
@@ -293,20 +292,11 @@ async def test_100_000_who_come_and_go_leave_nothing_behind(autojump_clock: Mock
         for number in range(50_000):
             await visit(queue, 0)
             await visit(queue, number)
-        assert len(list(queue.places)) == 50_000
+        assert sum(len(lane.away) for lane in queue.lanes.values()) == 50_000
         await trio.sleep(KEPT + 1)
         gc.collect()
         assert sys.getallocatedblocks() - before < 1000
-        assert list(queue.places) == []
         assert not queue.lanes
-
-
-async def test_places_cost_nothing_while_there_are_none(autojump_clock: MockClock) -> None:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(Places(KEPT).forget_expired)
-        await wait_all_tasks_blocked()
-        assert trio.lowlevel.current_statistics().seconds_to_next_deadline == math.inf
-        nursery.cancel_scope.cancel()
 
 
 def test_the_simulation_says_what_the_readme_says() -> None:

@@ -125,8 +125,8 @@ async def test_replicas_that_know_different_numbers_of_keys_are_not_early(
     """A window of either closes all keys of the other that some shard has besides."""
     rules = Rules(60, hold=False)
     async with pair(redis.url, rules) as (store, second):
-        await store.regroup(one)
-        await second.regroup(other)
+        store.regroup(one)
+        second.regroup(other)
         await store.start_window(await claimed(store, key=one // 2), trio.current_time())
         shared = {shard % other for shard in range(one * other) if shard % one == one // 2}
         for key in range(other):
@@ -242,11 +242,11 @@ def test_it_decides_as_the_store_in_memory_does(
         redis.command("FLUSHALL")
         set_clock(redis, 0)
         memory = MemoryStore(rules)
-        await memory.regroup(keys)
+        memory.regroup(keys)
         async with opened(redis.url, rules) as store:
             while store.fault is not None:
                 await trio.lowlevel.checkpoint()  # the clock stands still
-            await store.regroup(keys)
+            store.regroup(keys)
             for act, value in steps:
                 if act == "pass":
                     assert value is not None

@@ -1,117 +1,146 @@
-"""One lane: the tickets of one rate limit key, first come, first served."""
+"""A lane: the places of one rate limit key, in the order of their first requests."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from heapq import merge
+from itertools import chain, takewhile
+from operator import attrgetter
+from typing import Literal
 
 import trio
 from sortedcontainers import SortedDict
 
-from gateway_queue.store import Claim
+from gateway_queue.queue.ticket import Ticket
+
+State = Literal["waiting", "held", "away", "chosen", "released", "gone"]
+"""See the table in :mod:`gateway_queue.queue`."""
+
+_number = attrgetter("number")
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """The right to answer one client, once."""
-
-    claim: Claim
-    """What was claimed for it, and until when it is good."""
-    outcome: trio.MemorySendChannel[float]
-    """Takes the time of the answer (:func:`trio.current_time`), or is closed if there was none:
-    then the next in line gets the slot."""
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A ticket that had its turn. Times are in seconds."""
-
-    shard: int | None
-    rate_limit_key: int
-    at: float
-    """When the answer was out, on :func:`trio.current_time`."""
-    waited: float
-    lateness: float
-    """Since the window was open, the client here, and the shard free to start."""
-
-
-class Ticket:
-    """A place in the line, and the channel on which its slot comes back.
+class Place:
+    """A position in a lane, with the client that has it now. Times are of trio's clock.
 
     Args:
-      number: its place; lower ones go first.
-      shard: whose it is; None if the client did not say.
+      number: lower numbers go first.
+      ticket: the client that has it at first.
     """
 
-    __slots__ = ("_receive", "_send", "held_until", "here_since", "joined_at", "number", "shard")
+    __slots__ = (
+        "expires_at",
+        "held_until",
+        "joined_at",
+        "lane",
+        "number",
+        "shard",
+        "state",
+        "ticket",
+    )
 
-    def __init__(self, number: int, shard: int | None) -> None:
+    def __init__(self, number: int, ticket: Ticket) -> None:
         self.number = number
-        self.shard = shard
-        self.here_since = trio.current_time()
-        self.joined_at = self.here_since
-        """Since when it has had this place, be it with other clients before this one."""
+        self.shard = ticket.shard
+        self.ticket: Ticket | None = None
+        self.joined_at = trio.current_time()
+        """When the first client came that had this place."""
         self.held_until = -math.inf
-        # Room for the slot: a channel without any refuses it while nobody is receiving yet.
-        self._send, self._receive = trio.open_memory_channel[Slot | None](1)
+        self.expires_at = -math.inf
+        """When an empty place is given up."""
+        self.state: State = "waiting"
+        self.lane: Lane | None = None
+        """The lane in which it is listed; None in the last three states."""
+        self.seat(ticket)
 
-    def offer(self) -> Awaitable[Slot | None]:
-        """Wait for the slot, or None: then it has to stand aside until ``held_until``."""
-        return self._receive.receive()
-
-    def give(self, slot: Slot | None) -> None:
-        """Hand over what :meth:`offer` waits for."""
-        self._send.send_nowait(slot)
-
-    def tear_up(self) -> None:
-        """Close the slot, if it came in the very moment in which its receiver left."""
-        with suppress(trio.WouldBlock):
-            if slot := self._receive.receive_nowait():
-                slot.outcome.close()
+    def seat(self, ticket: Ticket) -> None:
+        """Give the place to a client."""
+        self.ticket = ticket
+        ticket.place = self
 
 
 class Lane:
-    """The line of one rate limit key. Joining, leaving and choosing the next are O(log n)."""
+    """The places of one rate limit key, except the one whose client is being answered.
+
+    Adding, removing and finding the next one are O(log n). All methods run in one step of the
+    event loop, so a lane is consistent at each checkpoint.
+    """
 
     def __init__(self, rate_limit_key: int) -> None:
         self.rate_limit_key = rate_limit_key
         self.opens_at = -math.inf
-        """When the next slot can come, as far as its dispatcher knows."""
-        self.news = trio.lowlevel.ParkingLot()
-        """Where its dispatcher waits until then."""
-        self._line: SortedDict[int, Ticket] = SortedDict()
+        """When the key opens, as far as the dispatcher knows."""
+        self.claim_at = -math.inf
+        """When to claim next: when the key opens, or earlier if something has changed."""
+        self.waiting: SortedDict[int, Place] = SortedDict()
+        # The one whose time comes first in front.
+        self.held: SortedDict[tuple[float, int], Place] = SortedDict()
+        self.away: SortedDict[tuple[float, int], Place] = SortedDict()
+        self._changed = trio.Event()
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting or self.held or self.away)
 
     def __len__(self) -> int:
-        return len(self._line)
+        """Count the clients that are connected."""
+        return len(self.waiting) + len(self.held)
 
-    def __iter__(self) -> Iterator[Ticket]:
-        return iter(self._line.values())
+    def __iter__(self) -> Iterator[Place]:
+        """Go over all places, in their order."""
+        aside = sorted(chain(self.held.values(), self.away.values()), key=_number)
+        return merge(self.waiting.values(), aside, key=_number)
 
-    def join(self, ticket: Ticket) -> None:
-        """Stand in line, at the place that the ticket's number gives."""
-        self._line[ticket.number] = ticket
+    def add(self, place: Place) -> None:
+        """List a place by its state of now."""
+        if place.ticket is None:
+            place.state = "away"
+            self.away[place.expires_at, place.number] = place
+        elif place.held_until > trio.current_time():
+            place.state = "held"
+            self.held[place.held_until, place.number] = place
+        else:
+            place.state = "waiting"
+            self.waiting[place.number] = place
+        place.lane = self
+        if place.state != "waiting":
+            self._changed.set()  # there may be an earlier time to wake up at
+        elif self.first() is place:
+            self.claim_soon()  # this shard may have to be held where the former first one had not
 
-    def leave(self, ticket: Ticket) -> bool:
-        """Step out of the line, and tell whether the ticket stood in it."""
-        return self._line.pop(ticket.number, None) is not None
+    def remove(self, place: Place) -> None:
+        """List a place no more."""
+        match place.state:
+            case "away":
+                del self.away[place.expires_at, place.number]
+            case "held":
+                del self.held[place.held_until, place.number]
+            case _:
+                del self.waiting[place.number]
+        place.lane = None
+        if not self.waiting:
+            self._changed.set()
 
-    def first(self) -> Ticket:
-        """Return who is next, while anybody is."""
-        return self._line.peekitem(0)[1]
+    def first(self) -> Place | None:
+        """Return the first place whose client can be released, if there is any."""
+        return self.waiting.peekitem(0)[1] if self.waiting else None
 
-    async def release(self, ticket: Ticket, claim: Claim) -> float | None:
-        """Offer the slot to a ticket, unless it has left in the meantime.
+    def overdue(self) -> list[Place]:
+        """Return the places whose hold is over, and the empty ones that are given up."""
+        now = trio.current_time()
+        return [
+            place
+            for places in (self.held, self.away)
+            for _, place in takewhile(lambda entry: entry[0][0] <= now, places.items())
+        ]
 
-        Returns:
-          When the answer was out (:func:`trio.current_time`), or None if nobody was there.
-        """
-        if not self.leave(ticket):
-            return None
-        send, outcome = trio.open_memory_channel[float](1)
-        ticket.give(Slot(claim, send))
-        try:
-            return await outcome.receive()
-        except trio.EndOfChannel:
-            return None
+    def claim_soon(self) -> None:
+        """Let the dispatcher claim the key anew, whatever the store has said before."""
+        self.claim_at = -math.inf
+        self._changed.set()
+
+    async def wait(self, until: float) -> None:
+        """Wait until some time, until a hold or an empty place ends, or something changes."""
+        ends = (places.peekitem(0)[0][0] for places in (self.held, self.away) if places)
+        with trio.move_on_at(min((until, *ends))):
+            await self._changed.wait()
+        self._changed = trio.Event()

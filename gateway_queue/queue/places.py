@@ -1,116 +1,76 @@
-"""The places of shards whose clients have gone away while they waited."""
+"""The places of each shard, also while its client is gone."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
-from dataclasses import dataclass
-from operator import attrgetter
+from bisect import bisect_left
+from itertools import count
+from typing import Literal
 
 import trio
 
-from gateway_queue.queue.lane import Ticket
-
-_number = attrgetter("number")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What a ticket has left behind. Times are of :func:`trio.current_time`."""
-
-    number: int
-    shard: int
-    joined_at: float
-    expires_at: float
+from gateway_queue.queue.lane import Place
+from gateway_queue.queue.ticket import Ticket
 
 
 class Places:
-    """Keeps a place for a while after its client has gone away.
+    """Gives a place to each ticket, and keeps it for a while when the client leaves.
 
-    A client that gives up and asks again may be here before it is seen to have left. So it does
-    not matter which client of a shard leaves: those that stay have the foremost of its places.
+    The connected clients of a shard always have the foremost of its places. A client that gives up
+    and asks again may be here before the server sees that its first connection is closed. So it
+    does not matter which of a shard's clients leaves.
 
     Args:
-      seconds: how long a place is kept.
+      seconds: how long an empty place is kept; 0 keeps none.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        # The one that expires next in front, for all are kept equally long.
-        self._empty: dict[int, Place] = {}
-        # By shard, the foremost first.
-        self._empty_of: dict[int, list[Place]] = {}
-        self._taken_of: dict[int, list[Ticket]] = {}
-        self._news = trio.lowlevel.ParkingLot()
+        self._numbers = count()
+        # In their order: first those of connected clients, then the empty ones.
+        self._of_shard: dict[int, list[Place]] = {}
 
-    def __iter__(self) -> Iterator[Place]:
-        """Go over the places where nobody stands."""
-        return iter(self._empty.values())
+    def take(self, ticket: Ticket) -> Place:
+        """Give a ticket the foremost empty place of its shard, or a new one at the end."""
+        places = self._of_shard.get(self._key(ticket.shard), [])
+        for place in places[_occupied(places) :]:
+            if place.expires_at > trio.current_time():
+                place.seat(ticket)
+                return place
+            self.end(place, "gone")
+        place = Place(next(self._numbers), ticket)
+        if (shard := self._key(ticket.shard)) >= 0:
+            self._of_shard.setdefault(shard, []).append(place)
+        return place
 
-    def take(self, ticket: Ticket) -> None:
-        """Let a new ticket have the foremost empty place of its shard, if there is one."""
-        if (shard := self._shard(ticket)) is None:
-            return
-        if empty := self._empty_of.get(shard):
-            ticket.number, ticket.joined_at = empty[0].number, empty[0].joined_at
-            self._forget(empty[0])
-        insort(self._taken_of.setdefault(shard, []), ticket, key=_number)
+    def leave(self, ticket: Ticket) -> Place:
+        """Empty the hindmost place that a client of the ticket's shard has, and return it.
 
-    def last_taken(self, ticket: Ticket) -> Ticket:
-        """Return the ticket that has the hindmost place of the same shard."""
-        shard = self._shard(ticket)
-        return ticket if shard is None else self._taken_of[shard][-1]
-
-    def leave(self, ticket: Ticket) -> None:
-        """Keep a place of a shard one of whose clients has gone away.
-
-        It is the hindmost one: who had that gets the place of the ticket.
+        The client that had that place gets the ticket's.
         """
-        if (shard := self._shard(ticket)) is None:
-            return
-        taken = self._taken_of[shard]
-        last = taken[-1]
-        taken[self._index(taken, ticket)], taken[-1] = last, ticket
-        ticket.number, last.number = last.number, ticket.number
-        ticket.joined_at, last.joined_at = last.joined_at, ticket.joined_at
-        expires_at = trio.current_time() + self._seconds
-        place = Place(ticket.number, shard, ticket.joined_at, expires_at)
-        self._empty[place.number] = place
-        insort(self._empty_of.setdefault(shard, []), place, key=_number)
-        self._news.unpark_all()
+        place = last = ticket.place
+        if places := self._of_shard.get(self._key(ticket.shard)):
+            last = places[_occupied(places) - 1]
+            last.expires_at = trio.current_time() + self._seconds
+            if last is not place and last.ticket is not None:
+                place.seat(last.ticket)
+        last.ticket = None
+        return last
 
-    def give_up(self, ticket: Ticket) -> None:
-        """Have nothing more to do with a ticket."""
-        if (shard := self._shard(ticket)) is None:
-            return
-        taken = self._taken_of[shard]
-        del taken[self._index(taken, ticket)]
-        if not taken:
-            del self._taken_of[shard]
+    def end(self, place: Place, state: Literal["released", "gone"]) -> None:
+        """Forget a place."""
+        if place.lane is not None:
+            place.lane.remove(place)
+        place.state = state
+        if places := self._of_shard.get(shard := self._key(place.shard)):
+            del places[bisect_left(places, place.number, key=lambda one: one.number)]
+            if not places:
+                del self._of_shard[shard]
 
-    async def forget_expired(self) -> None:
-        """Forget each place when its time is over, until cancelled."""
-        while True:
-            while not self._empty:
-                await self._news.park()
-            oldest = next(iter(self))
-            await trio.sleep_until(oldest.expires_at)
-            if self._empty.get(oldest.number) is oldest:
-                self._forget(oldest)
+    def _key(self, shard: int | None) -> int:
+        """Return the shard whose places are kept, or -1 if they are not."""
+        return -1 if shard is None or not self._seconds else shard
 
-    def _shard(self, ticket: Ticket) -> int | None:
-        """Return whose places to look after, if anybody's."""
-        return ticket.shard if self._seconds else None
 
-    def _forget(self, place: Place) -> None:
-        del self._empty[place.number]
-        empty = self._empty_of[place.shard]
-        del empty[self._index(empty, place)]
-        if not empty:
-            del self._empty_of[place.shard]
-        if not self._empty:  # a dict that has been large stays so until it is cleared
-            self._empty.clear()
-            self._empty_of.clear()
-
-    def _index(self, places: list[Place] | list[Ticket], wanted: Place | Ticket) -> int:
-        return bisect_left(places, wanted.number, key=_number)
+def _occupied(places: list[Place]) -> int:
+    """Count the places of a shard that clients have."""
+    return bisect_left(places, True, key=lambda place: place.ticket is None)

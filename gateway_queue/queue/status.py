@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from heapq import merge
 from itertools import count, islice
-from operator import attrgetter
 from typing import Literal
 
 import trio
 
 from gateway_queue.queue import Queue
-from gateway_queue.queue.lane import Lane, Ticket
-from gateway_queue.queue.places import Place
+from gateway_queue.queue.lane import Lane, Place
 from gateway_queue.store import SessionStarts
 
 
@@ -52,49 +49,35 @@ def lanes(queue: Queue, window: float, most: int | None = None) -> list[LaneStat
       most: how many tickets of a lane to list, from the front; None lists all. Those that are
         not listed are not counted on when the day's session starts run out.
     """
-    aside = defaultdict[int, list[Ticket | Place]](list)
-    for one in (*queue.held, *queue.places):
-        aside[queue.key(one.shard)].append(one)
-    keys = {key for key, lane in queue.lanes.items() if lane} | set(aside)
     starts = queue.store.session_starts()
     if queue.max_concurrency is None or queue.store.fault is not None:
         first_slot = math.inf
     else:
         first_slot = starts.resets_in if starts.spent else 0.0
     statuses = [
-        _lane(queue.lanes.get(key, Lane(key)), aside[key], first_slot, window, most)
-        for key in sorted(keys)
+        _lane(lane, first_slot, window, most) for _, lane in sorted(queue.lanes.items()) if lane
     ]
     _delay_to_reset(starts, statuses, window)
     return statuses
 
 
-def _lane(
-    lane: Lane,
-    aside: list[Ticket | Place],
-    first_slot: float,
-    window: float,
-    most: int | None,
-) -> LaneStatus:
+def _lane(lane: Lane, first_slot: float, window: float, most: int | None) -> LaneStatus:
     now = trio.current_time()
     opens_in = max(first_slot, lane.opens_at - now)
     turns = count()
 
-    def describe(position: int, one: Ticket | Place) -> TicketStatus:
+    def describe(position: int, place: Place) -> TicketStatus:
         state: Literal["waiting", "away", "held"]
-        if isinstance(one, Place):
+        if place.ticket is None:
             state, eta = "away", math.inf
-        elif one.held_until > now:
-            state, eta = "held", max(opens_in, one.held_until - now)
+        elif place.held_until > now:
+            state, eta = "held", max(opens_in, place.held_until - now)
         else:
             state, eta = "waiting", opens_in + next(turns) * window
-        return TicketStatus(one.shard, state, position, now - one.joined_at, eta)
+        return TicketStatus(place.shard, state, position, now - place.joined_at, eta)
 
-    number = attrgetter("number")
-    foremost = islice(merge(lane, sorted(aside, key=number), key=number), most)
-    tickets = [describe(position, one) for position, one in enumerate(foremost, 1)]
-    here = len(lane) + sum(isinstance(one, Ticket) for one in aside)
-    return LaneStatus(lane.rate_limit_key, here, opens_in, tickets)
+    tickets = [describe(position, place) for position, place in enumerate(islice(lane, most), 1)]
+    return LaneStatus(lane.rate_limit_key, len(lane), opens_in, tickets)
 
 
 def _delay_to_reset(starts: SessionStarts, statuses: list[LaneStatus], window: float) -> None:

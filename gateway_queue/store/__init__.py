@@ -29,12 +29,12 @@ class Rules:
     hold: bool
     """Whether every key opens only some time after the start. A process that has just started
     cannot know when its predecessor released last."""
-    releases_per_window: int | None = None
-    """The most releases in any one window over all keys; None sets no limit beside the keys."""
     session_start_limit: int | None = None
     """See :class:`~gateway_queue.store.budget.Budget`."""
     loop_free_starts: int = 0
     """See :class:`~gateway_queue.store.loop_guard.LoopGuard`."""
+    releases_per_window: int | None = None
+    """The most releases in any one window over all keys; None sets no limit beside the keys."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,11 @@ class Refusal:
     seconds: float
     """Ask again after this time."""
     concerns: Literal["shard", "key", "queue"]
-    """What has to wait: this shard alone, all tickets of the key, or all tickets of all keys, because
-    ``releases_per_window`` is used up or an older ticket of another replica goes first."""
+    """What has to wait: this shard alone, all tickets of the key, or all tickets of all keys.
+
+    All keys wait when ``releases_per_window`` is used up, or when an older ticket of another
+    replica goes first.
+    """
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class WindowStore(Protocol):
     async def withdraw(self, key: int) -> None:
         """Make way for the other replicas: nobody waits here any more for a key."""
 
-    async def regroup(self, max_concurrency: int) -> None:
+    def regroup(self, max_concurrency: int) -> None:
         """Change the number of rate limit keys. Claims of before stay good.
 
         A key that shares a shard with one of before that is claimed or closed opens no sooner than

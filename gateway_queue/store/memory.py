@@ -7,13 +7,12 @@ import trio
 from gateway_queue.store import Allowance, Claim, Refusal, Rules, SessionStarts
 from gateway_queue.store.budget import Budget
 from gateway_queue.store.loop_guard import LoopGuard
+from gateway_queue.store.pace import Pace
 from gateway_queue.store.windows import Windows
 
 
 class MemoryStore:
     """A :class:`~gateway_queue.store.WindowStore` for a server that runs alone.
-
-    A claim of a key needs no mark here, for each key has a single dispatcher to ask for it.
 
     Args:
       rules: to hold each key for a window from now, among others.
@@ -26,6 +25,7 @@ class MemoryStore:
         self._window = rules.window
         self._max_concurrency = 1
         self._windows = Windows(now + rules.window if rules.hold else now)
+        self._pace = Pace(rules.window, rules.releases_per_window)
         self._budget = Budget(rules.window, rules.session_start_limit)
         self._loop_guard = LoopGuard(rules.loop_free_starts)
 
@@ -34,24 +34,32 @@ class MemoryStore:
         if wait := self._loop_guard.wait(shard, now):
             return Refusal(wait, "shard")
         if (wait := self._windows.opens_at(key) - now) > 0:
-            return Refusal(wait, "key")
+            return Refusal(min(wait, self._window), "key")  # a claim that is out ends later
+        if wait := self._pace.wait(now):
+            return Refusal(wait, "queue")
         if wait := self._budget.claim(now):
             return Refusal(wait, "key")
-        return Claim(key, shard)
+        claim = Claim(key, self._max_concurrency, shard)
+        self._windows.claim(claim)
+        self._pace.claim()
+        return claim
 
     async def start_window(self, claim: Claim, answered_at: float) -> None:
-        self._windows.close(claim.key, answered_at + self._window, trio.current_time())
+        self._windows.close(claim, answered_at + self._window, trio.current_time())
+        self._pace.start(answered_at)
         self._budget.start(answered_at)
         self._loop_guard.start(claim.shard, answered_at)
 
-    async def give_back(self, claim: Claim) -> None:  # noqa: ARG002
+    async def give_back(self, claim: Claim) -> None:
+        self._windows.open(claim)
+        self._pace.give_back()
         self._budget.give_back()
 
     async def withdraw(self, key: int) -> None:
         pass
 
-    async def regroup(self, max_concurrency: int) -> None:
-        self._windows.regroup(self._max_concurrency, max_concurrency, trio.current_time())
+    def regroup(self, max_concurrency: int) -> None:
+        self._windows.regroup(max_concurrency, trio.current_time())
         self._max_concurrency = max_concurrency
 
     async def allow(self, allowance: Allowance) -> None:

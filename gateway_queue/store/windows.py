@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+from gateway_queue.store import Claim
+
 
 class Windows:
-    """The closed windows. Times are of one monotonic clock, in seconds.
+    """The keys that are claimed, or closed until some time. Times are of one monotonic clock.
 
     Args:
       first_opening: no key opens before.
@@ -14,41 +16,56 @@ class Windows:
 
     def __init__(self, first_opening: float) -> None:
         self._first_opening = first_opening
-        # By key, the one that opens next in front: all windows are of the same length.
+        self._max_concurrency = 1
+        # Until when, by key; infinite while a key is claimed. The last one that changed is last.
         self._closed: dict[int, float] = {}
-        # Those of before the number of keys changed: by key modulo what the numbers have in common.
-        self._inherited: dict[int, float] = {}
-        self._modulus = 1
+        # The same for other numbers of keys: by the number and the key.
+        self._former: dict[tuple[int, int], float] = {}
 
     def opens_at(self, key: int) -> float:
-        return max(
-            self._first_opening,
-            self._closed.get(key, -math.inf),
-            self._inherited.get(key % self._modulus, -math.inf),
-        )
+        """Return when no key opens later that has a shard in common with this one.
 
-    def close(self, key: int, until: float, now: float) -> None:
-        """Close a key, and forget those that are open again."""
-        self._closed.pop(key, None)
-        self._closed[key] = until
+        Some shard has key *a* of *m* keys and key *b* of *n* keys if, and only if, the two are
+        equal modulo the greatest common divisor of *m* and *n*.
+        """
+        shared = [
+            until
+            for (number, former), until in self._former.items()
+            if (former - key) % math.gcd(number, self._max_concurrency) == 0
+        ]
+        return max(self._first_opening, self._closed.get(key, -math.inf), *shared)
+
+    def claim(self, claim: Claim) -> None:
+        """Close a key until :meth:`close` or :meth:`open` says more."""
+        self._note(claim, math.inf)
+
+    def close(self, claim: Claim, until: float, now: float) -> None:
+        """Close a claimed key until some time, and forget the keys that are open again."""
+        self._note(claim, until)
         while self._closed and self._closed[first := next(iter(self._closed))] <= now:
             del self._closed[first]
+        self._forget_former(now)
 
-    def regroup(self, former: int, latter: int, now: float) -> None:
-        """Carry the windows over to another number of keys.
+    def open(self, claim: Claim) -> None:
+        """Open a claimed key."""
+        self._note(claim, -math.inf)
 
-        Some shard has key *a* of ``former`` and key *b* of ``latter`` if, and only if, the two are
-        equal modulo the greatest common divisor of both numbers.
-        """
-        still_closed = [
-            (key, until)
-            for windows in (self._closed, self._inherited)
-            for key, until in windows.items()
-            if until > now
-        ]
-        inherits = any(until > now for until in self._inherited.values())
-        self._modulus = math.gcd(former, latter, self._modulus if inherits else 0)
-        self._closed, self._inherited = {}, {}
-        for key, until in still_closed:
-            residue = key % self._modulus
-            self._inherited[residue] = max(until, self._inherited.get(residue, until))
+    def regroup(self, max_concurrency: int, now: float) -> None:
+        """Carry all that is closed over to another number of keys."""
+        for key, until in self._closed.items():
+            self._former[self._max_concurrency, key] = until
+        self._forget_former(now)
+        self._max_concurrency = max_concurrency
+        own = [key for number, key in self._former if number == max_concurrency]
+        self._closed = {key: self._former.pop((max_concurrency, key)) for key in own}
+
+    def _note(self, claim: Claim, until: float) -> None:
+        if claim.max_concurrency == self._max_concurrency:
+            self._closed.pop(claim.key, None)
+            self._closed[claim.key] = until
+        else:
+            self._former[claim.max_concurrency, claim.key] = until
+
+    def _forget_former(self, now: float) -> None:
+        if self._former:
+            self._former = {one: until for one, until in self._former.items() if until > now}

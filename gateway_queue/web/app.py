@@ -86,6 +86,7 @@ class GatewayQueue(QuartTrio):
             self._metrics,
             max_concurrency=_known_max_concurrency(settings),
             place_seconds=settings.place_seconds,
+            oldest_first=_releases_per_window(settings) is not None,
         )
         if settings.discord_token is not None and self.queue.max_concurrency is None:
             self.nursery.start_soon(self._follow_discord, settings.discord_token)
@@ -103,6 +104,7 @@ class GatewayQueue(QuartTrio):
             settings.hold_on_start,
             settings.session_start_limit,
             settings.loop_free_starts,
+            _releases_per_window(settings),
         )
         if settings.redis_url is None:
             return MemoryStore(rules)
@@ -214,6 +216,15 @@ def _known_max_concurrency(settings: Settings) -> int | None:
     if settings.discord_token is not None:
         return None
     return 1 if settings.max_concurrency is None else settings.max_concurrency
+
+
+def _releases_per_window(settings: Settings) -> int | None:
+    """Return the most releases in one window over all keys, None if only the keys limit them.
+
+    With a token the keys are Discord's: fewer keys would let shards of one of Discord's keys go at
+    the same time.
+    """
+    return None if settings.discord_token is None else settings.max_concurrency or None
 
 
 async def healthz() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from prometheus_client.metrics_core import GaugeMetricFamily
@@ -11,14 +10,12 @@ from gateway_queue.queue import Queue
 
 
 def gauges(queue: Queue) -> Iterator[GaugeMetricFamily]:
-    """Look at the lanes, not at who stands in them."""
-    waiting = Counter({key: len(lane) for key, lane in queue.lanes.items()})
-    waiting.update(queue.key(ticket.shard) for ticket in queue.held)
+    """Look at the lanes, not at each ticket."""
     gauge = GaugeMetricFamily(
         "gateway_queue_waiting", "Clients that wait.", labels=["rate_limit_key"]
     )
-    for key, number in sorted(waiting.items()):
-        gauge.add_metric([str(key)], number)
+    for key, lane in sorted(queue.lanes.items()):
+        gauge.add_metric([str(key)], len(lane))
     yield gauge
 
     starts = queue.store.session_starts()

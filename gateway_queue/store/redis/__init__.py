@@ -208,7 +208,9 @@ class RedisStore:
             return Refusal(self._trusted_at - asked_at, "key")
         token = f"{self._replica}:{next(self._numbers)}"
         answer_by = asked_at + self._answer_seconds
-        claim = Claim(key, shard, (asked_at + answer_by) / 2, answer_by, token)
+        claim = Claim(
+            key, self._max_concurrency, shard, (asked_at + answer_by) / 2, answer_by, token
+        )
         words = self._words(claim)
         try:
             answer = await self._ask("claim", *words, self._replica, self._clock.at(came_at))
@@ -237,7 +239,7 @@ class RedisStore:
         with suppress(Unreachable):  # then it is forgotten soon
             await self._ask("withdraw", self._max_concurrency, key, self._replica)
 
-    async def regroup(self, max_concurrency: int) -> None:
+    def regroup(self, max_concurrency: int) -> None:
         self._max_concurrency = max_concurrency  # the server knows all the windows that it has
 
     async def allow(self, allowance: Allowance) -> None:

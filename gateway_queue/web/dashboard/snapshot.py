@@ -12,7 +12,7 @@ import trio
 
 from gateway_queue.limits import Limits
 from gateway_queue.queue import Queue
-from gateway_queue.queue.lane import Release
+from gateway_queue.queue.queue import Release
 from gateway_queue.queue.status import LaneStatus, TicketStatus, lanes
 from gateway_queue.settings import Settings
 from gateway_queue.store import SessionStarts
@@ -109,8 +109,8 @@ def take(
         window=window,
         max_concurrency=queue.max_concurrency,
         waiting=len(queue),
-        held=len(queue.held),
-        away=sum(1 for _ in queue.places),
+        held=sum(len(lane.held) for lane in queue.lanes.values()),
+        away=sum(len(lane.away) for lane in queue.lanes.values()),
         released=queue.released,
         abandoned=queue.abandoned,
         starts=starts,

@@ -1,0 +1,64 @@
+"""The order in which lanes claim their keys, where the store limits the releases of all keys."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import trio
+
+from gateway_queue.queue.lane import Lane
+
+SETTLE_SECONDS = 0.001
+"""Keys that open in the same moment reach the gate within this time."""
+
+
+class Gate:
+    """Lets one lane at a time claim its key: the lane with the oldest ticket first."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Lane, trio.Event] = {}
+        self._opens_at = -math.inf
+        self._changed = trio.Event()
+        self._left = trio.Event()
+
+    async def run(self) -> NoReturn:
+        """Let lanes in until cancelled."""
+        while True:
+            await self._until_open()
+            lane = min(self._waiting, key=_oldest)
+            self._left = trio.Event()
+            self._waiting.pop(lane).set()
+            await self._left.wait()
+
+    async def _until_open(self) -> None:
+        """Wait until some lane is here and the store may grant a claim."""
+        while not self._waiting or trio.current_time() < self._opens_at:
+            with trio.move_on_at(self._opens_at if self._waiting else math.inf):
+                await self._changed.wait()
+            self._changed = trio.Event()
+            await trio.sleep(SETTLE_SECONDS)
+
+    async def enter(self, lane: Lane) -> None:
+        """Wait until it is the lane's turn to claim. The caller has to leave afterwards."""
+        self._waiting[lane] = admitted = trio.Event()
+        self._changed.set()
+        await admitted.wait()
+
+    def leave(self) -> None:
+        """Let the next lane in."""
+        self._left.set()
+
+    def close(self, seconds: float) -> None:
+        """Let no lane in for some time."""
+        self._opens_at = trio.current_time() + seconds
+
+    def open(self) -> None:
+        """Let lanes in again."""
+        self._opens_at = -math.inf
+        self._changed.set()
+
+
+def _oldest(lane: Lane) -> float:
+    first = lane.first()
+    return math.inf if first is None else first.number

@@ -1,0 +1,353 @@
+"""The queue itself: who owns which task, and the way of a ticket from its arrival to its answer."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+import trio
+
+from gateway_queue.metrics import Metrics
+from gateway_queue.queue.budget_alarm import BudgetAlarm
+from gateway_queue.queue.gate import Gate
+from gateway_queue.queue.lane import Lane, Place
+from gateway_queue.queue.places import Places
+from gateway_queue.queue.ticket import Slot, Ticket
+from gateway_queue.store import Allowance, Claim, Refusal, WindowStore
+
+RECENT_MAX = 2_000
+"""Releases to remember for the dashboard: the last 3 minutes of 55 keys."""
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A ticket that had its turn. Times are in seconds."""
+
+    shard: int | None
+    rate_limit_key: int
+    at: float
+    """When the answer was out, on :func:`trio.current_time`."""
+    waited: float
+    lateness: float
+    """Since the window was open, the client here, and the shard free to start."""
+
+
+class Queue:
+    """Releases one ticket per window, for each rate limit key.
+
+    Args:
+      store: what is known of earlier releases.
+      metrics: where to count what happens.
+      max_concurrency: number of rate limit keys; 0 releases every ticket at once, and while it is
+        None no ticket is released.
+      place_seconds: how long the place of a named shard is kept after its client has left.
+      oldest_first: whether the lanes claim one at a time, the one with the oldest ticket first; the
+        store needs that where it limits the releases of all keys together.
+    """
+
+    def __init__(
+        self,
+        store: WindowStore,
+        metrics: Metrics,
+        *,
+        max_concurrency: int | None,
+        place_seconds: float,
+        oldest_first: bool = False,
+    ) -> None:
+        self.store = store
+        self._metrics = metrics
+        self.max_concurrency = max_concurrency
+        self.released = 0
+        self.abandoned = 0
+        """Clients that left without their turn."""
+        self.recent = deque[Release](maxlen=RECENT_MAX)
+        """The last releases, except those with ``max_concurrency`` 0."""
+        self.lanes: dict[int, Lane] = {}
+        self._places = Places(place_seconds)
+        self._gate = Gate() if oldest_first else None
+        self._budget_alarm = BudgetAlarm()
+        self._dispatchers: trio.Nursery | None = None
+        self._open = trio.CancelScope()
+        self._closed = trio.Event()
+
+    def __len__(self) -> int:
+        """Count the clients that wait."""
+        return sum(map(len, self.lanes.values()))
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the dispatchers: each lane has one from its first place until its last."""
+        with self._open:
+            async with trio.open_nursery() as nursery:
+                if self._gate is not None:
+                    nursery.start_soon(self._gate.run)
+                for lane in self.lanes.values():
+                    nursery.start_soon(self._dispatch, lane)
+                self._dispatchers = nursery
+                task_status.started()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    # Here and not later: the nursery must never be asked after it has closed.
+                    self._dispatchers = None
+        self._closed.set()
+
+    async def close(self) -> None:
+        """Release no more tickets, and return when the answers under way are out."""
+        self._open.cancel()
+        await self._closed.wait()
+
+    def set_max_concurrency(self, number: int) -> None:
+        """Change the number of rate limit keys: all places move to their new lanes."""
+        if number == self.max_concurrency:
+            return
+        was_known = self.max_concurrency is not None
+        places = sorted(
+            (place for lane in self.lanes.values() for place in lane), key=lambda one: one.number
+        )
+        for place in places:
+            self._unlist(place)
+        self.store.regroup(number)
+        self.max_concurrency = number
+        for place in places:
+            self._list(place)
+            if not was_known and place.ticket is not None:
+                self._warn_if_unkeyed(place.ticket)
+
+    async def allow(self, allowance: Allowance) -> None:
+        """Take over Discord's figures for the day's session starts."""
+        await self.store.allow(allowance)
+        self._claim_anew()
+        self._budget_alarm.check(self.store.session_starts())
+
+    def key(self, shard: int | None) -> int:
+        """Return the rate limit key of a shard.
+
+        https://discord.com/developers/docs/events/gateway#sharding-max-concurrency
+        """
+        return (shard or 0) % (self.max_concurrency or 1)
+
+    # --- a ticket's way: all of this runs in the task of its request ------------------------------
+
+    @asynccontextmanager
+    async def turn(self, shard: int | None) -> AsyncIterator[float]:
+        """Wait for a shard's turn. The body of the context answers the client.
+
+        The context is the time by which the answer has to be out (:func:`trio.current_time`).
+
+        The window starts when the body ends. A body that is cancelled has not answered: its slot
+        goes to the next ticket, at once. One that fails may have, so its slot counts as used.
+
+        Args:
+          shard: the shard that will identify; None if the client named none, which counts as 0.
+        """
+        if self.max_concurrency == 0:
+            yield math.inf
+            self.released += 1
+            self._metrics.released.labels(0).inc()
+            return
+        ticket = Ticket(shard)
+        self._warn_if_unkeyed(ticket)
+        self._list(self._places.take(ticket))
+        has_answer = False
+        try:
+            slot = await self._slot(ticket)
+            with slot.outcome:
+                try:
+                    yield slot.claim.answer_by
+                    has_answer = True
+                except Exception:
+                    has_answer = True
+                    raise
+                finally:
+                    if has_answer:
+                        self._end(ticket, slot)
+        finally:
+            if not has_answer:
+                self._leave(ticket)
+
+    async def _slot(self, ticket: Ticket) -> Slot:
+        """Wait for a slot that comes in time to be used."""
+        while True:
+            slot = await ticket.slot()
+            if trio.current_time() <= slot.claim.begin_by:
+                return slot
+            log.warning("the store is too slow to release tickets")
+            slot.outcome.close()
+
+    def _end(self, ticket: Ticket, slot: Slot) -> None:
+        """Tell the dispatcher that the client has its answer."""
+        self._places.end(ticket.place, "released")
+        self.released += 1
+        slot.outcome.send_nowait(trio.current_time())
+
+    def _leave(self, ticket: Ticket) -> None:
+        """Leave the queue without an answer. A named shard's place stays for a while."""
+        self.abandoned += 1
+        self._metrics.abandoned.inc()
+        self._list(self._places.leave(ticket))
+        ticket.refuse_unread_slot()
+
+    def _list(self, place: Place) -> None:
+        """Put a place into the lane of its key, in its state of now; an empty one may be gone."""
+        if place.state == "chosen":
+            return  # its dispatcher will, when it has heard of the answer
+        self._unlist(place)
+        if place.ticket is None and place.expires_at <= trio.current_time():
+            self._places.end(place, "gone")
+            return
+        key = self.key(place.shard)
+        if key not in self.lanes:
+            self.lanes[key] = Lane(key)
+            if self._dispatchers is not None:
+                self._dispatchers.start_soon(self._dispatch, self.lanes[key])
+        self.lanes[key].add(place)
+
+    def _unlist(self, place: Place) -> None:
+        if place.lane is not None:
+            place.lane.remove(place)
+
+    def _warn_if_unkeyed(self, ticket: Ticket) -> None:
+        if ticket.shard is None and (self.max_concurrency or 0) > 1:
+            log.warning(
+                "request without ?shard=, treated as shard 0", max_concurrency=self.max_concurrency
+            )
+            self._metrics.unkeyed.inc()
+
+    # --- a lane's way: all of this runs in the task of its dispatcher -----------------------------
+
+    async def _dispatch(self, lane: Lane) -> None:
+        """Release the tickets of a lane, until it has no places any more."""
+        has_claimed = False
+        while lane:
+            await trio.lowlevel.checkpoint()
+            for place in lane.overdue():
+                self._list(place)
+            if self._claim_at(lane) <= trio.current_time():
+                has_claimed = True
+                await self._claim(lane)
+            elif has_claimed and not lane.waiting:
+                has_claimed = False
+                await self.store.withdraw(lane.rate_limit_key)
+            else:
+                await lane.wait(self._claim_at(lane))
+        if self.lanes.get(lane.rate_limit_key) is lane:
+            del self.lanes[lane.rate_limit_key]
+        if has_claimed:
+            await self.store.withdraw(lane.rate_limit_key)
+
+    def _claim_at(self, lane: Lane) -> float:
+        """Return when to claim a lane's key, infinite while there is nothing to claim it for."""
+        if self.max_concurrency is None or not lane.waiting:
+            return math.inf
+        return lane.claim_at
+
+    async def _claim(self, lane: Lane) -> None:
+        """Claim the key for the first ticket, and release that ticket or wait as the store says."""
+        if self._gate is not None:
+            await self._gate.enter(lane)
+        with trio.CancelScope(shield=True):  # a claim is used or given back, whatever comes
+            lane.claim_at = math.inf  # set back by whatever changes until the store has answered
+            try:
+                if (place := lane.first()) is None:
+                    return
+                outcome = await self.store.claim(lane.rate_limit_key, place.shard, place.joined_at)
+                if isinstance(outcome, Refusal):
+                    self._wait(lane, place, outcome)
+            finally:
+                if self._gate is not None:
+                    self._gate.leave()
+            if isinstance(outcome, Claim):
+                await self._release(lane, place, outcome)
+                lane.claim_soon()
+
+    def _wait(self, lane: Lane, place: Place, refusal: Refusal) -> None:
+        """Note when it makes sense to claim again."""
+        now = trio.current_time()
+        if refusal.concerns == "shard":
+            lane.claim_soon()
+            self._hold(place, refusal.seconds)
+            return
+        lane.opens_at = now + refusal.seconds
+        if refusal.concerns == "queue" and self._gate is not None:
+            self._gate.close(refusal.seconds)
+            lane.claim_soon()
+        elif lane.claim_at == math.inf:
+            lane.claim_at = lane.opens_at
+
+    def _hold(self, place: Place, seconds: float) -> None:
+        """Let a shard that starts too often wait; its place stays where it is."""
+        if place.state != "waiting":
+            return
+        log.warning("held: the shard starts too often", shard=place.shard, wait=round(seconds, 3))
+        self._metrics.loop_held.inc()
+        self._unlist(place)
+        place.held_until = trio.current_time() + seconds
+        self._list(place)
+
+    async def _release(self, lane: Lane, place: Place, claim: Claim) -> None:
+        """Use a claimed key for a place's client, or give it back if the client has left."""
+        ticket = place.ticket
+        answered_at = await self._offer(place, claim)
+        if ticket is None or answered_at is None:
+            await self.store.give_back(claim)
+            self._claim_anew()
+        else:
+            await self.store.start_window(claim, answered_at)
+            self._report(lane, place, ticket, answered_at)
+            self._budget_alarm.check(self.store.session_starts())
+
+    async def _offer(self, place: Place, claim: Claim) -> float | None:
+        """Offer the slot to a place's client.
+
+        Returns:
+          When the answer was out (:func:`trio.current_time`), or None if there was none.
+        """
+        if place.state != "waiting" or place.ticket is None:
+            return None
+        self._unlist(place)
+        place.state = "chosen"
+        send, outcome = trio.open_memory_channel[float](1)
+        place.ticket.offer(Slot(claim, send))
+        try:
+            return await outcome.receive()
+        except trio.EndOfChannel:
+            return None
+        finally:
+            if place.state == "chosen":
+                place.state = "waiting"
+                self._list(place)
+
+    def _report(self, lane: Lane, place: Place, ticket: Ticket, answered_at: float) -> None:
+        due = max(lane.opens_at, ticket.here_since, place.held_until)
+        release = Release(
+            shard=ticket.shard,
+            rate_limit_key=lane.rate_limit_key,
+            at=answered_at,
+            waited=answered_at - place.joined_at,
+            lateness=answered_at - due,
+        )
+        log.info(
+            "released",
+            shard=release.shard,
+            rate_limit_key=release.rate_limit_key,
+            waited=round(release.waited, 3),
+            still_waiting=len(lane),
+        )
+        self.recent.append(release)
+        self._metrics.lateness.observe(release.lateness)
+        self._metrics.wait.observe(release.waited)
+        self._metrics.released.labels(release.rate_limit_key).inc()
+
+    def _claim_anew(self) -> None:
+        """Let all dispatchers claim again: a session start may be left that was not before."""
+        for lane in self.lanes.values():
+            lane.opens_at = min(lane.opens_at, trio.current_time())
+            lane.claim_soon()
+        if self._gate is not None:
+            self._gate.open()

@@ -1,0 +1,58 @@
+"""One client that waits, and what it waits for."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from gateway_queue.store import Claim
+
+if TYPE_CHECKING:
+    from gateway_queue.queue.lane import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The right to answer one client, once."""
+
+    claim: Claim
+    """The claimed key, and until when the claim is good."""
+    outcome: trio.MemorySendChannel[float]
+    """Receives the time of the answer (:func:`trio.current_time`). It is closed without one if the
+    client was not answered; then the next ticket gets the slot."""
+
+
+class Ticket:
+    """A connected client, and the channel on which its slot comes.
+
+    Args:
+      shard: the shard that it asks for; None if the client named none.
+    """
+
+    __slots__ = ("_receive", "_send", "here_since", "place", "shard")
+
+    place: Place
+    """The ticket's place. When another client of the same shard leaves, it can change to a place
+    further in front."""
+
+    def __init__(self, shard: int | None) -> None:
+        self.shard = shard
+        self.here_since = trio.current_time()
+        # Room for one slot: a channel without any refuses a slot while its receiver is not waiting.
+        self._send, self._receive = trio.open_memory_channel[Slot](1)
+
+    async def slot(self) -> Slot:
+        """Wait for the slot."""
+        return await self._receive.receive()
+
+    def offer(self, slot: Slot) -> None:
+        """Send the slot to the client."""
+        self._send.send_nowait(slot)
+
+    def refuse_unread_slot(self) -> None:
+        """Close a slot that came in the moment in which the client left."""
+        with suppress(trio.WouldBlock):
+            self._receive.receive_nowait().outcome.close()

@@ -1,0 +1,44 @@
+"""The releases of the last window, over all keys, in the memory of this process."""
+
+from __future__ import annotations
+
+from bisect import insort
+
+
+class Pace:
+    """Limits the releases in any one window over all keys. Times are in seconds, of one clock.
+
+    Args:
+      window: its length.
+      most: how many releases one window may have; None limits none.
+    """
+
+    def __init__(self, window: float, most: int | None) -> None:
+        self._window = window
+        self._most = most
+        self._claimed = 0
+        self._over_at: list[float] = []
+        """When the window after each release is over."""
+
+    def wait(self, now: float) -> float:
+        """Return how long no key may be claimed, 0 if one may be now."""
+        while self._over_at and self._over_at[0] <= now:
+            del self._over_at[0]
+        if self._most is None or len(self._over_at) + self._claimed < self._most:
+            return 0.0
+        # A claim that is out ends at the earliest a window from now.
+        return self._over_at[0] - now if self._over_at else self._window
+
+    def claim(self) -> None:
+        """Count a release that is about to happen."""
+        self._claimed += 1
+
+    def give_back(self) -> None:
+        """Take back a claimed release that did not happen."""
+        self._claimed -= 1
+
+    def start(self, at: float) -> None:
+        """Count a claimed release that has happened."""
+        self._claimed -= 1
+        if self._most is not None:
+            insort(self._over_at, at + self._window)
