@@ -156,7 +156,9 @@ class Settings:
         about="how long a shard that went away while it waited keeps its place; 0 turns that off",
     )
     max_concurrency: int | None = _count(
-        None, about="number of rate limit keys; 0 releases every ticket at once"
+        None,
+        about="number of rate limit keys; with a token, the most releases in a window of all of "
+        "them; 0 releases every ticket at once",
     )
     discord_token: str | None = _variable(
         None,
