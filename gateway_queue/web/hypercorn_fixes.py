@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import h2.events
+import h2.exceptions
 import h11
 import hypercorn.protocol
 import hypercorn.trio.run
@@ -350,6 +351,34 @@ class HTTP2(H2Protocol):
     def _drop(self, data: h2.events.DataReceived) -> None:
         """Give the client its credit back for data behind the answer."""
         self.connection.acknowledge_received_data(data.flow_controlled_length, data.stream_id)
+
+    async def _send_data(self, stream_id: int) -> None:
+        """Write the next part of a response, then let its sender go on.
+
+        Hypercorn lets the sender go on first. But a window starts when the sender goes on, so the
+        next release was early. The last part and the end of the stream are one write, because
+        clients wait for the end.
+        """
+        try:
+            buffer = self.stream_buffers[stream_id]
+            credit = self.connection.local_flow_control_window(stream_id)
+            size = max(0, min(credit, self.connection.max_outbound_frame_size))
+            data = bytes(buffer.buffer[:size])
+            ends = buffer._complete and len(data) == len(buffer.buffer)  # noqa: SLF001
+            if data or ends:
+                self.connection.send_data(stream_id, data, end_stream=ends)
+                await self._flush()
+            else:
+                self.priority.block(stream_id)
+            await buffer.pop(len(data))
+            if ends:
+                del self.stream_buffers[stream_id]
+                self.priority.remove_stream(stream_id)
+        except (KeyError, h2.exceptions.ProtocolError):  # the client has reset the stream or left
+            if gone := self.stream_buffers.pop(stream_id, None):
+                await gone.close()
+            with suppress(KeyError):
+                self.priority.remove_stream(stream_id)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         """Take CONNECT, which Hypercorn reserves for WebSockets, as a request like any."""
