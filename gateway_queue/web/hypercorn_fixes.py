@@ -15,6 +15,7 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Any
 
+import h2.errors
 import h2.events
 import h2.exceptions
 import h11
@@ -25,9 +26,12 @@ import structlog
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.trio.task_group import TaskGroup, _handle
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import TrioSingleTask, WorkerContext
 from hypercorn.typing import (
@@ -56,6 +60,8 @@ def install() -> None:
     """Let Hypercorn use the classes below."""
     hypercorn.trio.run.TCPServer = Connection  # type: ignore[attr-defined]
     hypercorn.trio.tcp_server.TaskGroup = Requests  # type: ignore[attr-defined]
+    hypercorn.protocol.h2.HTTPStream = Stream  # type: ignore[attr-defined]
+    hypercorn.protocol.h11.HTTPStream = Stream  # type: ignore[attr-defined]
     hypercorn.protocol.H11Protocol = HTTP1  # type: ignore[attr-defined]
     hypercorn.protocol.H2Protocol = HTTP2  # type: ignore[attr-defined]
 
@@ -208,11 +214,14 @@ class _Client:
         scope: Scope,
         send: Callable[[ASGISendEvent | None], Awaitable[None]],
     ) -> None:
-        with self._here:
-            await _handle(
-                *(app, config, scope, self._receive, send),
-                *(trio.to_thread.run_sync, trio.from_thread.run),
-            )
+        try:
+            with self._here:
+                await app(
+                    *(scope, self._receive, send), trio.to_thread.run_sync, trio.from_thread.run
+                )
+        except Exception:  # noqa: BLE001
+            await config.log.exception("Error in ASGI Framework")
+        await send(None)
 
     async def notice(self, event: ASGIReceiveEvent) -> None:
         """Take what the connection has read."""
@@ -228,6 +237,19 @@ class _Client:
         await self._fully_read.wait()
         self._fully_read = trio.Event()
         return {"type": "http.request", "body": b"", "more_body": False}
+
+
+class Stream(HTTPStream):
+    """A request that is closed without an answer if the app has none.
+
+    Hypercorn answers 500, and many clients take any answer for a permission.
+    """
+
+    async def app_send(self, message: ASGISendEvent | None) -> None:
+        if message is None and self.state is ASGIHTTPState.REQUEST and not self.closed:
+            await self.send(StreamClosed(stream_id=self.stream_id))
+        else:
+            await super().app_send(message)
 
 
 class _Paused(Exception):
@@ -339,6 +361,16 @@ class HTTP2(H2Protocol):
         if isinstance(event, Closed):
             for buffer in list(self.stream_buffers.values()):
                 await buffer.close()
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Reset a stream that ends without a whole response, where its client would wait on."""
+        is_end = isinstance(event, StreamClosed) and event.stream_id in self.streams
+        if is_end and event.stream_id in self.stream_buffers:
+            with suppress(h2.exceptions.ProtocolError):
+                self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
+                await self._flush()
+            await self._window_updated(event.stream_id)  # drops what is left to send
+        await super().stream_send(event)
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
