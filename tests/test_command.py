@@ -224,6 +224,18 @@ def test_hypercorn_refuses_a_bad_value_as_well(way: str) -> None:
     assert refused.stderr.splitlines() == ["WINDOW_SECONDS: got '0', takes a number over 0"]
 
 
+@pytest.mark.parametrize("change", ["del tcp_server.TaskGroup", "tcp_server.TaskGroup = int"])
+def test_an_unknown_version_of_hypercorn_is_refused(change: str) -> None:
+    code = (
+        "from hypercorn.trio import tcp_server; import gateway_queue.web.hypercorn_fixes; "
+        f"{change}; from gateway_queue.__main__ import main; main([])"
+    )
+    refused = run(sys.executable, "-c", code, PORT=0)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert "hypercorn.trio.tcp_server.TaskGroup" in line
+
+
 def test_a_port_in_use_is_said_in_one_line() -> None:
     with serving() as server:
         refused = run(GATEWAY_QUEUE, PORT=server.port)

@@ -56,14 +56,31 @@ SEND_SECONDS, SLOWEST_READER = 0.8, 10_000
 For who is next in line waits until an answer is written."""
 
 
+class UnknownHypercorn(Exception):
+    """Hypercorn has another class, or none, where one of ours is to be used."""
+
+
 def install() -> None:
-    """Let Hypercorn use the classes below."""
-    hypercorn.trio.run.TCPServer = Connection  # type: ignore[attr-defined]
-    hypercorn.trio.tcp_server.TaskGroup = Requests  # type: ignore[attr-defined]
-    hypercorn.protocol.h2.HTTPStream = Stream  # type: ignore[attr-defined]
-    hypercorn.protocol.h11.HTTPStream = Stream  # type: ignore[attr-defined]
-    hypercorn.protocol.H11Protocol = HTTP1  # type: ignore[attr-defined]
-    hypercorn.protocol.H2Protocol = HTTP2  # type: ignore[attr-defined]
+    """Let Hypercorn use the classes below.
+
+    Raises:
+      UnknownHypercorn: without one of them, releases would be early or tickets be answered 500.
+    """
+    for module, name, ours in (
+        (hypercorn.trio.run, "TCPServer", Connection),
+        (hypercorn.trio.tcp_server, "TaskGroup", Requests),
+        (hypercorn.protocol, "H11Protocol", HTTP1),
+        (hypercorn.protocol, "H2Protocol", HTTP2),
+        (hypercorn.protocol.h11, "HTTPStream", Stream),
+        (hypercorn.protocol.h2, "HTTPStream", Stream),
+    ):
+        theirs = getattr(module, name, None)
+        if not (isinstance(theirs, type) and issubclass(ours, theirs)):
+            raise UnknownHypercorn(
+                f"this version of Hypercorn is not supported: {module.__name__}.{name} is not a "
+                f"class that {ours.__name__} extends; install hypercorn>=0.18,<0.19"
+            )
+        setattr(module, name, ours)
 
 
 class Connection(TCPServer):
