@@ -58,9 +58,24 @@ def refuse_to_serve(line: str) -> NoReturn:
     the stacks of all its tasks, and whatever became of its workers it reports success.
     """
     print(line, file=sys.stderr, flush=True)
-    if multiprocessing.parent_process() is not None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid == os.getppid() and _is_worker_of_hypercorns_command():
         _end_hypercorn(os.getppid())
     os._exit(EXIT_USAGE)
+
+
+def _is_worker_of_hypercorns_command() -> bool:
+    """Tell whether the parent is Hypercorn's command, and not a program that uses Hypercorn.
+
+    Hypercorn spawns its workers. So Python imports the main module of the parent here, too, or if
+    that is a package's, passes on its path. A process that the app starts has the same main module,
+    but does not run a function of Hypercorn.
+    """
+    started = getattr(multiprocessing.current_process(), "_target", None)
+    main = Path(getattr(sys.modules["__main__"], "__file__", None) or sys.argv[0])
+    return getattr(started, "__module__", "").startswith("hypercorn.") and (
+        main.name == "hypercorn" or main.parts[-2:] == ("hypercorn", "__main__.py")
+    )
 
 
 def _end_hypercorn(parent: int) -> None:

@@ -45,6 +45,10 @@ WAYS = {
     "hypercorn with our settings": (
         *(HYPERCORN, "-c", "python:gateway_queue.server", "gateway_queue:app"),
     ),
+    "hypercorn module": (
+        *(sys.executable, "-m", "hypercorn", "--worker-class", "trio"),
+        *("--bind", "127.0.0.1:0", "gateway_queue:app"),
+    ),
 }
 
 
@@ -217,11 +221,58 @@ def test_a_secret_is_taken_from_one_place(tmp_path: Path) -> None:
     assert "and DISCORD_TOKEN" in line
 
 
-@pytest.mark.parametrize("way", ["hypercorn", "hypercorn with our settings"])
+@pytest.mark.parametrize("way", ["hypercorn", "hypercorn with our settings", "hypercorn module"])
 def test_hypercorn_refuses_a_bad_value_as_well(way: str) -> None:
     refused = run(*WAYS[way], WINDOW_SECONDS="0")
     assert refused.returncode != 0
     assert refused.stderr.splitlines() == ["WINDOW_SECONDS: got '0', takes a number over 0"]
+
+
+PROGRAM = """
+import multiprocessing, sys, hypercorn.run, hypercorn.trio, trio
+from hypercorn.config import Config
+
+config = Config.from_mapping(
+    worker_class="trio", bind="127.0.0.1:0", application_path="gateway_queue:app"
+)
+
+def bot(end):
+    sys.exit(0 if end.wait(20) else 1)
+
+def queue():
+    from gateway_queue import app
+    trio.run(hypercorn.trio.serve, app, config)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    end = context.Event()
+    children = [context.Process(target=bot, args=(end,))]
+    children[0].start()
+    if sys.argv[2] == "serve":
+        children.append(context.Process(target=queue))
+        children[1].start()
+        children[1].join()
+    else:
+        hypercorn.run.run(config)
+    end.set()
+    children[0].join()
+    print([child.exitcode for child in children])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(("spawn", "serve"), "[0, 2]"), (("fork", "serve"), "[0, 2]"), (("spawn", "run"), "[0]")],
+)
+def test_a_bad_value_does_not_end_a_program_that_starts_the_queue_and_a_bot(
+    arguments: tuple[str, ...], status: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    ended = run(sys.executable, str(program), *arguments, WINDOW_SECONDS="0")
+    assert ended.returncode == 0
+    assert ended.stdout.splitlines()[-1] == status
+    assert ended.stderr.splitlines() == ["WINDOW_SECONDS: got '0', takes a number over 0"]
 
 
 @pytest.mark.parametrize("change", ["del tcp_server.TaskGroup", "tcp_server.TaskGroup = int"])
