@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
+import hmac
 import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 from contextlib import suppress
@@ -93,12 +96,35 @@ def _is_sole_worker() -> bool:
     """Tell whether no other worker of the same Hypercorn runs, and keep it so."""
     if multiprocessing.parent_process() is None:
         return True
-    path = Path(tempfile.gettempdir(), f"gateway-queue-{os.getuid()}-{os.getppid()}.lock")
-    # Never closed: the lock lasts as long as the process.
+    # Only the children of a program know its key, so no other server or user can hold this name.
+    key = multiprocessing.current_process().authkey
+    name = f"gateway-queue-{hmac.digest(key, b'%d' % os.getppid(), 'sha256').hex()}"
+    if sys.platform == "linux":
+        return hold_socket(name)
+    return hold_file(Path(tempfile.gettempdir(), f"{name}.lock"))
+
+
+def hold_socket(name: str) -> bool:
+    """Hold an abstract socket until this process ends, or tell that another one does."""
+    holder = socket.socket(socket.AF_UNIX)
+    try:
+        holder.bind(f"\0{name}")
+    except OSError as error:
+        holder.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    holder.detach()  # stays open
+    return True
+
+
+def hold_file(path: Path) -> bool:
+    """Do the same with a lock file, for systems without abstract sockets. The file stays."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
         return False
     return True
 

@@ -108,21 +108,41 @@ def test_a_stop_between_releases_answers_nobody_else() -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("-c", "python:gateway_queue.server")])
-def test_a_second_worker_is_refused(arguments: tuple[str, ...]) -> None:
+def test_a_second_worker_is_refused(arguments: tuple[str, ...], tmp_path: Path) -> None:
     refused = run(
         *(HYPERCORN, "--worker-class", "trio", "--workers", "2", "--bind", "127.0.0.1:0"),
         *(*arguments, "gateway_queue:app"),
+        TMPDIR=tmp_path,
     )
     assert refused.returncode != 0
     (line,) = [line for line in refused.stderr.splitlines() if "Running on" not in line]
     assert "second worker" in line
     assert "Traceback" not in refused.stderr
+    assert list(tmp_path.glob("gateway-queue*")) == []
 
 
-def test_two_servers_side_by_side_do_not_disturb_each_other() -> None:
+def test_two_servers_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
     command = WAYS["hypercorn"]
-    with serving(*command, WINDOW_SECONDS=0.1) as one, serving(*command, WINDOW_SECONDS=0.1) as two:
+    variables = {"WINDOW_SECONDS": 0.1, "TMPDIR": tmp_path}
+    with serving(*command, **variables) as one, serving(*command, **variables) as two:
         assert one.connect().answer().status == two.connect().answer().status == 200
+    assert list(tmp_path.glob("gateway-queue*")) == []
+
+
+def test_a_worker_holds_its_name_until_it_ends(tmp_path: Path) -> None:
+    """Also where the system has no abstract sockets."""
+    code = (
+        "import sys, time; from pathlib import Path; from gateway_queue import process; "
+        "print(process.hold_socket(sys.argv[1]), process.hold_file(Path(sys.argv[1])), flush=True);"
+        "time.sleep(float(sys.argv[2]))"
+    )
+    command = (sys.executable, "-c", code, str(tmp_path / "name"))
+    with subprocess.Popen([*command, "60"], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "True True\n"
+        assert run(*command, "0").stdout == "False False\n"
+        first.kill()
+    assert run(*command, "0").stdout == "True True\n"
 
 
 BAD_VALUES = {
