@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
+import hmac
 import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 from contextlib import suppress
@@ -58,9 +61,24 @@ def refuse_to_serve(line: str) -> NoReturn:
     the stacks of all its tasks, and whatever became of its workers it reports success.
     """
     print(line, file=sys.stderr, flush=True)
-    if multiprocessing.parent_process() is not None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid == os.getppid() and _is_worker_of_hypercorns_command():
         _end_hypercorn(os.getppid())
     os._exit(EXIT_USAGE)
+
+
+def _is_worker_of_hypercorns_command() -> bool:
+    """Tell whether the parent is Hypercorn's command, and not a program that uses Hypercorn.
+
+    Hypercorn spawns its workers. So Python imports the main module of the parent here, too, or if
+    that is a package's, passes on its path. A process that the app starts has the same main module,
+    but does not run a function of Hypercorn.
+    """
+    started = getattr(multiprocessing.current_process(), "_target", None)
+    main = Path(getattr(sys.modules["__main__"], "__file__", None) or sys.argv[0])
+    return getattr(started, "__module__", "").startswith("hypercorn.") and (
+        main.name == "hypercorn" or main.parts[-2:] == ("hypercorn", "__main__.py")
+    )
 
 
 def _end_hypercorn(parent: int) -> None:
@@ -78,12 +96,35 @@ def _is_sole_worker() -> bool:
     """Tell whether no other worker of the same Hypercorn runs, and keep it so."""
     if multiprocessing.parent_process() is None:
         return True
-    path = Path(tempfile.gettempdir(), f"gateway-queue-{os.getuid()}-{os.getppid()}.lock")
-    # Never closed: the lock lasts as long as the process.
+    # Only the children of a program know its key, so no other server or user can hold this name.
+    key = multiprocessing.current_process().authkey
+    name = f"gateway-queue-{hmac.digest(key, b'%d' % os.getppid(), 'sha256').hex()}"
+    if sys.platform == "linux":
+        return hold_socket(name)
+    return hold_file(Path(tempfile.gettempdir(), f"{name}.lock"))
+
+
+def hold_socket(name: str) -> bool:
+    """Hold an abstract socket until this process ends, or tell that another one does."""
+    holder = socket.socket(socket.AF_UNIX)
+    try:
+        holder.bind(f"\0{name}")
+    except OSError as error:
+        holder.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    holder.detach()  # stays open
+    return True
+
+
+def hold_file(path: Path) -> bool:
+    """Do the same with a lock file, for systems without abstract sockets. The file stays."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
         return False
     return True
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import select
 from typing import Any
 
-from trio._core._run import GLOBAL_RUN_CONTEXT
+import structlog
+
+log = structlog.stdlib.get_logger(__name__)
 
 EVENTS_AT_ONCE = 4
 """Trio takes all events that there are and runs all their tasks before it looks at the time.
@@ -37,6 +39,16 @@ class _Epoll:
 
 def install() -> None:
     """Change the loop that this task runs in, where it is Linux's. Trio has no setting for it."""
-    io_manager = GLOBAL_RUN_CONTEXT.runner.io_manager
-    if hasattr(io_manager, "_epoll"):
+    if not hasattr(select, "epoll"):
+        return
+    try:
+        # Not at the top: the server also runs without this.
+        from trio._core._run import GLOBAL_RUN_CONTEXT  # noqa: PLC0415
+
+        io_manager = GLOBAL_RUN_CONTEXT.runner.io_manager
         io_manager._epoll = _Epoll(io_manager._epoll)  # type: ignore[assignment]  # noqa: SLF001
+    except (ImportError, AttributeError) as error:
+        log.warning(
+            "this version of trio is not known: releases may be late when many clients hang up",
+            error=repr(error),
+        )

@@ -178,17 +178,22 @@ SO_TIMESTAMPNS = 35
 """Linux's option for the time at which data came; the socket module has no name for it."""
 
 
-def arrival(ancillary: list[tuple[int, int, bytes]]) -> float:
-    """Tell when data came, however late this process has looked: on :func:`time.monotonic`.
+def kernel_stamp(ancillary: list[tuple[int, int, bytes]]) -> float:
+    """Tell when the last byte of a read came, on :func:`time.time`.
 
     The kernel begins to stamp a moment after the first socket asks for it; until then, now it is.
     """
-    now, age = time.monotonic(), 0.0
     for _, kind, data in ancillary:
         if kind == SO_TIMESTAMPNS:
             seconds, nanoseconds = struct.unpack("ll", data)
-            age = time.time() - (seconds + nanoseconds / 1e9)
-    return now - age
+            return float(seconds + nanoseconds / 1e9)
+    return time.time()
+
+
+def arrival(ancillary: list[tuple[int, int, bytes]]) -> float:
+    """Tell when data came, however late this process has looked: on :func:`time.monotonic`."""
+    now = time.monotonic()
+    return now - (time.time() - kernel_stamp(ancillary))
 
 
 class Client:

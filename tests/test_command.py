@@ -45,6 +45,10 @@ WAYS = {
     "hypercorn with our settings": (
         *(HYPERCORN, "-c", "python:gateway_queue.server", "gateway_queue:app"),
     ),
+    "hypercorn module": (
+        *(sys.executable, "-m", "hypercorn", "--worker-class", "trio"),
+        *("--bind", "127.0.0.1:0", "gateway_queue:app"),
+    ),
 }
 
 
@@ -104,21 +108,41 @@ def test_a_stop_between_releases_answers_nobody_else() -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("-c", "python:gateway_queue.server")])
-def test_a_second_worker_is_refused(arguments: tuple[str, ...]) -> None:
+def test_a_second_worker_is_refused(arguments: tuple[str, ...], tmp_path: Path) -> None:
     refused = run(
         *(HYPERCORN, "--worker-class", "trio", "--workers", "2", "--bind", "127.0.0.1:0"),
         *(*arguments, "gateway_queue:app"),
+        TMPDIR=tmp_path,
     )
     assert refused.returncode != 0
     (line,) = [line for line in refused.stderr.splitlines() if "Running on" not in line]
     assert "second worker" in line
     assert "Traceback" not in refused.stderr
+    assert list(tmp_path.glob("gateway-queue*")) == []
 
 
-def test_two_servers_side_by_side_do_not_disturb_each_other() -> None:
+def test_two_servers_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
     command = WAYS["hypercorn"]
-    with serving(*command, WINDOW_SECONDS=0.1) as one, serving(*command, WINDOW_SECONDS=0.1) as two:
+    variables = {"WINDOW_SECONDS": 0.1, "TMPDIR": tmp_path}
+    with serving(*command, **variables) as one, serving(*command, **variables) as two:
         assert one.connect().answer().status == two.connect().answer().status == 200
+    assert list(tmp_path.glob("gateway-queue*")) == []
+
+
+def test_a_worker_holds_its_name_until_it_ends(tmp_path: Path) -> None:
+    """Also where the system has no abstract sockets."""
+    code = (
+        "import sys, time; from pathlib import Path; from gateway_queue import process; "
+        "print(process.hold_socket(sys.argv[1]), process.hold_file(Path(sys.argv[1])), flush=True);"
+        "time.sleep(float(sys.argv[2]))"
+    )
+    command = (sys.executable, "-c", code, str(tmp_path / "name"))
+    with subprocess.Popen([*command, "60"], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "True True\n"
+        assert run(*command, "0").stdout == "False False\n"
+        first.kill()
+    assert run(*command, "0").stdout == "True True\n"
 
 
 BAD_VALUES = {
@@ -217,11 +241,70 @@ def test_a_secret_is_taken_from_one_place(tmp_path: Path) -> None:
     assert "and DISCORD_TOKEN" in line
 
 
-@pytest.mark.parametrize("way", ["hypercorn", "hypercorn with our settings"])
+@pytest.mark.parametrize("way", ["hypercorn", "hypercorn with our settings", "hypercorn module"])
 def test_hypercorn_refuses_a_bad_value_as_well(way: str) -> None:
     refused = run(*WAYS[way], WINDOW_SECONDS="0")
     assert refused.returncode != 0
     assert refused.stderr.splitlines() == ["WINDOW_SECONDS: got '0', takes a number over 0"]
+
+
+PROGRAM = """
+import multiprocessing, sys, hypercorn.run, hypercorn.trio, trio
+from hypercorn.config import Config
+
+config = Config.from_mapping(
+    worker_class="trio", bind="127.0.0.1:0", application_path="gateway_queue:app"
+)
+
+def bot(end):
+    sys.exit(0 if end.wait(20) else 1)
+
+def queue():
+    from gateway_queue import app
+    trio.run(hypercorn.trio.serve, app, config)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    end = context.Event()
+    children = [context.Process(target=bot, args=(end,))]
+    children[0].start()
+    if sys.argv[2] == "serve":
+        children.append(context.Process(target=queue))
+        children[1].start()
+        children[1].join()
+    else:
+        hypercorn.run.run(config)
+    end.set()
+    children[0].join()
+    print([child.exitcode for child in children])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(("spawn", "serve"), "[0, 2]"), (("fork", "serve"), "[0, 2]"), (("spawn", "run"), "[0]")],
+)
+def test_a_bad_value_does_not_end_a_program_that_starts_the_queue_and_a_bot(
+    arguments: tuple[str, ...], status: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    ended = run(sys.executable, str(program), *arguments, WINDOW_SECONDS="0")
+    assert ended.returncode == 0
+    assert ended.stdout.splitlines()[-1] == status
+    assert ended.stderr.splitlines() == ["WINDOW_SECONDS: got '0', takes a number over 0"]
+
+
+@pytest.mark.parametrize("change", ["del tcp_server.TaskGroup", "tcp_server.TaskGroup = int"])
+def test_an_unknown_version_of_hypercorn_is_refused(change: str) -> None:
+    code = (
+        "from hypercorn.trio import tcp_server; import gateway_queue.web.hypercorn_fixes; "
+        f"{change}; from gateway_queue.__main__ import main; main([])"
+    )
+    refused = run(sys.executable, "-c", code, PORT=0)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert "hypercorn.trio.tcp_server.TaskGroup" in line
 
 
 def test_a_port_in_use_is_said_in_one_line() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
 import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import h2.config
 import h2.connection
@@ -14,7 +16,7 @@ import h2.events
 import pytest
 import trustme
 
-from tests.harness import GO, PATIENCE, Server, installed, serving
+from tests.harness import GO, PATIENCE, SLACK, Server, installed, kernel_stamp, serving
 
 GET = [(":method", "GET"), (":scheme", "http"), (":authority", "queue"), (":path", "/")]
 
@@ -35,7 +37,7 @@ class H2Client:
         self.resets: list[int] = []
 
     @classmethod
-    def with_prior_knowledge(cls, sock: socket.socket) -> H2Client:
+    def with_prior_knowledge(cls, sock: socket.socket) -> Self:
         client = cls(sock, h2.connection.H2Connection(h2.config.H2Configuration()))
         client.connection.initiate_connection()
         client.flush()
@@ -62,8 +64,9 @@ class H2Client:
         assert received, "closed"
         self.take(received)
 
-    def take(self, received: bytes) -> None:
-        for event in self.connection.receive_data(received):
+    def take(self, received: bytes) -> list[h2.events.Event]:
+        events = self.connection.receive_data(received)
+        for event in events:
             match event:
                 case h2.events.ResponseReceived():
                     self.statuses[event.stream_id] = dict(event.headers)[b":status"].decode()
@@ -76,6 +79,7 @@ class H2Client:
                 case h2.events.StreamReset():
                     self.resets.append(event.stream_id)
         self.flush()
+        return events
 
     def read_until_ended(self, *streams: int) -> None:
         while not set(streams) <= set(self.ended):
@@ -85,6 +89,30 @@ class H2Client:
         self.read_until_ended(*streams)
         assert {self.statuses[stream] for stream in streams} == {"200"}
         assert {self.answers[stream] for stream in streams} == {GO}
+
+
+class StampedClient(H2Client):
+    """Notes when each response ended, at the earliest and at the latest.
+
+    A read may hold several responses, and the kernel's stamp is that of its last byte. So the
+    stamp is exact for a response at the end of a read. Another one came after the former read.
+    """
+
+    def __init__(self, sock: socket.socket, connection: h2.connection.H2Connection) -> None:
+        super().__init__(sock, connection)
+        self.ended_at: dict[int, tuple[float, float]] = {}
+        self._last_read = time.time()
+
+    def read(self) -> None:
+        received, ancillary, *_ = self.socket.recvmsg(65536, 128)
+        assert received, "closed"
+        stamp = kernel_stamp(ancillary)
+        events = self.take(received)
+        for event in events:
+            if isinstance(event, h2.events.StreamEnded):
+                earliest = stamp if event is events[-1] else self._last_read
+                self.ended_at[event.stream_id] = (earliest, stamp)
+        self._last_read = stamp
 
 
 def connect(server: Server) -> socket.socket:
@@ -104,6 +132,31 @@ def test_900_streams_stall_on_one_connection(server: Server) -> None:
     streams = [client.ask() for _ in range(900)]
     client.assert_go(*streams)
     assert client.ended == streams
+
+
+def test_no_release_is_early_when_many_keys_share_connections() -> None:
+    window, keys, rounds = 0.5, 64, 8
+    with serving(WINDOW_SECONDS=window, MAX_CONCURRENCY=keys) as server:
+        clients = [StampedClient.with_prior_knowledge(connect(server)) for _ in range(4)]
+        tickets = list[tuple[StampedClient, int]]()
+        for shard in range(keys * rounds):
+            client = clients[(shard + shard // keys) % len(clients)]
+            tickets.append((client, client.ask([*GET[:3], (":path", f"/?shard={shard}")])))
+        with selectors.DefaultSelector() as selector:
+            for client in clients:
+                selector.register(client.socket, selectors.EVENT_READ, client)
+            while sum(len(client.ended_at) for client in clients) < len(tickets):
+                ready = selector.select(PATIENCE)
+                assert ready, "no answer came"
+                for key, _ in ready:
+                    key.data.read()
+
+    times = [client.ended_at[stream] for client, stream in tickets]
+    gaps = [
+        latest - earliest
+        for (earliest, _), (_, latest) in zip(times[:-keys], times[keys:], strict=True)
+    ]
+    assert min(gaps) >= window - SLACK
 
 
 def test_an_upgrade(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from contextlib import ExitStack
 from itertools import chain
 
@@ -10,6 +11,17 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from gateway_queue import trio_fixes
+from tests.harness import GO, serving
+
+WITH_ANOTHER_TRIO = """
+import sys, types, trio
+module = types.ModuleType("trio._core._run")
+vars(module).update(vars(sys.modules[module.__name__]))
+del module.GLOBAL_RUN_CONTEXT
+sys.modules[module.__name__] = module
+from gateway_queue.__main__ import main
+main([])
+"""
 
 
 async def test_sockets_with_news_take_turns() -> None:
@@ -36,3 +48,10 @@ async def test_sockets_with_news_take_turns() -> None:
                 await trio.lowlevel.checkpoint()
                 # The tasks of one look run in any order, so between two steps it may be two looks.
                 assert len(woken) - before <= 2 * trio_fixes.EVENTS_AT_ONCE
+
+
+def test_a_renamed_part_of_trio_costs_one_warning() -> None:
+    with serving(sys.executable, "-c", WITH_ANOTHER_TRIO, WINDOW_SECONDS=0.01) as server:
+        assert server.connect().answer().body == GO
+    (warning,) = [line for line in server.lines if "warning" in line]
+    assert "GLOBAL_RUN_CONTEXT" in warning

@@ -78,7 +78,10 @@ class GatewayQueue(QuartTrio):
     async def _open_queue(self) -> None:
         self._settings = settings = self._prepare()
         self._guard = Guard(settings.auth_token)
-        hypercorn_fixes.install()
+        try:
+            hypercorn_fixes.install()
+        except hypercorn_fixes.UnknownHypercorn as error:
+            self._refuse(str(error))
         trio_fixes.install()
         self._metrics = Metrics()
         self.queue = Queue(

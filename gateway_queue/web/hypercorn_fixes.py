@@ -15,7 +15,9 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Any
 
+import h2.errors
 import h2.events
+import h2.exceptions
 import h11
 import hypercorn.protocol
 import hypercorn.trio.run
@@ -24,9 +26,12 @@ import structlog
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.trio.task_group import TaskGroup, _handle
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import TrioSingleTask, WorkerContext
 from hypercorn.typing import (
@@ -51,12 +56,31 @@ SEND_SECONDS, SLOWEST_READER = 0.8, 10_000
 For who is next in line waits until an answer is written."""
 
 
+class UnknownHypercorn(Exception):
+    """Hypercorn has another class, or none, where one of ours is to be used."""
+
+
 def install() -> None:
-    """Let Hypercorn use the classes below."""
-    hypercorn.trio.run.TCPServer = Connection  # type: ignore[attr-defined]
-    hypercorn.trio.tcp_server.TaskGroup = Requests  # type: ignore[attr-defined]
-    hypercorn.protocol.H11Protocol = HTTP1  # type: ignore[attr-defined]
-    hypercorn.protocol.H2Protocol = HTTP2  # type: ignore[attr-defined]
+    """Let Hypercorn use the classes below.
+
+    Raises:
+      UnknownHypercorn: without one of them, releases would be early or tickets be answered 500.
+    """
+    for module, name, ours in (
+        (hypercorn.trio.run, "TCPServer", Connection),
+        (hypercorn.trio.tcp_server, "TaskGroup", Requests),
+        (hypercorn.protocol, "H11Protocol", HTTP1),
+        (hypercorn.protocol, "H2Protocol", HTTP2),
+        (hypercorn.protocol.h11, "HTTPStream", Stream),
+        (hypercorn.protocol.h2, "HTTPStream", Stream),
+    ):
+        theirs = getattr(module, name, None)
+        if not (isinstance(theirs, type) and issubclass(ours, theirs)):
+            raise UnknownHypercorn(
+                f"this version of Hypercorn is not supported: {module.__name__}.{name} is not a "
+                f"class that {ours.__name__} extends; install hypercorn>=0.18,<0.19"
+            )
+        setattr(module, name, ours)
 
 
 class Connection(TCPServer):
@@ -207,11 +231,14 @@ class _Client:
         scope: Scope,
         send: Callable[[ASGISendEvent | None], Awaitable[None]],
     ) -> None:
-        with self._here:
-            await _handle(
-                *(app, config, scope, self._receive, send),
-                *(trio.to_thread.run_sync, trio.from_thread.run),
-            )
+        try:
+            with self._here:
+                await app(
+                    *(scope, self._receive, send), trio.to_thread.run_sync, trio.from_thread.run
+                )
+        except Exception:  # noqa: BLE001
+            await config.log.exception("Error in ASGI Framework")
+        await send(None)
 
     async def notice(self, event: ASGIReceiveEvent) -> None:
         """Take what the connection has read."""
@@ -227,6 +254,19 @@ class _Client:
         await self._fully_read.wait()
         self._fully_read = trio.Event()
         return {"type": "http.request", "body": b"", "more_body": False}
+
+
+class Stream(HTTPStream):
+    """A request that is closed without an answer if the app has none.
+
+    Hypercorn answers 500, and many clients take any answer for a permission.
+    """
+
+    async def app_send(self, message: ASGISendEvent | None) -> None:
+        if message is None and self.state is ASGIHTTPState.REQUEST and not self.closed:
+            await self.send(StreamClosed(stream_id=self.stream_id))
+        else:
+            await super().app_send(message)
 
 
 class _Paused(Exception):
@@ -339,6 +379,16 @@ class HTTP2(H2Protocol):
             for buffer in list(self.stream_buffers.values()):
                 await buffer.close()
 
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Reset a stream that ends without a whole response, where its client would wait on."""
+        is_end = isinstance(event, StreamClosed) and event.stream_id in self.streams
+        if is_end and event.stream_id in self.stream_buffers:
+            with suppress(h2.exceptions.ProtocolError):
+                self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
+                await self._flush()
+            await self._window_updated(event.stream_id)  # drops what is left to send
+        await super().stream_send(event)
+
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
             if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
@@ -350,6 +400,34 @@ class HTTP2(H2Protocol):
     def _drop(self, data: h2.events.DataReceived) -> None:
         """Give the client its credit back for data behind the answer."""
         self.connection.acknowledge_received_data(data.flow_controlled_length, data.stream_id)
+
+    async def _send_data(self, stream_id: int) -> None:
+        """Write the next part of a response, then let its sender go on.
+
+        Hypercorn lets the sender go on first. But a window starts when the sender goes on, so the
+        next release was early. The last part and the end of the stream are one write, because
+        clients wait for the end.
+        """
+        try:
+            buffer = self.stream_buffers[stream_id]
+            credit = self.connection.local_flow_control_window(stream_id)
+            size = max(0, min(credit, self.connection.max_outbound_frame_size))
+            data = bytes(buffer.buffer[:size])
+            ends = buffer._complete and len(data) == len(buffer.buffer)  # noqa: SLF001
+            if data or ends:
+                self.connection.send_data(stream_id, data, end_stream=ends)
+                await self._flush()
+            else:
+                self.priority.block(stream_id)
+            await buffer.pop(len(data))
+            if ends:
+                del self.stream_buffers[stream_id]
+                self.priority.remove_stream(stream_id)
+        except (KeyError, h2.exceptions.ProtocolError):  # the client has reset the stream or left
+            if gone := self.stream_buffers.pop(stream_id, None):
+                await gone.close()
+            with suppress(KeyError):
+                self.priority.remove_stream(stream_id)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         """Take CONNECT, which Hypercorn reserves for WebSockets, as a request like any."""

@@ -1,0 +1,90 @@
+"""Hypercorn's protocols as the server changes them, without a socket."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import h2.config
+import h2.connection
+import h2.events
+import pytest
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.events import Closed, Event, RawData
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from trio.testing import wait_all_tasks_blocked
+
+from gateway_queue.web import hypercorn_fixes
+from tests.harness import REQUEST
+from tests.test_http2 import GET
+
+
+async def end(*_: object) -> None:
+    """End without an answer."""
+
+
+async def fail(*_: object) -> NoReturn:
+    raise RuntimeError
+
+
+async def fail_in_a_group(*_: object) -> NoReturn:
+    raise ExceptionGroup("", [RuntimeError(), ValueError()])
+
+
+async def stall(*_: object) -> None:
+    await trio.sleep_forever()
+
+
+async def sent_to_client(app: Any, protocol_class: Any, request: bytes) -> list[Event]:
+    """Send one request, stop the server once the app has nothing left to do, and return all events.
+
+    The fake connection writes at once: it has no point where a cancelled task would be stopped.
+    """
+    hypercorn_fixes.install()
+    events = list[Event]()
+
+    async def send(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Closed):
+            await protocol.handle(event)
+
+    config = Config()
+    config.errorlog = None
+    tasks = hypercorn_fixes.Requests()
+    async with tasks:
+        protocol = protocol_class(
+            *(ASGIWrapper(app), config, WorkerContext(None), tasks, ConnectionState({})),
+            *(False, None, None, send),
+        )
+        await protocol.initiate()
+        await protocol.handle(RawData(request))
+        await wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    return events
+
+
+def raw(events: list[Event]) -> bytes:
+    return b"".join(event.data for event in events if isinstance(event, RawData))
+
+
+@pytest.mark.parametrize("app", [end, fail, fail_in_a_group, stall])
+async def test_hypercorn_answers_no_http_1_request_for_the_app(app: Any) -> None:
+    events = await sent_to_client(app, hypercorn_fixes.HTTP1, REQUEST)
+    assert raw(events) == b""
+    assert any(isinstance(event, Closed) for event in events) == (app is not stall)
+
+
+@pytest.mark.parametrize("app", [end, fail, fail_in_a_group, stall])
+async def test_hypercorn_answers_no_http_2_request_for_the_app(app: Any) -> None:
+    client = h2.connection.H2Connection(h2.config.H2Configuration())
+    client.initiate_connection()
+    for _ in range(2):
+        client.send_headers(client.get_next_available_stream_id(), GET, end_stream=True)
+    events = await sent_to_client(app, hypercorn_fixes.HTTP2, client.data_to_send())
+    received = client.receive_data(raw(events))
+    assert not any(isinstance(event, h2.events.ResponseReceived) for event in received)
+    resets = [event.stream_id for event in received if isinstance(event, h2.events.StreamReset)]
+    assert resets == ([] if app is stall else [1, 3])
+    assert not any(isinstance(event, Closed) for event in events)
