@@ -19,6 +19,9 @@ from prometheus_client.registry import Collector
 WAIT_BUCKETS = (0.1, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)
 """Seconds: from "at once" over the patience of common HTTP clients to a fleet's whole start."""
 
+IDENTIFY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 30)
+"""Seconds: from an idle bot on the same machine to the default of CONFIRM_SECONDS, and beyond."""
+
 LATENESS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
 """Seconds: from what the kernel's timer allows to what takes shards out of their windows."""
 
@@ -41,6 +44,14 @@ class Metrics:
         self.store_errors = self._counter("store_errors", "Failures of the window store.")
         self.wait = self._histogram(
             "wait_seconds", "From the first request to the answer.", WAIT_BUCKETS
+        )
+        self.identify = self._histogram(
+            "identify_seconds",
+            "From the answer of a confirmed ticket to its confirmation.",
+            IDENTIFY_BUCKETS,
+        )
+        self.unconfirmed = self._counter(
+            "unconfirmed", "Confirmed tickets without a confirmation within CONFIRM_SECONDS."
         )
         self.lateness = self._histogram(
             "lateness_seconds",

@@ -141,7 +141,19 @@ class Settings:
         5.0,
         _seconds,
         takes="a number over 0",
-        about="least time between two releases of one rate limit key",
+        about="Discord's window: least time between two IDENTIFYs of one rate limit key",
+    )
+    margin_seconds: float = _variable(
+        0.25,
+        _seconds_or_zero,
+        takes="a number from 0",
+        about="added to the window after a release that is not confirmed",
+    )
+    confirm_seconds: float = _variable(
+        15.0,
+        _seconds,
+        takes="a number over 0",
+        about="longest time from the answer of a confirmed ticket to its confirmation",
     )
     hold_on_start: bool = _variable(
         True,

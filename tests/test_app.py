@@ -13,6 +13,7 @@ from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, HTTPScope
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.queue import Queue
+from gateway_queue.queue.ticket import Turn
 from gateway_queue.settings import Settings
 from gateway_queue.web.app import GatewayQueue
 from gateway_queue.web.auth import Guard
@@ -49,7 +50,7 @@ async def test_tickets_take_turns(autojump_clock: MockClock) -> None:
             nursery.start_soon(ask, app, number)
 
     assert [number for number, _ in answered] == [0, 1, 2, 3]
-    assert [at for _, at in answered] == pytest.approx([5.0, 10.0, 15.0, 20.0])
+    assert [at for _, at in answered] == pytest.approx([5.25, 10.5, 15.75, 21.0])
 
 
 async def test_endpoints_are_quarts_routes(autojump_clock: MockClock) -> None:
@@ -93,11 +94,11 @@ class Wire:
 
 
 @asynccontextmanager
-async def failing_turn(_: int | None) -> AsyncIterator[float]:
+async def failing_turn(_: int | None, *, confirm: bool) -> AsyncIterator[Turn]:
     """Fail at first, and later be a turn like any."""
     if trio.current_time() == 0:
         raise RuntimeError("the queue's own fault")
-    yield math.inf
+    yield Turn(math.inf, 15.0, lambda: None)
 
 
 async def never_sent(_: ASGISendEvent) -> NoReturn:
@@ -138,7 +139,7 @@ async def test_a_client_that_does_not_take_its_answer_is_not_waited_for(
     async def never(_: ASGISendEvent) -> None:
         await trio.sleep_forever()
 
-    settings = Settings(window_seconds=5, hold_on_start=False)
+    settings = Settings(window_seconds=5, margin_seconds=0, hold_on_start=False)
     async with started(settings) as app, trio.open_nursery() as nursery:
         turn = app.queue.turn
         nursery.start_soon(TicketRequest(SCOPE, slow.receive, never, turn, Guard(None)).run)
@@ -161,8 +162,8 @@ async def test_nobody_is_answered_when_the_slot_is_not_good_any_more(
     wire, sent_at = Wire(), list[float]()
 
     @asynccontextmanager
-    async def turn(_: int | None) -> AsyncIterator[float]:
-        yield trio.current_time() + left
+    async def turn(_: int | None, *, confirm: bool) -> AsyncIterator[Turn]:
+        yield Turn(trio.current_time() + left, 15.0, lambda: None)
 
     async def slow_send(event: ASGISendEvent) -> None:
         await trio.sleep(0.5)

@@ -54,7 +54,7 @@ async def test_the_foremost_are_those_of_the_whole_line(
 ) -> None:
     async with with_waiters(60, keys=4, loop_free_starts=1) as queue:
         await leave(queue, *range(1000, 1010))
-        whole, foremost = lanes(queue, WINDOW), lanes(queue, WINDOW, most)
+        whole, foremost = lanes(queue), lanes(queue, most)
         assert {ticket.state for lane in whole for ticket in lane.tickets} == {
             "waiting",
             "held",
@@ -70,7 +70,7 @@ async def test_the_foremost_are_those_of_the_whole_line(
 async def test_when_the_next_and_the_last_one_go(autojump_clock: MockClock) -> None:
     async with with_waiters(50, keys=3) as queue:
         seen = snapshot(queue)
-        etas = [ticket.eta for lane in lanes(queue, WINDOW) for ticket in lane.tickets]
+        etas = [ticket.eta for lane in lanes(queue) for ticket in lane.tickets]
         assert seen.next_release == pytest.approx(min(etas), abs=TOLERANCE)
         assert seen.last_release == pytest.approx(max(etas), abs=TOLERANCE)
         await trio.sleep(seen.last_release - WINDOW / 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from heapq import merge
 from itertools import chain, takewhile
 from operator import attrgetter
@@ -59,6 +60,15 @@ class Place:
         ticket.place = self
 
 
+@dataclass(frozen=True, slots=True)
+class Identifying:
+    """A shard that has the answer to a confirmed ticket, but has not confirmed it yet."""
+
+    shard: int | None
+    since: float
+    """When its answer was out (:func:`trio.current_time`)."""
+
+
 class Lane:
     """The places of one rate limit key, except the one whose client is being answered.
 
@@ -72,6 +82,7 @@ class Lane:
         """When the key opens, as far as the dispatcher knows."""
         self.claim_at = -math.inf
         """When to claim next: when the key opens, or earlier if something has changed."""
+        self.identifying: Identifying | None = None
         self.waiting: SortedDict[int, Place] = SortedDict()
         # The one whose time comes first in front.
         self.held: SortedDict[tuple[float, int], Place] = SortedDict()

@@ -14,9 +14,9 @@ import trio
 from gateway_queue.metrics import Metrics
 from gateway_queue.queue.budget_alarm import BudgetAlarm
 from gateway_queue.queue.gate import Gate
-from gateway_queue.queue.lane import Lane, Place
+from gateway_queue.queue.lane import Identifying, Lane, Place
 from gateway_queue.queue.places import Places
-from gateway_queue.queue.ticket import Slot, Ticket
+from gateway_queue.queue.ticket import Slot, Ticket, Turn
 from gateway_queue.store import Allowance, Claim, Refusal, WindowStore
 
 RECENT_MAX = 2_000
@@ -38,6 +38,17 @@ class Release:
     """Since the window was open, the client here, and the shard free to start."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A client's answer."""
+
+    ticket: Ticket
+    at: float
+    """When it was out (:func:`trio.current_time`)."""
+    outcome: trio.MemoryReceiveChannel[float]
+    """Yields the time of the confirmation, if there is one."""
+
+
 class Queue:
     """Releases one ticket per window, for each rate limit key.
 
@@ -47,8 +58,6 @@ class Queue:
       max_concurrency: number of rate limit keys; 0 releases every ticket at once, and while it is
         None no ticket is released.
       place_seconds: how long the place of a named shard is kept after its client has left.
-      oldest_first: whether the lanes claim one at a time, the one with the oldest ticket first; the
-        store needs that where it limits the releases of all keys together.
     """
 
     def __init__(
@@ -58,9 +67,9 @@ class Queue:
         *,
         max_concurrency: int | None,
         place_seconds: float,
-        oldest_first: bool = False,
     ) -> None:
         self.store = store
+        self._confirm_seconds = store.rules.confirm_seconds
         self._metrics = metrics
         self.max_concurrency = max_concurrency
         self.released = 0
@@ -70,7 +79,7 @@ class Queue:
         """The last releases, except those with ``max_concurrency`` 0."""
         self.lanes: dict[int, Lane] = {}
         self._places = Places(place_seconds)
-        self._gate = Gate() if oldest_first else None
+        self._gate = None if store.rules.releases_per_window is None else Gate()
         self._budget_alarm = BudgetAlarm()
         self._dispatchers: trio.Nursery | None = None
         self._open = trio.CancelScope()
@@ -135,38 +144,48 @@ class Queue:
     # --- a ticket's way: all of this runs in the task of its request ------------------------------
 
     @asynccontextmanager
-    async def turn(self, shard: int | None) -> AsyncIterator[float]:
+    async def turn(self, shard: int | None, *, confirm: bool = False) -> AsyncIterator[Turn]:
         """Wait for a shard's turn. The body of the context answers the client.
-
-        The context is the time by which the answer has to be out (:func:`trio.current_time`).
 
         The window starts when the body ends. A body that is cancelled has not answered: its slot
         goes to the next ticket, at once. One that fails may have, so its slot counts as used.
 
+        The body of a confirmed ticket goes on after the answer until the client closes its
+        response, which cancels it, or until its time is over.
+
         Args:
           shard: the shard that will identify; None if the client named none, which counts as 0.
+          confirm: whether the client closes its response when it has identified.
         """
         if self.max_concurrency == 0:
-            yield math.inf
+            yield Turn(math.inf, self._confirm_seconds, lambda: None)
             self.released += 1
             self._metrics.released.labels(0).inc()
             return
-        ticket = Ticket(shard)
+        ticket = Ticket(shard, confirm=confirm)
         self._warn_if_unkeyed(ticket)
         self._list(self._places.take(ticket))
         has_answer = False
+
+        def answered() -> None:
+            nonlocal has_answer
+            if not has_answer:
+                has_answer = True
+                self._end(ticket, slot)
+
         try:
             slot = await self._slot(ticket)
             with slot.outcome:
                 try:
-                    yield slot.claim.answer_by
-                    has_answer = True
+                    yield Turn(slot.claim.answer_by, self._confirm_seconds, answered)
                 except Exception:
-                    has_answer = True
+                    answered()
                     raise
-                finally:
-                    if has_answer:
-                        self._end(ticket, slot)
+                except trio.Cancelled:
+                    if has_answer and not self._open.cancel_called:
+                        slot.outcome.send_nowait(trio.current_time())
+                    raise
+                answered()
         finally:
             if not has_answer:
                 self._leave(ticket)
@@ -252,19 +271,36 @@ class Queue:
         if self._gate is not None:
             await self._gate.enter(lane)
         with trio.CancelScope(shield=True):  # a claim is used or given back, whatever comes
-            lane.claim_at = math.inf  # set back by whatever changes until the store has answered
-            try:
-                if (place := lane.first()) is None:
-                    return
-                outcome = await self.store.claim(lane.rate_limit_key, place.shard, place.joined_at)
-                if isinstance(outcome, Refusal):
-                    self._wait(lane, place, outcome)
-            finally:
-                if self._gate is not None:
-                    self._gate.leave()
-            if isinstance(outcome, Claim):
-                await self._release(lane, place, outcome)
-                lane.claim_soon()
+            claimed = await self._claim_for_first(lane)
+            if claimed is None:
+                return
+            place, claim = claimed
+            answer = await self._offer(place, claim)
+            if answer is None:
+                await self.store.give_back(claim)
+                self._claim_anew()
+        if answer is not None:
+            self._report(lane, place, answer)
+            await self._start_window(lane, claim, answer)
+        lane.claim_soon()
+
+    async def _claim_for_first(self, lane: Lane) -> tuple[Place, Claim] | None:
+        """Claim the key for the first place of a lane, and return both if the store agrees."""
+        lane.claim_at = math.inf  # set back by whatever changes until the store has answered
+        try:
+            place = lane.first()
+            if place is None or place.ticket is None:
+                return None
+            outcome = await self.store.claim(
+                lane.rate_limit_key, place.shard, place.joined_at, confirm=place.ticket.confirm
+            )
+            if isinstance(outcome, Refusal):
+                self._wait(lane, place, outcome)
+                return None
+            return place, outcome
+        finally:
+            if self._gate is not None:
+                self._gate.leave()
 
     def _wait(self, lane: Lane, place: Place, refusal: Refusal) -> None:
         """Note when it makes sense to claim again."""
@@ -290,32 +326,21 @@ class Queue:
         place.held_until = trio.current_time() + seconds
         self._list(place)
 
-    async def _release(self, lane: Lane, place: Place, claim: Claim) -> None:
-        """Use a claimed key for a place's client, or give it back if the client has left."""
-        ticket = place.ticket
-        answered_at = await self._offer(place, claim)
-        if ticket is None or answered_at is None:
-            await self.store.give_back(claim)
-            self._claim_anew()
-        else:
-            await self.store.start_window(claim, answered_at)
-            self._report(lane, place, ticket, answered_at)
-            self._budget_alarm.check(self.store.session_starts())
-
-    async def _offer(self, place: Place, claim: Claim) -> float | None:
+    async def _offer(self, place: Place, claim: Claim) -> Answer | None:
         """Offer the slot to a place's client.
 
         Returns:
-          When the answer was out (:func:`trio.current_time`), or None if there was none.
+          The answer, or None if there was none.
         """
-        if place.state != "waiting" or place.ticket is None:
+        ticket = place.ticket
+        if place.state != "waiting" or ticket is None or ticket.confirm != claim.confirm:
             return None
         self._unlist(place)
         place.state = "chosen"
-        send, outcome = trio.open_memory_channel[float](1)
-        place.ticket.offer(Slot(claim, send))
+        send, outcome = trio.open_memory_channel[float](2)
+        ticket.offer(Slot(claim, send))
         try:
-            return await outcome.receive()
+            return Answer(ticket, await outcome.receive(), outcome)
         except trio.EndOfChannel:
             return None
         finally:
@@ -323,14 +348,40 @@ class Queue:
                 place.state = "waiting"
                 self._list(place)
 
-    def _report(self, lane: Lane, place: Place, ticket: Ticket, answered_at: float) -> None:
-        due = max(lane.opens_at, ticket.here_since, place.held_until)
+    async def _start_window(self, lane: Lane, claim: Claim, answer: Answer) -> None:
+        """Let the window of a release start: after the answer, or when the shard has identified."""
+        at, confirmed = answer.at, False
+        if claim.confirm:
+            lane.identifying = Identifying(claim.shard, answer.at)
+            try:
+                at, confirmed = await answer.outcome.receive(), True
+            except trio.EndOfChannel:
+                at = answer.at + self._confirm_seconds
+            finally:
+                lane.identifying = None
+            self._report_identify(claim, at - answer.at, confirmed=confirmed)
+        with trio.CancelScope(shield=True):
+            await self.store.start_window(claim, at, confirmed=confirmed)
+        self._budget_alarm.check(self.store.session_starts())
+
+    def _report_identify(self, claim: Claim, seconds: float, *, confirmed: bool) -> None:
+        """Report how long a shard with a confirmed ticket took to identify."""
+        if confirmed:
+            log.debug("identified", shard=claim.shard, identify_seconds=round(seconds, 3))
+            self._metrics.identify.observe(seconds)
+        else:
+            log.warning("not confirmed", shard=claim.shard, confirm_seconds=self._confirm_seconds)
+            self._metrics.unconfirmed.inc()
+
+    def _report(self, lane: Lane, place: Place, answer: Answer) -> None:
+        """Report a release."""
+        due = max(lane.opens_at, answer.ticket.here_since, place.held_until)
         release = Release(
-            shard=ticket.shard,
+            shard=place.shard,
             rate_limit_key=lane.rate_limit_key,
-            at=answered_at,
-            waited=answered_at - place.joined_at,
-            lateness=answered_at - due,
+            at=answer.at,
+            waited=answer.at - place.joined_at,
+            lateness=answer.at - due,
         )
         log.info(
             "released",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from typing import Literal
 
 import trio
 
 from gateway_queue.queue import Queue
 from gateway_queue.queue.lane import Lane, Place
-from gateway_queue.store import SessionStarts
+from gateway_queue.store import Rules, SessionStarts
 
 
 @dataclass
@@ -29,23 +29,33 @@ class TicketStatus:
 
 
 @dataclass
+class IdentifyingStatus:
+    """A shard between the answer to its confirmed ticket and the confirmation."""
+
+    shard: int | None
+    seconds: float
+    """Since the answer."""
+
+
+@dataclass
 class LaneStatus:
-    """A lane that has tickets."""
+    """A lane that has tickets, or a shard that is identifying."""
 
     rate_limit_key: int
     waiting: int
     """How many clients are here."""
     opens_in: float
     """Until its next slot; infinite if not known."""
+    identifying: IdentifyingStatus | None
+    """The shard that has its answer but has not confirmed it yet."""
     tickets: list[TicketStatus]
 
 
-def lanes(queue: Queue, window: float, most: int | None = None) -> list[LaneStatus]:
-    """List the lanes that have tickets, by key.
+def lanes(queue: Queue, most: int | None = None) -> list[LaneStatus]:
+    """List the lanes that have tickets or a shard that is identifying, by key.
 
     Args:
-      queue: whose.
-      window: seconds between two releases of one lane.
+      queue: the queue to describe.
       most: how many tickets of a lane to list, from the front; None lists all. Those that are
         not listed are not counted on when the day's session starts run out.
     """
@@ -55,29 +65,37 @@ def lanes(queue: Queue, window: float, most: int | None = None) -> list[LaneStat
     else:
         first_slot = starts.resets_in if starts.spent else 0.0
     statuses = [
-        _lane(lane, first_slot, window, most) for _, lane in sorted(queue.lanes.items()) if lane
+        _lane(lane, first_slot, queue.store.rules, most)
+        for _, lane in sorted(queue.lanes.items())
+        if lane or lane.identifying
     ]
-    _delay_to_reset(starts, statuses, window)
+    _delay_to_reset(starts, statuses, queue.store.rules.unconfirmed_window)
     return statuses
 
 
-def _lane(lane: Lane, first_slot: float, window: float, most: int | None) -> LaneStatus:
+def _lane(lane: Lane, first_slot: float, rules: Rules, most: int | None) -> LaneStatus:
     now = trio.current_time()
     opens_in = max(first_slot, lane.opens_at - now)
-    turns = count()
+    identifying = None
+    if lane.identifying is not None:
+        opens_in = max(opens_in, rules.window)  # if the confirmation comes now
+        identifying = IdentifyingStatus(lane.identifying.shard, now - lane.identifying.since)
+    turn = opens_in
 
     def describe(position: int, place: Place) -> TicketStatus:
+        nonlocal turn
         state: Literal["waiting", "away", "held"]
         if place.ticket is None:
             state, eta = "away", math.inf
         elif place.held_until > now:
             state, eta = "held", max(opens_in, place.held_until - now)
         else:
-            state, eta = "waiting", opens_in + next(turns) * window
+            state, eta = "waiting", turn
+            turn += rules.window if place.ticket.confirm else rules.unconfirmed_window
         return TicketStatus(place.shard, state, position, now - place.joined_at, eta)
 
     tickets = [describe(position, place) for position, place in enumerate(islice(lane, most), 1)]
-    return LaneStatus(lane.rate_limit_key, len(lane), opens_in, tickets)
+    return LaneStatus(lane.rate_limit_key, len(lane), opens_in, identifying, tickets)
 
 
 def _delay_to_reset(starts: SessionStarts, statuses: list[LaneStatus], window: float) -> None:

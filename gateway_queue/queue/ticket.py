@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +23,21 @@ class Slot:
     """The claimed key, and until when the claim is good."""
     outcome: trio.MemorySendChannel[float]
     """Receives the time of the answer (:func:`trio.current_time`). It is closed without one if the
-    client was not answered; then the next ticket gets the slot."""
+    client was not answered; then the next ticket gets the slot. A confirmed ticket's receives the
+    time of the confirmation too, or is closed without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A ticket's turn: what the caller has to know to answer its client."""
+
+    answer_by: float
+    """When the answer has to be out (:func:`trio.current_time`)."""
+    confirm_seconds: float
+    """How long a confirmed ticket may take from its answer to its confirmation."""
+    answered: Callable[[], None]
+    """For a confirmed ticket: to be called when the answer is out. From then on, the end of its
+    client's connection confirms it."""
 
 
 class Ticket:
@@ -30,16 +45,18 @@ class Ticket:
 
     Args:
       shard: the shard that it asks for; None if the client named none.
+      confirm: whether the client will say when it has identified.
     """
 
-    __slots__ = ("_receive", "_send", "here_since", "place", "shard")
+    __slots__ = ("_receive", "_send", "confirm", "here_since", "place", "shard")
 
     place: Place
     """The ticket's place. When another client of the same shard leaves, it can change to a place
     further in front."""
 
-    def __init__(self, shard: int | None) -> None:
+    def __init__(self, shard: int | None, *, confirm: bool) -> None:
         self.shard = shard
+        self.confirm = confirm
         self.here_since = trio.current_time()
         # Room for one slot: a channel without any refuses a slot while its receiver is not waiting.
         self._send, self._receive = trio.open_memory_channel[Slot](1)

@@ -25,7 +25,7 @@ class Rules:
     """What every store holds to."""
 
     window: float
-    """Seconds from an answer until its key opens again."""
+    """Seconds between two IDENTIFYs of one key, as Discord demands."""
     hold: bool
     """Whether every key opens only some time after the start. A process that has just started
     cannot know when its predecessor released last."""
@@ -35,6 +35,16 @@ class Rules:
     """See :class:`~gateway_queue.store.loop_guard.LoopGuard`."""
     releases_per_window: int | None = None
     """The most releases in any one window over all keys; None sets no limit beside the keys."""
+    margin: float = 0.0
+    """Seconds added to the window after a release that is not confirmed, for the time in which a
+    shard may identify after its answer."""
+    confirm_seconds: float = 15.0
+    """The longest time from the answer of a confirmed ticket to its confirmation."""
+
+    @property
+    def unconfirmed_window(self) -> float:
+        """Seconds from an answer that is not confirmed until its key opens again."""
+        return self.window + self.margin
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class Claim:
     max_concurrency: int
     """The number of rate limit keys when it was claimed."""
     shard: int | None
+    confirm: bool = False
+    """Whether the client will say when it has identified."""
     begin_by: float = math.inf
     """Until when an answer may begin (:func:`trio.current_time`)."""
     answer_by: float = math.inf
@@ -112,10 +124,16 @@ class WindowStore(Protocol):
     """
 
     @property
+    def rules(self) -> Rules:
+        """What the store holds to."""
+
+    @property
     def fault(self) -> str | None:
         """Why the store cannot be reached, if it cannot."""
 
-    async def claim(self, key: int, shard: int | None, came_at: float) -> Claim | Refusal:
+    async def claim(
+        self, key: int, shard: int | None, came_at: float, *, confirm: bool
+    ) -> Claim | Refusal:
         """Claim an open key for a shard.
 
         Args:
@@ -123,14 +141,17 @@ class WindowStore(Protocol):
           shard: whose start it will be; None if the client did not say.
           came_at: since when it has waited (:func:`trio.current_time`). Where several replicas
             have a ticket for the key, the oldest goes first.
+          confirm: whether the client will say when it has identified. Such a claim lasts longer.
         """
 
-    async def start_window(self, claim: Claim, answered_at: float) -> None:
-        """Count a start, and close its key for one window from the answer.
+    async def start_window(self, claim: Claim, at: float, *, confirmed: bool) -> None:
+        """Count a session start, and close its key for one window.
 
         Args:
-          claim: what was used.
-          answered_at: when the answer was out (:func:`trio.current_time`).
+          claim: the claim that was used.
+          at: when the window starts (:func:`trio.current_time`).
+          confirmed: whether the shard has identified before. Otherwise it may do so a little later,
+            and the margin is added to the window.
         """
 
     async def give_back(self, claim: Claim) -> None:

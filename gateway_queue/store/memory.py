@@ -22,33 +22,41 @@ class MemoryStore:
 
     def __init__(self, rules: Rules) -> None:
         now = trio.current_time()
-        self._window = rules.window
+        self.rules = rules
         self._max_concurrency = 1
-        self._windows = Windows(now + rules.window if rules.hold else now)
+        self._windows = Windows(now + rules.unconfirmed_window if rules.hold else now)
         self._pace = Pace(rules.window, rules.releases_per_window)
         self._budget = Budget(rules.window, rules.session_start_limit)
         self._loop_guard = LoopGuard(rules.loop_free_starts)
 
-    async def claim(self, key: int, shard: int | None, came_at: float) -> Claim | Refusal:  # noqa: ARG002
+    async def claim(
+        self,
+        key: int,
+        shard: int | None,
+        came_at: float,  # noqa: ARG002
+        *,
+        confirm: bool,
+    ) -> Claim | Refusal:
         now = trio.current_time()
         if wait := self._loop_guard.wait(shard, now):
             return Refusal(wait, "shard")
         if (wait := self._windows.opens_at(key) - now) > 0:
-            return Refusal(min(wait, self._window), "key")  # a claim that is out ends later
+            return Refusal(min(wait, self.rules.window), "key")  # a claim that is out ends later
         if wait := self._pace.wait(now):
             return Refusal(wait, "queue")
         if wait := self._budget.claim(now):
             return Refusal(wait, "key")
-        claim = Claim(key, self._max_concurrency, shard)
+        claim = Claim(key, self._max_concurrency, shard, confirm)
         self._windows.claim(claim)
         self._pace.claim()
         return claim
 
-    async def start_window(self, claim: Claim, answered_at: float) -> None:
-        self._windows.close(claim, answered_at + self._window, trio.current_time())
-        self._pace.start(answered_at)
-        self._budget.start(answered_at)
-        self._loop_guard.start(claim.shard, answered_at)
+    async def start_window(self, claim: Claim, at: float, *, confirmed: bool) -> None:
+        until = at + (self.rules.window if confirmed else self.rules.unconfirmed_window)
+        self._windows.close(claim, until, trio.current_time())
+        self._pace.start(until)
+        self._budget.start(at)
+        self._loop_guard.start(claim.shard, at)
 
     async def give_back(self, claim: Claim) -> None:
         self._windows.open(claim)

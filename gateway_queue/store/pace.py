@@ -37,8 +37,8 @@ class Pace:
         """Take back a claimed release that did not happen."""
         self._claimed -= 1
 
-    def start(self, at: float) -> None:
-        """Count a claimed release that has happened."""
+    def start(self, until: float) -> None:
+        """Count a claimed release that has happened, until its window is over."""
         self._claimed -= 1
         if self._most is not None:
-            insort(self._over_at, at + self._window)
+            insort(self._over_at, until)

@@ -89,7 +89,6 @@ class GatewayQueue(QuartTrio):
             self._metrics,
             max_concurrency=_known_max_concurrency(settings),
             place_seconds=settings.place_seconds,
-            oldest_first=_releases_per_window(settings) is not None,
         )
         if settings.discord_token is not None and self.queue.max_concurrency is None:
             self.nursery.start_soon(self._follow_discord, settings.discord_token)
@@ -108,6 +107,8 @@ class GatewayQueue(QuartTrio):
             settings.session_start_limit,
             settings.loop_free_starts,
             _releases_per_window(settings),
+            settings.margin_seconds,
+            settings.confirm_seconds,
         )
         if settings.redis_url is None:
             return MemoryStore(rules)

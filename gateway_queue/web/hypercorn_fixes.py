@@ -11,6 +11,7 @@ import math
 import select
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any
@@ -265,8 +266,19 @@ class Stream(HTTPStream):
     async def app_send(self, message: ASGISendEvent | None) -> None:
         if message is None and self.state is ASGIHTTPState.REQUEST and not self.closed:
             await self.send(StreamClosed(stream_id=self.stream_id))
-        else:
-            await super().app_send(message)
+            return
+        await super().app_send(message)
+        if (
+            message is not None
+            and message["type"] == "http.response.body"
+            and message.get("more_body")
+        ):
+            await self.send(_Flush(self.stream_id))
+
+
+@dataclass(frozen=True)
+class _Flush(StreamEvent):
+    """Waits until a part of a response is written. Hypercorn waits only for the last part."""
 
 
 class _Paused(Exception):
@@ -347,9 +359,13 @@ class HTTP1(H11Protocol):
                     raise
         if isinstance(event, h11.Response):
             await self.send(_Look())
-        else:
+        if not isinstance(event, h11.Response) or self._is_without_body():
             data, self._unsent = self._unsent, b""
             await self.send(RawData(data))
+
+    def _is_without_body(self) -> bool:
+        """Tell whether nothing follows the head of the response, as after HEAD."""
+        return isinstance(self.stream, HTTPStream) and self.stream.scope["method"] == "HEAD"
 
     async def _send_error_response(self, status_code: int) -> None:
         """Answer what is no request at all; otherwise close without an answer.
@@ -387,7 +403,11 @@ class HTTP2(H2Protocol):
                 self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
                 await self._flush()
             await self._window_updated(event.stream_id)  # drops what is left to send
-        await super().stream_send(event)
+        if isinstance(event, _Flush):
+            if buffer := self.stream_buffers.get(event.stream_id):
+                await buffer.drain()
+        else:
+            await super().stream_send(event)
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:

@@ -17,7 +17,7 @@ def store_name(settings: Settings) -> str:
 
 def status_document(queue: Queue, settings: Settings) -> dict[str, Any]:
     """Describe the queue and everybody in it."""
-    lanes = status.lanes(queue, settings.window_seconds)
+    lanes = status.lanes(queue)
     return {
         "version": __version__,
         "window_seconds": settings.window_seconds,
@@ -34,7 +34,13 @@ def status_document(queue: Queue, settings: Settings) -> dict[str, Any]:
 def _lane(lane: status.LaneStatus) -> dict[str, Any]:
     # Not dataclasses.asdict(), which takes four times as long: releases wait for it.
     tickets = [_json_object(vars(ticket)) for ticket in lane.tickets]
-    return _json_object({**vars(lane), "tickets": tickets})
+    identifying = None
+    if lane.identifying is not None:
+        identifying = {
+            "shard": lane.identifying.shard,
+            "for": round(lane.identifying.seconds, 3),
+        }
+    return _json_object({**vars(lane), "identifying": identifying, "tickets": tickets})
 
 
 def _session_starts(queue: Queue) -> dict[str, Any] | None:

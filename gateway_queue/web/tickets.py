@@ -7,32 +7,50 @@ answers below, and where none is right it stays without: held until its client l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
+from typing import Protocol
 
 import structlog
 import trio
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, HTTPScope
+from hypercorn.typing import (
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    ASGISendEvent,
+    HTTPResponseBodyEvent,
+    HTTPScope,
+)
 
+from gateway_queue.queue.ticket import Turn
 from gateway_queue.web.auth import Guard
 from gateway_queue.web.problems import CONTENT_TYPE, Refused, problem
-from gateway_queue.web.shards import shard_of
+from gateway_queue.web.query import asked_for
 
 log = structlog.stdlib.get_logger(__name__)
 
 GO = b"""{"message": "You're free to connect now! :)"}"""
 
+JSON = ((b"content-type", b"application/json"),)
+
+END: HTTPResponseBodyEvent = {"type": "http.response.body", "body": b"", "more_body": False}
+
 ANSWER_SECONDS = 0.8
 """A client whose connection does not take the answer within this time keeps others waiting."""
+
+
+class Turns(Protocol):
+    """Makes the context in which a shard is answered, see :meth:`Queue.turn`."""
+
+    def __call__(
+        self, shard: int | None, /, *, confirm: bool
+    ) -> AbstractAsyncContextManager[Turn]: ...
 
 
 class TicketRequest:
     """One request, from its arrival to its answer; its client's leaving cancels it.
 
     Args:
-      turn: makes the context in which a shard is answered, see
-        :meth:`gateway_queue.queue.Queue.turn`.
+      turn: makes the context in which a shard is answered.
       guard: refuses whoever has no right to ask.
     """
 
@@ -43,7 +61,7 @@ class TicketRequest:
         scope: HTTPScope,
         receive: ASGIReceiveCallable,
         send: ASGISendCallable,
-        turn: Callable[[int | None], AbstractAsyncContextManager[float]],
+        turn: Turns,
         guard: Guard,
     ) -> None:
         self._scope = scope
@@ -58,7 +76,8 @@ class TicketRequest:
         try:
             await self._answer_in_turn()
         except trio.TooSlowError:
-            log.warning("a client does not take its answer")
+            log.warning("client too slow to read its answer; connection closed")
+            return  # without an answer, or in the middle of one: the connection is closed
         except Exception:
             log.exception("ticket failed, its request is held")
         else:
@@ -69,40 +88,48 @@ class TicketRequest:
     async def _answer_in_turn(self) -> None:
         try:
             self._guard.check(self._scope["headers"])
-            shard = shard_of(self._scope["query_string"])
+            shard, confirm = asked_for(self._scope["query_string"])
         except Refused as refused:
             log.warning("refused", status=refused.status.value, detail=str(refused))
             document = problem(refused.status, str(refused))
-            await self._answer(refused.status, CONTENT_TYPE, document, refused.headers)
+            headers = ((b"content-type", CONTENT_TYPE.encode()), *refused.headers)
+            await self._answer(refused.status, headers, document)
         else:
-            async with self._turn(shard) as answer_by:
-                await self._answer(HTTPStatus.OK, "application/json", GO, by=answer_by)
+            async with self._turn(shard, confirm=confirm) as turn:
+                by = turn.answer_by
+                await self._answer(HTTPStatus.OK, JSON, GO, by=by, stays_open=confirm)
+                if confirm:
+                    turn.answered()
+                    await trio.sleep(turn.confirm_seconds)  # the client's leaving cancels it
+            if confirm and not self._is_http_1:
+                await self._hand_over(END)
         if self._is_http_1:
             # In the middle of an upload HTTP/1 has to reset the connection to end the exchange,
             # which can take the answer from a client that reads it only when all is sent.
             await self._receive()
-            await self._hand_over({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._hand_over(END)
 
     async def _answer(
         self,
         status: HTTPStatus,
-        content_type: str,
+        headers: tuple[tuple[bytes, bytes], ...],
         body: bytes,
-        headers: tuple[tuple[bytes, bytes], ...] = (),
         *,
         by: float = math.inf,
+        stays_open: bool = False,
     ) -> None:
         """Hand the answer to the socket in time, if the client is there for its first byte."""
+        length = () if stays_open else ((b"content-length", b"%d" % len(body)),)
+        more_body = stays_open or self._is_http_1
         await trio.lowlevel.checkpoint_if_cancelled()
         await self._hand_over(
             {
                 "type": "http.response.start",
                 "status": status,
                 "headers": [
-                    (b"content-type", content_type.encode()),
-                    (b"content-length", b"%d" % len(body)),
-                    (b"cache-control", b"no-store"),
                     *headers,
+                    *length,
+                    (b"cache-control", b"no-store"),
                 ],
             },
             by,
@@ -110,7 +137,7 @@ class TicketRequest:
         if self._is_http_1:  # the server keeps the head back, and looks for the client
             await trio.lowlevel.checkpoint_if_cancelled()
         await self._hand_over(
-            {"type": "http.response.body", "body": body, "more_body": self._is_http_1}, by
+            {"type": "http.response.body", "body": body, "more_body": more_body}, by
         )
 
     async def _hand_over(self, message: ASGISendEvent, by: float = math.inf) -> None:

@@ -97,7 +97,7 @@ def take(
     now, window = trio.current_time(), settings.window_seconds
     number = min(queue.max_concurrency or 1, KEYS_MAX)
     most = min(max(TICKETS_MAX // number, TICKETS_OF_KEY_MIN), TICKETS_OF_KEY_MAX)
-    shown = [lane for lane in lanes(queue, window, most) if lane.rate_limit_key < number]
+    shown = [lane for lane in lanes(queue, most) if lane.rate_limit_key < number]
     starts = queue.store.session_starts()
     recent = [one for one in queue.recent if one.at > now - WINDOWS_BEHIND * window]
     late = [one.lateness for one in recent]
@@ -138,7 +138,7 @@ def _keys(
         released[release.rate_limit_key].append(release.at - now)
     by_key = {lane.rate_limit_key: lane for lane in shown}
     return [
-        _key(by_key.get(key, LaneStatus(key, 0, math.inf, [])), released[key], window)
+        _key(by_key.get(key, LaneStatus(key, 0, math.inf, None, [])), released[key], window)
         for key in range(number)
     ]
 

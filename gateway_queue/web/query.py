@@ -1,0 +1,54 @@
+"""The parameters of a ticket request: ``shard`` and ``confirm``."""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from urllib.parse import parse_qsl
+
+from gateway_queue.web.problems import Refused
+
+SHARD_MAX = 2**31 - 1
+"""Shard ids are 32-bit in every library that we know; more is a mistake of the caller."""
+
+
+class BadParameter(Refused):
+    """A parameter of a ticket request is not valid."""
+
+    status = HTTPStatus.BAD_REQUEST
+
+
+def asked_for(query: bytes) -> tuple[int | None, bool]:
+    """Read a raw query string: the shard, None if it names none, and whether it will confirm.
+
+    Raises:
+      BadParameter: ``shard`` is not one whole number from 0 to ``SHARD_MAX``, or ``confirm`` is
+        neither true nor false, or is true without a shard.
+    """
+    if b"shard" not in query and b"confirm" not in query and b"%" not in query:
+        return None, False
+    parameters = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    shard = _one("shard", {_whole_number(value) for name, value in parameters if name == "shard"})
+    confirm = _one("confirm", {_switch(value) for name, value in parameters if name == "confirm"})
+    if confirm and shard is None:
+        raise BadParameter("confirm=true needs shard=N: the queue has to know which shard confirms")
+    return shard, bool(confirm)
+
+
+def _one(name: str, values: set[int]) -> int | None:
+    if len(values) > 1:
+        raise BadParameter(f"{name} is given twice, with different values")
+    return values.pop() if values else None
+
+
+def _switch(text: str) -> bool:
+    if text not in {"true", "false"}:
+        raise BadParameter(f"confirm must be true or false, not {text[:50]!r}")
+    return text == "true"
+
+
+def _whole_number(text: str) -> int:
+    # Ten digits are enough for SHARD_MAX, and int() takes far more than digits.
+    if not re.fullmatch("0*[0-9]{1,10}", text, re.ASCII) or int(text) > SHARD_MAX:
+        raise BadParameter(f"shard must be a whole number from 0 to {SHARD_MAX}, not {text[:50]!r}")
+    return int(text)
