@@ -27,12 +27,15 @@ class SimulatedDiscord:
 
     @property
     def resets_at(self) -> float:
-        now = trio.current_time()
-        while now >= self._resets_at:
+        self._begin_day()
+        return self._resets_at
+
+    def _begin_day(self) -> None:
+        """Begin a new day if it is time."""
+        while trio.current_time() >= self._resets_at:
             self._resets_at += DAY
             self._used = 0
             self._record.note("Discord: a new day")
-        return self._resets_at
 
     @property
     def limit(self) -> int:
@@ -42,11 +45,13 @@ class SimulatedDiscord:
 
     @property
     def is_spent(self) -> bool:
-        return self.resets_at > 0 and self._used >= self.limit
+        self._begin_day()
+        return self._used >= self.limit
 
     def identify(self) -> None:
         """Count a session start."""
-        self._used += self.resets_at > 0
+        self._begin_day()
+        self._used += 1
         if self._used > self.limit:
             now = trio.current_time()
             self._record.overspent.append(Overspending(now, self._used, self.limit))

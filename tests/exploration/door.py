@@ -65,6 +65,8 @@ class _Visit:
         try:
             with self._scope:
                 await process.thawed()
+                if self._scope.cancel_called:
+                    return  # it came and went while the process was frozen
                 self._record.step(call, "arrived")
                 process.calls.append(call)
                 await self._take_turn()

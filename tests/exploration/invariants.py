@@ -299,11 +299,15 @@ def _overtaken_at(record: Record, process: ProcessRecord) -> Iterator[tuple[str,
 def _is_before(
     record: Record, other: _Standing, mine: _Standing, told: set[int], now: float
 ) -> bool:
-    """Tell whether another call should have been chosen now."""
+    """Tell whether another call should have been chosen now.
+
+    Not one of the same shard: they exchange their places when one of them leaves.
+    """
     flight = CLAIM_SECONDS if record.scenario.store == "redis" else 0.0
     chosen_at = other.call.chosen_at
     return (
         (chosen_at is None or chosen_at > now)
+        and (other.call.shard is None or other.call.shard != mine.call.shard)
         and other.rank < mine.rank - TOLERANCE
         and other.since < now - flight - TOLERANCE
         and _share_a_key(other.call, mine.call, told)
