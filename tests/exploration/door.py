@@ -71,6 +71,8 @@ class _Visit:
                 process.calls.append(call)
                 await self._take_turn()
         finally:
+            if self._scope.cancelled_caught and call.arrived_at is not None:
+                self._record.step(call, "left")
             if call in process.calls:
                 process.calls.remove(call)
             if call.ended_at is None:
@@ -114,7 +116,6 @@ class _Visit:
         self._leave()
 
     def _leave(self) -> None:
-        call = self._call
-        if call.arrived_at is not None and call.ended_at is None and not self._is_answering:
-            self._record.step(call, "left")
+        if self._call.ended_at is None and not self._is_answering:
+            self._call.ended_at = trio.current_time()
         self._scope.cancel()

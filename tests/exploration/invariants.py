@@ -233,12 +233,20 @@ def _share_a_key(one: Call, other: Call, numbers: set[int]) -> bool:
 
 
 def _may_be_held(record: Record, call: Call, at: float) -> bool:
-    """Tell whether the loop guard may hold a call."""
-    if not record.scenario.loop_free_starts or call.shard is None:
+    """Tell whether the loop guard may hold a call.
+
+    With Redis, a claim whose reply was lost counts as a start for a while; so each call counts.
+    """
+    scenario = record.scenario
+    if not scenario.loop_free_starts or call.shard is None:
         return False
-    starts = [one for one in record.answers if one.shard == call.shard and one is not call]
-    earlier = [one for one in starts if (one.answered_at or 0) < at]
-    return len(earlier) >= record.scenario.loop_free_starts
+    earlier = [
+        one
+        for one in record.calls
+        if one.shard == call.shard
+        and (one.sent_at if scenario.store == "redis" else one.answered_at or at) < at
+    ]
+    return len(earlier) >= scenario.loop_free_starts
 
 
 def _budget_may_be_spent(record: Record) -> bool:
