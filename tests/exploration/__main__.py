@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="scripts/explore",
         description="Runs the queue with simulated clients, replicas, Redis and Discord, and with "
         "faults that a seed chooses, and checks that the rules hold. 1,000 seeds take about "
-        "3 minutes on 2 cores. The exit status is 1 if a rule is broken; the last line then "
+        "4 minutes on 2 cores. The exit status is 1 if a rule is broken; the last line then "
         "names the seed.",
     )
     add = parser.add_argument
