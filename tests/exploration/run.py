@@ -151,10 +151,11 @@ class _Run:
             now = trio.current_time()
             if self._is_limit_spent():
                 return
-            if self._discord.is_spent:
+            if scenario.has_token and self._discord.is_spent:
                 if self._discord.resets_at > now + 600:
                     return
-                deadline = self._discord.resets_at + scenario.refresh + self._time_for_all()
+                reset_seen_at = self._discord.resets_at + scenario.refresh
+                deadline = max(deadline, reset_seen_at + self._time_for_all())
             if now > deadline:
                 alive = [process.record for process in self._fleet.alive]
                 record.unreleased = [
