@@ -1,0 +1,142 @@
+"""Clients: shards that ask, lose patience, ask again, and start again."""
+
+from __future__ import annotations
+
+import random
+from typing import Protocol
+
+import trio
+
+from tests.exploration.discord import SimulatedDiscord
+from tests.exploration.door import Door
+from tests.exploration.process import Process
+from tests.exploration.record import Call, Record
+
+MOST_HANG_UPS = 6
+"""So often does a client give up and ask again, until it has all the patience in the world."""
+
+
+class Fleet(Protocol):
+    """Where clients find a process to ask."""
+
+    def pick(self, replica: int) -> Process | None:
+        """Return a process that accepts requests, of this replica if possible."""
+
+
+class Client:
+    """One client of one shard.
+
+    Args:
+      number: chooses how it behaves, with the seed.
+      record: of the run.
+    """
+
+    def __init__(
+        self, number: int, record: Record, fleet: Fleet, door: Door, discord: SimulatedDiscord
+    ) -> None:
+        scenario = record.scenario
+        self._random = source = random.Random(f"client {number} {scenario.seed}")
+        self._number = number
+        self._record = record
+        self._fleet = fleet
+        self._door = door
+        self._discord = discord
+        self._replica = source.randrange(scenario.replicas)
+        shards = source.choice((2, 2 * scenario.keys + 1))
+        self._shard = None if source.random() < 0.1 else source.randrange(shards)
+        self._starts = source.choice((1, 1, 2, 4))
+        self._impatience = source.choice((0, 0.5, 0.9)) if scenario.hang_ups else 0
+        self.is_done = False
+
+    @property
+    def _faults_end_at(self) -> float:
+        return self._record.scenario.fault_seconds
+
+    async def live(self) -> None:
+        """Start, and start again after crashes."""
+        source = self._random
+        await trio.sleep(source.choice((0, source.uniform(0, self._faults_end_at))))
+        for _ in range(self._starts):
+            if not await self._start():
+                break
+            await trio.sleep(source.choice((0.01, source.uniform(0, self._faults_end_at / 3))))
+            if trio.current_time() > self._faults_end_at:
+                break
+        self.is_done = True
+
+    async def _start(self) -> bool:
+        """Ask until released, and tell whether that was so."""
+        hang_ups = 0
+        while True:
+            process = self._fleet.pick(self._replica)
+            if process is None:
+                await trio.sleep(0.1)
+                continue
+            call = self._call(process, hang_ups)
+            ending = None
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._lose_patience, process, scope, hang_ups)
+                    ending = await self._door.ask(process, call)
+                    nursery.cancel_scope.cancel()
+            if ending == "answered" or call.answered_at is not None:
+                await trio.sleep(self._random.uniform(0.001, 0.3))
+                self._discord.identify()
+                return True
+            was_closed = ending == "closed" and not (call.leaves_when_chosen and call.chosen_at)
+            if not was_closed:
+                self._record.note(f"{call} gave up")
+                hang_ups += 1
+                if self._random.random() < 0.1:
+                    return False
+            await self._pause(was_closed=was_closed)
+
+    def _call(self, process: Process, hang_ups: int) -> Call:
+        leaves_when_chosen = (
+            self._is_impatient(hang_ups) and self._random.random() < 0.2 * self._impatience
+        )
+        call = Call(
+            number=len(self._record.calls),
+            shard=self._shard,
+            client=self._number,
+            process=process.record,
+            leaves_when_chosen=leaves_when_chosen,
+            sent_at=trio.current_time(),
+        )
+        self._record.calls.append(call)
+        return call
+
+    def _is_impatient(self, hang_ups: int) -> bool:
+        return hang_ups < MOST_HANG_UPS and trio.current_time() < self._faults_end_at
+
+    async def _lose_patience(
+        self, process: Process, scope: trio.CancelScope, hang_ups: int
+    ) -> None:
+        """Hang up some time before the faults end, unless it is patient now."""
+        if not self._is_impatient(hang_ups) or self._random.random() >= self._impatience:
+            return
+        left = self._faults_end_at - trio.current_time()
+        if self._random.random() < 0.6:
+            # While a request of the process is on its way to Redis, or its answer back.
+            with trio.move_on_after(left):
+                for _ in range(self._random.choice((1, 1, 2, 3))):
+                    await process.sends.park()
+                await trio.sleep(self._random.uniform(0, 2) * self._record.scenario.latency)
+                scope.cancel()
+        else:
+            patience = self._random.uniform(0.01, 3) * self._record.scenario.window
+            if patience < left:
+                await trio.sleep(patience)
+                scope.cancel()
+
+    async def _pause(self, *, was_closed: bool) -> None:
+        source = self._random
+        if source.random() < 0.3:
+            self._replica = source.randrange(self._record.scenario.replicas)
+        if was_closed:
+            await trio.sleep(source.uniform(0.01, 0.3))
+        elif source.random() < 0.5:
+            await trio.sleep(source.choice((0, 0.0001, 0.001)))
+        else:
+            keeps = self._record.scenario.place_seconds or 2
+            await trio.sleep(source.choice((0.01, source.uniform(0, 1.3 * keeps))))

@@ -1,0 +1,121 @@
+"""The way of a client's request to a process, and of the answer back."""
+
+from __future__ import annotations
+
+import random
+from typing import Literal, Protocol
+
+import trio
+
+from tests.exploration.process import Process
+from tests.exploration.record import Call
+
+Ending = Literal["answered", "closed"]
+
+
+class Door(Protocol):
+    """Lets clients ask."""
+
+    async def ask(self, process: Process, call: Call) -> Ending:
+        """Ask for a shard, and wait. A client that gives up cancels this.
+
+        It notes in the record of the run what the process sees of the call (``arrived``,
+        ``chosen``, ``left``), and ``answered`` at the moment when the answer is on the wire.
+
+        Returns:
+          Whether there was an answer, or the connection was closed without one.
+        """
+
+
+class DirectDoor:
+    """Calls :meth:`gateway_queue.queue.Queue.turn`, without HTTP: the fast mode."""
+
+    def __init__(self, random_source: random.Random) -> None:
+        self._random = random_source
+
+    async def ask(self, process: Process, call: Call) -> Ending:
+        await trio.sleep(self._random.uniform(0, 0.001))
+        if not process.accepts:
+            return "closed"
+        visit = _Visit(self._random, process, call)
+        process.nursery.start_soon(visit.run)
+        try:
+            await visit.ended.wait()
+        except trio.Cancelled:
+            if not process.ended.is_set():
+                process.nursery.start_soon(visit.hang_up)
+            raise
+        return "answered" if call.answered_at is not None else "closed"
+
+
+class _Visit:
+    """What the server does for one call."""
+
+    def __init__(self, random_source: random.Random, process: Process, call: Call) -> None:
+        self.ended = trio.Event()
+        self._random = random_source
+        self._process = process
+        self._call = call
+        self._record = process.run_record
+        self._scope = trio.CancelScope()
+        self._is_answering = False
+
+    async def run(self) -> None:
+        process, call = self._process, self._call
+        try:
+            with self._scope:
+                await process.thawed()
+                if self._scope.cancel_called:
+                    return  # it came and went while the process was frozen
+                self._record.step(call, "arrived")
+                process.calls.append(call)
+                await self._take_turn()
+        finally:
+            if self._scope.cancelled_caught and call.arrived_at is not None:
+                self._record.step(call, "left")
+            if call in process.calls:
+                process.calls.remove(call)
+            if call.ended_at is None:
+                call.ended_at = trio.current_time()
+            self.ended.set()
+
+    async def _take_turn(self) -> None:
+        try:
+            async with self._process.queue.turn(self._call.shard) as answer_by:
+                self._record.step(self._call, "chosen")
+                if self._call.leaves_when_chosen:
+                    self._leave()
+                await self._answer(answer_by)
+        except trio.TooSlowError:
+            self._record.note(f"{self._call}: too late to answer, closed")
+            self._record.step(self._call, "failed")
+        except Exception as error:  # noqa: BLE001
+            if self._process.is_alive:
+                self._call.failure = repr(error)
+                self._record.step(self._call, "failed")
+                self._record.wrong.append(("no-failure", f"{self._call}: {error!r}"))
+                await trio.sleep_forever()  # as the request is held until its client leaves
+
+    async def _answer(self, answer_by: float) -> None:
+        """Put the answer on the wire, if it is not too late and the client is there."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._is_answering = True
+        with trio.CancelScope(shield=True):
+            await trio.sleep(self._random.choice((0, 0.0002, 0.005)))
+            await self._process.thawed()
+        if not self._process.is_alive:
+            raise ConnectionAbortedError
+        if trio.current_time() > answer_by:
+            raise trio.TooSlowError
+        self._record.step(self._call, "answered")
+
+    async def hang_up(self) -> None:
+        """Let the server see, soon, that the client has gone."""
+        await trio.sleep(self._random.choice((0, 0, 0.0005, 0.02)))
+        await self._process.thawed()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._call.ended_at is None and not self._is_answering:
+            self._call.ended_at = trio.current_time()
+        self._scope.cancel()

@@ -1,0 +1,207 @@
+"""The faults of a run: each happens, lasts for a while, and is over."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from tests.exploration.discord import SimulatedDiscord
+from tests.exploration.fleet import Fleet
+from tests.exploration.record import Record
+from tests.exploration.redis_data import Database
+from tests.exploration.redis_server import SimulatedRedis
+
+
+class Faults:
+    """Lets the faults of a scenario happen, at times that its seed chooses."""
+
+    def __init__(
+        self, record: Record, fleet: Fleet, redis: SimulatedRedis, discord: SimulatedDiscord
+    ) -> None:
+        self._random = random.Random(f"faults {record.scenario.seed}")
+        self._record = record
+        self._window = record.scenario.window
+        self._fleet = fleet
+        self._redis = redis
+        self._discord = discord
+        self._causes: dict[str, Callable[[], Awaitable[None]]] = {
+            "kill": self._kill,
+            "freeze": self._freeze,
+            "stop": self._stop,
+            "reset": self._reset,
+            "lost-request": self._lose_requests,
+            "lost-reply": self._lose_replies,
+            "slow": self._slow_down,
+            "down": self._take_down,
+            "restart": self._restart,
+            "wipe": self._wipe,
+            "failover": self._fail_over,
+            "proxied-failover": self._fail_over_behind_proxy,
+            "reload": self._reload,
+            "delete-key": self._delete_key,
+            "evict": self._evict,
+            "flush": self._flush,
+            "set-clock": self._set_clock,
+            "max-concurrency": self._change_max_concurrency,
+            "budget": self._grant_more,
+            "discord-down": self._take_discord_down,
+        }
+
+    async def run(self) -> None:
+        """Let faults happen until the time for them is over, and mend everything then."""
+        scenario, source = self._record.scenario, self._random
+        with trio.move_on_at(scenario.fault_seconds):
+            async with trio.open_nursery() as nursery:
+                while scenario.faults:
+                    await trio.sleep(source.uniform(0, 2) * self._window)
+                    nursery.start_soon(self._causes[source.choice(scenario.faults)])
+                await trio.sleep_forever()
+        self._redis.is_up = True
+        await self._fleet.mend()
+
+    async def _last(self, least: float, most: float) -> None:
+        await trio.sleep(self._random.uniform(least, most))
+
+    # Processes
+
+    async def _kill(self) -> None:
+        if process := self._fleet.any(self._random):
+            await process.kill()
+            await self._last(0, 2 * self._window)
+            await self._fleet.start(process.record.replica)
+
+    async def _stop(self) -> None:
+        if process := self._fleet.any(self._random):
+            with trio.CancelScope(shield=True):
+                process.thaw()
+                await process.stop()
+            await self._last(0, self._window)
+            await self._fleet.start(process.record.replica)
+
+    async def _freeze(self) -> None:
+        if process := self._fleet.any(self._random):
+            if self._random.random() < 0.5:  # in the moment of a request
+                with trio.move_on_after(self._window):
+                    await process.sends.park()
+            process.freeze()
+            try:
+                await self._last(0.1 * self._window, 4 * self._window)
+            finally:
+                process.thaw()
+
+    # Redis
+
+    async def _reset(self) -> None:
+        self._record.note("Redis: connections reset")
+        self._redis.reset_connections("Connection reset by peer")
+
+    async def _lose_requests(self) -> None:
+        self._record.note("Redis: requests get lost")
+        self._redis.loses_requests = self._random.choice((0.1, 0.5))
+        try:
+            await self._last(0, 2 * self._window)
+        finally:
+            self._redis.loses_requests = 0
+
+    async def _lose_replies(self) -> None:
+        self._record.note("Redis: replies get lost")
+        self._redis.loses_replies = self._random.choice((0.1, 0.5))
+        try:
+            await self._last(0, 2 * self._window)
+        finally:
+            self._redis.loses_replies = 0
+
+    async def _slow_down(self) -> None:
+        if self._random.random() < 0.5:
+            self._record.note("Redis: stalls")
+            self._redis.stalls_until = trio.current_time() + self._random.uniform(0, 3)
+            return
+        self._record.note("Redis: slow")
+        self._redis.extra_latency = self._random.choice((0.1, 0.6, 1.5))
+        try:
+            await self._last(0, 3 * self._window)
+        finally:
+            self._redis.extra_latency = 0
+
+    async def _be_down(self) -> None:
+        self._redis.is_up = False
+        self._redis.reset_connections("Connection closed by server")
+        try:
+            await self._last(0, 2 * self._window)
+        finally:
+            self._redis.is_up = True
+
+    async def _take_down(self) -> None:
+        self._record.note("Redis: unreachable")
+        await self._be_down()
+
+    async def _restart(self) -> None:
+        self._record.note("Redis: restarts")
+        self._redis.start_anew(self._redis.data)
+        await self._be_down()
+
+    async def _wipe(self) -> None:
+        self._redis.lose("restarts without its data")
+        self._redis.start_anew(self._empty())
+        await self._be_down()
+
+    async def _fail_over(self, *, keeps_connections: bool = False) -> None:
+        copy = self._redis.data.copy()
+        await self._last(0, self._window)
+        how = "behind a proxy " if keeps_connections else ""
+        self._redis.lose(f"failed over {how}to a copy that lacks the last writes")
+        self._redis.start_anew(copy, keeps_connections=keeps_connections)
+
+    async def _fail_over_behind_proxy(self) -> None:
+        await self._fail_over(keeps_connections=True)
+
+    async def _reload(self) -> None:
+        copy = self._redis.data.copy()
+        await self._last(0, 2 * self._window)
+        self._redis.lose("reloads an older snapshot")
+        self._redis.data = copy
+
+    async def _delete_key(self) -> None:
+        keys = sorted(self._redis.data.values)
+        if keys:
+            key = self._random.choice(keys)
+            self._redis.lose(f"DEL {key.decode()}")
+            self._redis.data.delete(key)
+
+    async def _evict(self) -> None:
+        self._redis.policy = b"allkeys-random"
+        try:
+            for _ in range(self._random.randint(2, 20)):
+                await self._last(0, self._window / 4)
+                await self._delete_key()
+        finally:
+            self._redis.policy = b"noeviction"
+
+    async def _flush(self) -> None:
+        self._redis.lose("FLUSHALL")
+        self._redis.data = self._empty()
+
+    async def _set_clock(self) -> None:
+        far = self._random.choice((0.01, 0.3, self._window, 60, 3600, 30 * 86400))
+        self._redis.set_clock(self._random.uniform(-far, far))
+
+    def _empty(self) -> Database:
+        return Database(self._redis.random)
+
+    # Discord
+
+    async def _change_max_concurrency(self) -> None:
+        self._discord.change_max_concurrency()
+
+    async def _grant_more(self) -> None:
+        self._discord.grant_more()
+
+    async def _take_discord_down(self) -> None:
+        self._record.note("Discord: down")
+        self._discord.is_down = True
+        try:
+            await self._last(0, 4 * self._window)
+        finally:
+            self._discord.is_down = False

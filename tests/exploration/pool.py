@@ -1,0 +1,84 @@
+"""Runs of many seeds, on all cores."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+from tests.exploration.invariants import broken
+from tests.exploration.run import explore
+
+LONGEST_RUN = 30
+"""Seconds of processor time after which a run is taken for one that never ends."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to check, and what to leave out."""
+
+    ignore: frozenset[str] = frozenset()
+    """Invariants."""
+    without: frozenset[str] = frozenset()
+    """Kinds of faults."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one seed."""
+
+    seed: int
+    virtual_seconds: float
+    broken: dict[str, str]
+    """Explanations by invariant."""
+
+
+class NeverEnds(Exception):
+    """A run has taken too long."""
+
+
+def try_seed(seed: int, choice: Choice) -> Outcome:
+    """Run a seed, and check the invariants."""
+    signal.signal(signal.SIGVTALRM, _give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST_RUN)
+    try:
+        record = explore(seed, without=choice.without)
+        return Outcome(seed, record.ended_at, broken(record, choice.ignore))
+    except Exception as error:  # noqa: BLE001
+        return Outcome(seed, 0, {"runs-to-its-end": repr(error)})
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def try_seeds(seeds: Iterable[int], choice: Choice) -> Iterator[Outcome]:
+    """Run seeds on all cores; the outcomes come in the order of the seeds."""
+    cores = os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, context, _prepare) as pool:
+        pending = deque[Future[Outcome]]()
+        try:
+            for seed in seeds:
+                pending.append(pool.submit(try_seed, seed, choice))
+                if len(pending) > 8 * cores:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _prepare() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 1000)
+
+
+def _give_up(_: int, __: FrameType | None) -> NoReturn:
+    raise NeverEnds(f"the run takes more than {LONGEST_RUN} s")

@@ -1,0 +1,126 @@
+"""What a run leaves behind for the invariants. Times are true times, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import trio
+
+from tests.exploration.scenario import Scenario
+
+Step = Literal["arrived", "chosen", "answered", "left", "failed"]
+
+
+@dataclass(eq=False)
+class Call:
+    """One request of a shard to one process."""
+
+    number: int
+    shard: int | None
+    client: int
+    process: ProcessRecord
+    leaves_when_chosen: bool
+    sent_at: float
+    arrived_at: float | None = None
+    chosen_at: float | None = None
+    answered_at: float | None = None
+    """When the answer was on the wire."""
+    ended_at: float | None = None
+    """When its client left, or its connection was closed, or its answer was out."""
+    failure: str | None = None
+    """What went wrong in the server, if the request is held because of that."""
+
+    def __str__(self) -> str:
+        return f"call {self.number} (client {self.client}, shard {self.shard})"
+
+    @property
+    def waits(self) -> bool:
+        """Whether it stands in the queue."""
+        return self.arrived_at is not None and self.chosen_at is None and self.ended_at is None
+
+
+@dataclass(eq=False)
+class ProcessRecord:
+    """One process of the server, from its start to its end."""
+
+    number: int
+    replica: int
+    started_at: float
+    hold_on_start: bool
+    ended_at: float | None = None
+    was_killed: bool = False
+    steps: list[tuple[float, Step, Call]] = field(default_factory=list)
+    """What its door has seen, in order."""
+    keys_told: list[tuple[float, int]] = field(default_factory=list)
+    """Discord's ``max_concurrency``, each time that Discord has told it."""
+
+    def keys_at(self, time: float, since: float) -> set[int]:
+        """Return the numbers of keys that it may go by at a time.
+
+        Args:
+          time: when.
+          since: what was told before this time must have been adopted.
+        """
+        before = [keys for at, keys in self.keys_told if at <= since]
+        return {keys for at, keys in self.keys_told if since < at <= time} | set(before[-1:])
+
+
+@dataclass(eq=False)
+class Overspending:
+    """A session start over the limit of Discord's day."""
+
+    at: float
+    used: int
+    limit: int
+
+
+@dataclass(eq=False)
+class Record:
+    """Everything that can be seen of a run from outside."""
+
+    scenario: Scenario
+    is_full: bool
+    """Whether each request to Redis is noted, too."""
+    lines: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    processes: list[ProcessRecord] = field(default_factory=list)
+    overspent: list[Overspending] = field(default_factory=list)
+    losses: list[tuple[float, str]] = field(default_factory=list)
+    """When Redis has lost data, or its clock was set, and how."""
+    wrong: list[tuple[str, str]] = field(default_factory=list)
+    """What was seen to be wrong during the run: the invariant's name and an explanation."""
+    healed_at: float = 0.0
+    settled_at: float = 0.0
+    """From when on no fault of before can delay anybody."""
+    unreleased: list[Call] = field(default_factory=list)
+    """Calls that were still connected when the run gave up on them."""
+    ended_at: float = 0.0
+
+    def note(self, line: str) -> None:
+        self.lines.append(f"{trio.current_time():12.6f}  {line}")
+
+    def note_detail(self, line: Callable[[], str]) -> None:
+        """Note what is worth its time only when the history is read."""
+        if self.is_full:
+            self.note(line())
+
+    def step(self, call: Call, step: Step) -> None:
+        now = trio.current_time()
+        if step == "arrived":
+            call.arrived_at = now
+        elif step == "chosen":
+            call.chosen_at = now
+        else:
+            call.ended_at = now
+            if step == "answered":
+                call.answered_at = now
+        call.process.steps.append((now, step, call))
+        self.note(f"replica {call.process.replica}: {call} {step}")
+
+    @property
+    def answers(self) -> list[Call]:
+        """Return the calls that were answered, in the order of their answers."""
+        answered = [call for call in self.calls if call.answered_at is not None]
+        return sorted(answered, key=lambda call: call.answered_at or 0)

@@ -1,0 +1,299 @@
+"""A simulated Redis server, the way to it, and the faults of both."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Coroutine, Generator
+from math import inf
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import trio
+from coredis.exceptions import ConnectionError as ConnectionLost
+from coredis.exceptions import RedisError
+
+from tests.exploration.record import Record
+from tests.exploration.redis_data import Database, Reply, Status, word
+from tests.exploration.redis_scripts import Scripts
+
+EPOCH = 1_800_000_000_000_000
+"""What the server's clock shows at the start, in microseconds."""
+
+
+class Host(Protocol):
+    """Where a client of the server runs."""
+
+    sends: trio.lowlevel.ParkingLot
+    """Who waits for the next request to be on its way."""
+
+    @property
+    def is_frozen(self) -> bool: ...
+
+    async def thawed(self) -> None:
+        """Wait while the process is frozen."""
+
+
+class SimulatedRedis:
+    """The server. It can crash, lose data, be slow, and have a wrong clock.
+
+    Args:
+      nursery: where its connections live.
+      record: where to note what happens.
+      random_source: chooses latencies and faults.
+    """
+
+    def __init__(self, nursery: trio.Nursery, record: Record, random_source: random.Random) -> None:
+        self.nursery = nursery
+        self.record = record
+        self.random = random_source
+        self.data = Database(random_source)
+        self.policy = b"noeviction"
+        self.is_up = True
+        self.loses_requests = self.loses_replies = 0.0
+        """Probabilities."""
+        self.stalls_until = 0.0
+        self.extra_latency = 0.0
+        """The longest that a request or a reply takes besides the usual time."""
+        self._latency = record.scenario.latency
+        self._rate = record.scenario.clock_rate
+        self._shown, self._shown_at = float(EPOCH), trio.current_time()
+        self._connections: list[Connection] = []
+        self._scripts = Scripts(self._execute)
+        self._new_run_id()
+
+    def time(self) -> int:
+        """Return what its clock shows, in microseconds."""
+        passed = trio.current_time() - self._shown_at
+        return int(self._shown + passed * self._rate * 1e6)
+
+    def set_clock(self, seconds: float) -> None:
+        """Set its clock forward or back."""
+        self._shown, self._shown_at = self.time() + seconds * 1e6, trio.current_time()
+        self.lose(f"clock set by {seconds:.3f} s")
+
+    def lose(self, what: str) -> None:
+        """Note that what it knows may be wrong or gone from now on."""
+        self.record.losses.append((trio.current_time(), what))
+        self.record.note(f"Redis: {what}")
+
+    async def works(self) -> None:
+        """Wait while it stalls."""
+        await trio.sleep_until(self.stalls_until)
+
+    def latency(self) -> float:
+        return self._latency * self.random.uniform(0.5, 2) + self.random.uniform(
+            0, self.extra_latency
+        )
+
+    def reset_connections(self, reason: str) -> None:
+        connections, self._connections = self._connections, []
+        for connection in connections:
+            connection.reset(reason)
+
+    def start_anew(self, data: Database, *, keeps_connections: bool = False) -> None:
+        """Become another process, with these data."""
+        self.data = data
+        self._new_run_id()
+        if keeps_connections:
+            if self.random.random() < 0.5:  # Redis 6 hands scripts to its replicas, 7 does not
+                self._scripts.forget()
+        else:
+            self._scripts.forget()
+            self.reset_connections("Connection reset by peer")
+
+    async def connect(self, host: Host) -> Connection:
+        """Open a connection.
+
+        Raises:
+          ConnectionLost: the server is down.
+        """
+        await trio.sleep(2 * self.latency())
+        await host.thawed()
+        if not self.is_up:
+            raise ConnectionLost("Connection refused")
+        connection = Connection(self, host)
+        self._connections.append(connection)
+        return connection
+
+    def forget_connection(self, connection: Connection) -> None:
+        if connection in self._connections:
+            self._connections.remove(connection)
+
+    def answer(self, words: list[bytes]) -> Reply:
+        """Run the command of a client.
+
+        Raises:
+          RedisError: the server's answer is an error.
+        """
+        name = words[0].upper()
+        if name == b"EVALSHA":
+            number = int(words[2])
+            return self._scripts.run(words[1], words[3 : 3 + number], words[3 + number :])
+        if name == b"SCRIPT" and words[1].upper() == b"LOAD":
+            return self._scripts.load(words[2])
+        return self._execute(words)
+
+    def _execute(self, words: list[bytes]) -> Reply:
+        match [word.upper() for word in words[:2]]:
+            case [b"INFO", *_]:
+                return self._info()
+            case [b"CONFIG", b"GET"]:
+                return [b"maxmemory-policy", self.policy]
+            case [b"ROLE"]:
+                return [b"master", 0, []]
+            case [b"PING"]:
+                return Status(b"PONG")
+        return self.data.execute(self.time(), words)
+
+    def _info(self) -> bytes:
+        return (
+            b"# Server\r\nredis_version:7.2.0\r\nrun_id:%s\r\n"
+            b"# Memory\r\nmaxmemory:0\r\nmaxmemory_policy:%s\r\n# Replication\r\nrole:master\r\n"
+        ) % (self.run_id, self.policy)
+
+    def _new_run_id(self) -> None:
+        self.run_id = b"%040x" % self.random.getrandbits(160)
+
+
+class Connection:
+    """What coredis's pool hands out, as far as :class:`~gateway_queue.store.redis.link.Link` goes.
+
+    Each way delivers in order. What was lost on a way holds up what comes after it, as in TCP.
+    """
+
+    def __init__(self, server: SimulatedRedis, host: Host) -> None:
+        self._server = server
+        self._host = host
+        self._broken: str | None = None
+        self._is_mute = False
+        self._waiting: list[_Request] = []
+        self._out, requests = trio.open_memory_channel[_Request](inf)
+        self._back, replies = trio.open_memory_channel[_Request](inf)
+        server.nursery.start_soon(self._carry_out, requests)
+        server.nursery.start_soon(self._carry_back, replies)
+
+    def create_request(
+        self,
+        command: bytes,
+        *arguments: bytes | str | float,
+        decode: bool,
+        disconnect_on_cancellation: bool,
+    ) -> Coroutine[Any, Any, Reply]:
+        if self._broken is not None:
+            raise ConnectionLost(self._broken)
+        assert not decode
+        request = _Request([*command.split(), *map(word, arguments)])
+        request.due = trio.current_time() + self._server.latency()
+        request.is_withheld = self._host.is_frozen
+        self._waiting.append(request)
+        self._out.send_nowait(request)
+        self._host.sends.unpark_all()
+        return self._result(request, disconnect_on_cancellation)
+
+    async def _result(self, request: _Request, disconnect_on_cancellation: bool) -> Reply:
+        try:
+            return await request
+        except trio.Cancelled:
+            if disconnect_on_cancellation:
+                self.close("a request was cancelled")
+            raise
+        finally:
+            if request in self._waiting:
+                self._waiting.remove(request)
+
+    def close(self, reason: str) -> None:
+        """Close it from this side: what was sent may still get there."""
+        if self._broken is None:
+            self._broken = reason
+            self._out.close()
+            self._server.forget_connection(self)
+            for request in self._waiting:
+                request.fail(ConnectionLost(reason))
+
+    def reset(self, reason: str) -> None:
+        """Lose it: what was sent gets nowhere any more."""
+        self._is_mute = True
+        self.close(reason)
+
+    async def _carry_out(self, requests: trio.MemoryReceiveChannel[_Request]) -> None:
+        server = self._server
+        async for request in requests:
+            if request.is_withheld:
+                await self._host.thawed()
+            await trio.sleep_until(request.due)
+            await server.works()
+            if self._is_mute or server.random.random() < server.loses_requests:
+                self._is_mute = True
+                continue
+            try:
+                request.reply = server.answer(request.words)
+            except RedisError as error:
+                request.error = error
+            server.record.note_detail(request.describe)
+            request.due = trio.current_time() + server.latency()
+            self._back.send_nowait(request)
+        self._back.close()
+
+    async def _carry_back(self, replies: trio.MemoryReceiveChannel[_Request]) -> None:
+        server, is_mute = self._server, False
+        async for request in replies:
+            is_mute = is_mute or server.random.random() < server.loses_replies
+            await trio.sleep_until(request.due)
+            await self._host.thawed()
+            if not is_mute:
+                request.done.set()
+
+
+class _Request:
+    __slots__ = ("done", "due", "error", "is_withheld", "reply", "words")
+
+    def __init__(self, words: list[bytes]) -> None:
+        self.words = words
+        self.due = 0.0
+        self.is_withheld = False
+        self.reply: Reply = None
+        self.error: RedisError | None = None
+        self.done = trio.Event()
+
+    def fail(self, error: RedisError) -> None:
+        self.error = error
+        self.done.set()
+
+    def describe(self) -> str:
+        words = [word for word in self.words if len(word) < 1000][:30]
+        shown = b" ".join(words).decode()
+        return f"Redis: {shown} -> {self.error or self.reply!r}"
+
+    def __await__(self) -> Generator[Any, Any, Reply]:
+        yield from self.done.wait().__await__()
+        if self.error is not None:
+            raise self.error
+        return self.reply
+
+
+class SimulatedPool:
+    """What stands in for coredis's pool: a link takes one connection from it."""
+
+    def __init__(self, server: SimulatedRedis, host: Host) -> None:
+        self._server = server
+        self._host = host
+        self._connection: Connection | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close("closed")
+
+    async def get_connection(self) -> Connection:
+        self._connection = await self._server.connect(self._host)
+        return self._connection
+
+    def close(self, reason: str) -> None:
+        if self._connection is not None:
+            self._connection.close(reason)

@@ -1,0 +1,110 @@
+"""What one run is made of, all chosen from its seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields
+from typing import Literal
+
+PROCESS_FAULTS = ("kill", "freeze", "stop")
+REDIS_FAULTS = (
+    "reset",
+    "lost-request",
+    "lost-reply",
+    "slow",
+    "down",
+    "restart",
+    "wipe",
+    "failover",
+    "proxied-failover",
+    "reload",
+    "delete-key",
+    "evict",
+    "flush",
+    "set-clock",
+)
+DISCORD_FAULTS = ("max-concurrency", "budget", "discord-down")
+CHOICES = ("clock-rate", "cap", "tight-budget", "loop-guard", "places", "hang-ups")
+"""What is no fault, but can be left out of the scenarios like one."""
+
+ALL_KINDS = (*PROCESS_FAULTS, *REDIS_FAULTS, *DISCORD_FAULTS, *CHOICES)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One run. Times are in seconds."""
+
+    seed: int
+    store: Literal["memory", "redis"]
+    replicas: int
+    has_token: bool
+    keys: int
+    """Discord's ``max_concurrency`` at the start; without a token also what is configured."""
+    max_concurrency: int | None
+    """The cap of all keys together; None without one."""
+    window: float
+    place_seconds: float
+    loop_free_starts: int
+    session_start_limit: int | None
+    budget: int
+    """Session starts that Discord has left at the start."""
+    resets_in: float
+    refresh: float
+    hold_on_start: bool
+    latency: float
+    """The usual time to Redis, one way."""
+    clock_rate: float
+    clients: int
+    hang_ups: bool
+    fault_seconds: float
+    faults: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
+    """Choose a scenario.
+
+    Args:
+      seed: chooses it.
+      without: the kinds of fault, or of :data:`CHOICES`, that must not be in it.
+    """
+    source = random.Random(f"scenario {seed}")
+    store: Literal["memory", "redis"] = source.choices(("memory", "redis"), (3, 7))[0]
+    has_token = source.random() < 0.5
+    keys = source.choice((1, 1, 2, 3, 4, 16))
+    cap = source.randint(1, keys) if has_token and source.random() < 0.3 else None
+    window = source.choice((1.0, 2.0, 5.0))
+    tight = source.random() < 0.3
+    limit = source.choice((None, None, None, None, 0, source.randint(3, 20)))
+    possible = (
+        *PROCESS_FAULTS,
+        *(REDIS_FAULTS if store == "redis" else ()),
+        *(DISCORD_FAULTS if has_token else ()),
+    )
+    faults = tuple(kind for kind in possible if source.random() < 0.3 and kind not in without)
+    place_seconds = source.choice((0.0, 2.0, 10.0, 30.0))
+    loop_free_starts = source.choice((0, 1, 2, 5))
+    return Scenario(
+        seed=seed,
+        store=store,
+        replicas=source.choice((1, 1, 2, 3)) if store == "redis" else 1,
+        has_token=has_token,
+        keys=keys,
+        max_concurrency=None if "cap" in without else cap,
+        window=window,
+        place_seconds=0.0 if "places" in without else place_seconds,
+        loop_free_starts=0 if "loop-guard" in without else loop_free_starts,
+        session_start_limit=None if "tight-budget" in without else limit,
+        budget=source.randint(0, 10) if tight and "tight-budget" not in without else 1000,
+        resets_in=source.uniform(5, 60),
+        refresh=source.choice((2.0, 5.0, 20.0)),
+        hold_on_start=source.random() < 0.7,
+        latency=source.choice((0.0001, 0.0005, 0.003, 0.04)),
+        clock_rate=1 + (0 if "clock-rate" in without else source.choice((0, 0, 5e-4, -5e-4))),
+        clients=source.randint(2, 10),
+        hang_ups=source.random() < 0.8 and "hang-ups" not in without,
+        fault_seconds=window * source.uniform(4, 14),
+        faults=faults,
+    )

@@ -1,0 +1,59 @@
+"""The rules of the queue hold in simulated runs, with faults, that a seed chooses."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.exploration.invariants import broken
+from tests.exploration.run import explore
+
+ROOT = Path(__file__).parent.parent
+
+FIXED_SEEDS = (0, 1, 2, 3, 5, 7, 13, 24, 27, 32, 64, 91, 129, 267, 271, 305, 350, 399, 474)
+"""Add each seed that has found a fault."""
+
+SECONDS = 30.0
+"""For how long to try seeds that nobody has tried before."""
+
+
+@pytest.mark.parametrize("seed", FIXED_SEEDS)
+def test_rules_hold_with_fixed_seed(seed: int) -> None:
+    assert not broken(explore(seed)), f"scripts/explore --replay {seed}"
+
+
+def test_rules_hold_with_fresh_seeds() -> None:
+    first = random.SystemRandom().randrange(10**6, 10**9)
+    ends_at = time.monotonic() + SECONDS
+    seed = first
+    while time.monotonic() < ends_at:
+        assert not broken(explore(seed)), f"scripts/explore --replay {seed}"
+        seed += 1
+
+
+@pytest.mark.parametrize("seed", [1, 24])
+def test_same_seed_gives_same_history(seed: int) -> None:
+    first, second = explore(seed, full=True), explore(seed, full=True)
+    assert first.lines == second.lines
+
+
+@pytest.mark.parametrize("seed", [24, 32])
+def test_same_seed_gives_same_history_in_another_process(seed: int) -> None:
+    histories = [
+        subprocess.run(
+            [sys.executable, "-m", "tests.exploration", "--replay", str(seed)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            stdout=subprocess.PIPE,
+            check=False,
+        ).stdout
+        for hash_seed in ("1", "2")
+    ]
+    assert histories[0] == histories[1]
+    assert histories[0].count(b"\n") > 100
