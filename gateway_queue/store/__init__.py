@@ -60,8 +60,8 @@ class Refusal:
     seconds: float
     """Ask again after this time."""
     concerns: Literal["shard", "key", "queue"]
-    """What has to wait: this shard alone, all tickets of the key, or all tickets of all keys, because
-    ``releases_per_window`` is used up or an older ticket of another replica goes first."""
+    """What has to wait: this shard alone, all tickets of the key, or all tickets of all keys,
+    because ``releases_per_window`` is used up or an older ticket of another replica goes first."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ class WindowStore(Protocol):
     Whoever has claimed a key either releases one ticket and starts the window, or gives the key
     back. A claim takes one of the day's session starts along. A store that cannot be reached
     refuses claims until it can, and what it could not be told it learns then.
+
+    Any method that is async may suspend, also one that does not in some store: while it waits,
+    tickets come and leave, other keys are claimed, and the number of keys changes. A claim that is
+    cancelled while it waits is given back by the store.
     """
 
     @property
