@@ -105,7 +105,7 @@ end
 local function begin_anew()
   redis.call('DEL', state, heads)
   redis.call('ZREMRANGEBYSCORE', starts, '(' .. word(now), '+inf')
-  since, kept_at = word(now), '0'
+  since, kept_at = word(now), false
 end
 
 if not is_whole() then
@@ -114,18 +114,22 @@ end
 -- A server without memory for more refuses this, before anything is changed.
 redis.call('HSET', state, 'since', since, 'last', word(now), 'run_id', server)
 
--- No key may expire before the others: that would look like a loss.
-if now - tonumber(kept_at or 0) > HOUR then
-  redis.call('HSET', state, 'kept_at', word(now))
-  expire(state, KEPT)
-  expire(starts, KEPT)
-  expire(shards, KEPT)
+-- No key may expire before the others: that would look like a loss. So all are put off together,
+-- and as soon as there is one more.
+local function put_off_expiry(starts_now, shards_now)
+  local is_new = (starts_now > 0 and starts_size == '0') or (shards_now > 0 and shards_size == '0')
+  if is_new or now - tonumber(kept_at or 0) > HOUR then
+    redis.call('HSET', state, 'kept_at', word(now))
+    expire(state, KEPT)
+    expire(starts, KEPT)
+    expire(shards, KEPT)
+  end
 end
 
 -- ---- the day's session starts -----------------------------------------------------------------
 
--- Returns how many are used, the total (-1: no limit is known), when some are free again, and when
--- the next can be claimed then.
+-- Returns how many are used, the total (-1: no limit is known), when some are free again, when the
+-- next can be claimed then, how many are in PREFIX:starts, and whether the limit is Discord's.
 local function budget()
   local total, remaining, resets_at, asked_at = unpack(
     redis.call('HMGET', state, 'total', 'remaining', 'resets_at', 'asked_at'))
@@ -139,15 +143,16 @@ local function budget()
         'resets_at', word(resets_at))
     end
     redis.call('ZREMRANGEBYSCORE', starts, '-inf', word(asked_at - in_flight))
-    return total - remaining + redis.call('ZCARD', starts), total, resets_at, resets_at + window
+    local size = redis.call('ZCARD', starts)
+    return total - remaining + size, total, resets_at, resets_at + window, size, 1
   end
   redis.call('ZREMRANGEBYSCORE', starts, '-inf', word(now - day))
   if limit <= 0 then
     redis.call('ZREMRANGEBYRANK', starts, 0, -usual_total - 1)
   end
   local first = redis.call('ZRANGE', starts, 0, 0, 'WITHSCORES')[2]
-  local resets_at = (first or now) + day
-  return redis.call('ZCARD', starts), limit > 0 and limit or -1, resets_at, resets_at
+  local resets_at, size = (first or now) + day, redis.call('ZCARD', starts)
+  return size, limit > 0 and limit or -1, resets_at, resets_at, size, 0
 end
 
 local function shard_of(token)
@@ -173,12 +178,10 @@ end
 local function count_start(token, at)
   at = math.min(at, now)
   redis.call('ZADD', starts, word(at), token)
-  expire(starts, KEPT)
   local shard = shard_of(token)
   if free_starts > 0 and shard ~= '' and is_recent(at) then
     local recent = without(redis.call('HGET', shards, shard), token, is_recent)
     redis.call('HSET', shards, shard, with(recent, token, word(at)))
-    expire(shards, KEPT)
     forget_some_shards()
   end
 end
@@ -282,7 +285,8 @@ local function opens_at(number, key)
       end
     end)
   end
-  return latest, redis.call('HEXISTS', state, 'claim:' .. closing) == 1
+  local is_claimed = is_closed(latest) and redis.call('HEXISTS', state, 'claim:' .. closing) == 1
+  return latest, is_claimed
 end
 
 -- ---- releases of all keys in one window -------------------------------------------------------
@@ -347,10 +351,11 @@ end
 local GRANTED, KEY_CLOSED, SHARD_HELD, QUEUE_CLOSED = 0, 1, 2, 3
 
 local function answer(verdict, wait)
-  local used, total, resets_at = budget()
-  redis.call('HSET', state, 'seen:' .. replica, word(now),
-    'starts_size', redis.call('ZCARD', starts), 'shards_size', redis.call('HLEN', shards))
-  local is_discords = redis.call('HEXISTS', state, 'total')
+  local used, total, resets_at, _, starts_now, is_discords = budget()
+  local shards_now = redis.call('HLEN', shards)
+  redis.call('HSET', state, 'seen:' .. replica, word(now), 'starts_size', word(starts_now),
+    'shards_size', word(shards_now))
+  put_off_expiry(starts_now, shards_now)
   return {verdict, wait, now, tonumber(since), used, total, math.max(0, resets_at - now),
     is_discords}
 end
