@@ -88,6 +88,13 @@ def redis_server(*options: str) -> Iterator[RedisServer]:
             server.kill()
 
 
+HELD_BACK_SECONDS = 0.5
+
+
+def _connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), PATIENCE)
+
+
 class Proxy:
     """Stands between a replica and Redis.
 
@@ -101,6 +108,10 @@ class Proxy:
         self.delay = delay
         self.swallows_answers_to: bytes | None = None
         """Cut a connection when the answer comes to a request with these bytes in it."""
+        self.holds_back: bytes | None = None
+        """Cut a client that sends a request with these bytes in it, and forward it later."""
+        self.keeps_clients = False
+        """Connect clients to another target without closing their connections."""
         self.cuts = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -128,6 +139,13 @@ class Proxy:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
+    def _cut_and_pass_on(self, client: socket.socket, server: socket.socket, data: bytes) -> None:
+        client.shutdown(socket.SHUT_RDWR)
+        self.cuts += 1
+        time.sleep(HELD_BACK_SECONDS)
+        server.sendall(data)
+        server.recv(65536)
+
     def _accept(self) -> None:
         threads: list[threading.Thread] = []
         with suppress(OSError):
@@ -143,10 +161,11 @@ class Proxy:
         with ExitStack() as stack:
             stack.enter_context(client)
             try:
-                server = socket.create_connection(("127.0.0.1", self.target), PATIENCE)
+                server = _connect(self.target)
             except OSError:
                 return
             stack.enter_context(server)
+            connected_to = self.target
             self._open += [client, server]
             other = {client: server, server: client}
             under_way: list[tuple[float, socket.socket, bytes]] = []
@@ -160,6 +179,14 @@ class Proxy:
                         if not data or (doomed and source is server):
                             self.cuts += doomed
                             return
+                        if self.holds_back is not None and self.holds_back in data:
+                            self._cut_and_pass_on(client, server, data)
+                            return
+                        if self.keeps_clients and self.target != connected_to:
+                            connected_to = self.target
+                            server = stack.enter_context(_connect(connected_to))
+                            self._open.append(server)
+                            other = {client: server, server: client}
                         wanted = self.swallows_answers_to
                         doomed |= source is client and wanted is not None and wanted in data
                         under_way.append((time.monotonic() + self.delay, other[source], data))

@@ -307,6 +307,12 @@ arrivals_over_days = st.floats(0, 2.5 * DAY) | st.floats(0, 2 * HOUR)
         faults=st.lists(st.booleans(), max_size=20),
     ),
 )
+# The queue's reset is an instant before Discord's, because both are rounded.
+@hypothesis.example(
+    shards=[(300.0, 0.0), (6_000.0, 0.0), (23_000.0, 0.0), (90_000.0, 0.0), (147_000.0, 0.0)],
+    restarts=[],
+    day=Day(total=1, resets=70698.95574140969),
+)
 @hypothesis.settings(deadline=None)
 def test_discord_never_counts_more_than_it_allows(
     shards: list[tuple[float, float]], restarts: list[float], day: Day
@@ -391,12 +397,12 @@ async def test_when_the_day_is_spent_all_wait_for_the_reset_and_go_on_at_the_usu
             assert queue.store.session_starts().spent
             assert len(named(logged, "spent, tickets are held")) == 1
             (lane,) = status.lanes(queue)
-            assert lane.opens_in == pytest.approx(HOUR - 20 * WINDOW)
+            assert lane.opens_in == pytest.approx(HOUR + WINDOW - 20 * WINDOW)
             for _ in range(10):
                 day.identify()
         follower.cancel_scope.cancel()
     later = [at for at, *_ in history.releases[10:]]
-    assert later[0] == pytest.approx(HOUR)
+    assert HOUR <= later[0] <= HOUR + WINDOW + TOLERANCE
     assert [b - a for a, b in pairwise(later)] == pytest.approx([WINDOW] * 7)
 
 
@@ -526,7 +532,7 @@ async def test_a_reset_is_believed_when_discord_does_not_answer(autojump_clock: 
             follower.start_soon(following(day, queue).run)
             queue.set_max_concurrency(1)
             async with queue.turn(None):
-                assert trio.current_time() == pytest.approx(HOUR)
+                assert trio.current_time() == pytest.approx(HOUR + WINDOW)
             follower.cancel_scope.cancel()
 
 

@@ -265,7 +265,18 @@ def lose_the_script(redis: RedisServer) -> None:
     redis.command("SCRIPT", "FLUSH")
 
 
-@pytest.mark.parametrize("fault", [kill_and_restart, pause, flush, lose_the_script])
+def evict_the_state(redis: RedisServer) -> None:
+    redis.command("DEL", "gateway-queue:state")
+
+
+def evict_the_starts(redis: RedisServer) -> None:
+    redis.command("DEL", "gateway-queue:starts")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [kill_and_restart, pause, flush, lose_the_script, evict_the_state, evict_the_starts],
+)
 def test_whatever_becomes_of_redis_nobody_is_early_and_nobody_lost(
     redis: RedisServer, fault: Callable[[RedisServer], None]
 ) -> None:
@@ -439,7 +450,7 @@ def test_replicas_share_a_configured_limit(redis: RedisServer) -> None:
     assert {status["session_starts"]["source"] for status in statuses} == {"configured"}
 
 
-@pytest.mark.parametrize("fault", [kill_and_restart, flush])
+@pytest.mark.parametrize("fault", [kill_and_restart, flush, evict_the_state, evict_the_starts])
 def test_replicas_know_what_is_used_when_redis_has_lost_it(
     redis: RedisServer, fault: Callable[[RedisServer], None]
 ) -> None:

@@ -121,6 +121,10 @@ class WindowStore(Protocol):
     Whoever has claimed a key either releases one ticket and starts the window, or gives the key
     back. A claim takes one of the day's session starts along. A store that cannot be reached
     refuses claims until it can, and what it could not be told it learns then.
+
+    Any method that is async may suspend, also one that does not in some store: while it waits,
+    tickets come and leave, other keys are claimed, and the number of keys changes. A claim that is
+    cancelled while it waits is given back by the store.
     """
 
     @property
@@ -132,7 +136,7 @@ class WindowStore(Protocol):
         """Why the store cannot be reached, if it cannot."""
 
     async def claim(
-        self, key: int, shard: int | None, came_at: float, *, confirm: bool
+        self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
     ) -> Claim | Refusal:
         """Claim an open key for a shard.
 
@@ -144,7 +148,7 @@ class WindowStore(Protocol):
           confirm: whether the client will say when it has identified. Such a claim lasts longer.
         """
 
-    async def start_window(self, claim: Claim, at: float, *, confirmed: bool) -> None:
+    async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
         """Count a session start, and close its key for one window.
 
         Args:

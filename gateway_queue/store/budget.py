@@ -16,7 +16,8 @@ class Budget:
     """Counts starts, and knows when there may be no more. Times are in seconds, of one clock.
 
     Until Discord's figures come, a start counts for 24 hours: so no day has more than the limit,
-    whenever it begins. Discord's day ends at its reset.
+    whenever it begins. Discord's day ends at its reset. Here it ends one window later, because a
+    start at the very reset may still count for the day before.
 
     Args:
       window: seconds between two releases of one rate limit key.
@@ -24,6 +25,7 @@ class Budget:
     """
 
     def __init__(self, window: float, limit: int | None) -> None:
+        self._window = window
         self._in_flight = IN_FLIGHT_WINDOWS * window
         self._enforced = limit != 0
         self._configured = limit or None
@@ -36,9 +38,14 @@ class Budget:
         """Take one start and return 0, or return when some are free again if none is left."""
         seen = self.seen_at(now)
         if seen.enforced and seen.remaining is not None and seen.remaining <= self._claimed:
-            return seen.resets_in
+            return self._resumes_in(seen, now)
         self._claimed += 1
         return 0.0
+
+    def _resumes_in(self, seen: SessionStarts, now: float) -> float:
+        if self._allowance is None:
+            return seen.resets_in
+        return self._allowance.resets_at + self._window - now
 
     def give_back(self) -> None:
         """Return a claimed start that did not come about."""
@@ -65,7 +72,7 @@ class Budget:
         return SessionStarts(len(self._starts), self._configured, self._enforced, resets_in, source)
 
     def _seen_with(self, allowance: Allowance, now: float) -> SessionStarts:
-        while now >= allowance.resets_at:
+        while now >= allowance.resets_at + self._window:
             allowance = replace(
                 allowance,
                 remaining=allowance.total,
@@ -76,5 +83,5 @@ class Budget:
         while self._starts and self._starts[0] + self._in_flight <= allowance.asked_at:
             self._starts.popleft()
         used = allowance.total - allowance.remaining + len(self._starts)
-        resets_in = allowance.resets_at - now
+        resets_in = max(0.0, allowance.resets_at - now)
         return SessionStarts(used, allowance.total, self._enforced, resets_in, "discord")

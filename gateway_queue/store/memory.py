@@ -35,7 +35,7 @@ class MemoryStore:
         shard: int | None,
         came_at: float,  # noqa: ARG002
         *,
-        confirm: bool,
+        confirm: bool = False,
     ) -> Claim | Refusal:
         now = trio.current_time()
         if wait := self._loop_guard.wait(shard, now):
@@ -51,7 +51,7 @@ class MemoryStore:
         self._pace.claim()
         return claim
 
-    async def start_window(self, claim: Claim, at: float, *, confirmed: bool) -> None:
+    async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
         until = at + (self.rules.window if confirmed else self.rules.unconfirmed_window)
         self._windows.close(claim, until, trio.current_time())
         self._pace.start(until)

@@ -81,11 +81,11 @@ class _Visit:
 
     async def _take_turn(self) -> None:
         try:
-            async with self._process.queue.turn(self._call.shard) as answer_by:
+            async with self._process.queue.turn(self._call.shard) as turn:
                 self._record.step(self._call, "chosen")
                 if self._call.leaves_when_chosen:
                     self._leave()
-                await self._answer(answer_by)
+                await self._answer(turn.answer_by)
         except trio.TooSlowError:
             self._record.note(f"{self._call}: too late to answer, closed")
             self._record.step(self._call, "failed")

@@ -151,6 +151,7 @@ class Process:
             settings.hold_on_start,
             settings.session_start_limit,
             settings.loop_free_starts,
+            settings.max_concurrency if settings.discord_token else None,
         )
         if self.run_record.scenario.store == "memory":
             return MemoryStore(rules)
@@ -162,7 +163,7 @@ class Process:
     def leftovers(self) -> list[str]:
         """List what is still in the queue, when all have left."""
         left = [f"len(queue) is {len(self.queue)}"] if len(self.queue) else []
-        lanes = status.lanes(self.queue, self.run_record.scenario.window)
+        lanes = status.lanes(self.queue)
         return [*left, *(f"the status has {lane}" for lane in lanes)]
 
     def tasks(self) -> list[str]:

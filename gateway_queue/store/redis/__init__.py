@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 from uuid import uuid4
 
 import structlog
@@ -25,8 +24,14 @@ from gateway_queue.store import (
     Source,
 )
 from gateway_queue.store.budget import DAY
-from gateway_queue.store.redis.clock import MICROSECONDS, ServerClock
-from gateway_queue.store.redis.link import Link, Unreachable, connections
+from gateway_queue.store.redis.clock import (
+    DRIFT,
+    MICROSECONDS,
+    ServerClock,
+    longest_here,
+    longest_there,
+)
+from gateway_queue.store.redis.link import CALL_SECONDS, Link, Unreachable, connections
 
 LONGEST_ANSWER = 1.0
 """Seconds for which a claim is good, at most. The others wait for so long, and a window, if a
@@ -38,8 +43,15 @@ LOOK_SECONDS = 1.0
 FIRST_RETRY, LONGEST_RETRY = 0.1, 2.0
 """Seconds between two tries to connect, each time twice as many."""
 
+RESTORE_SECONDS = 2 * LOOK_SECONDS + FIRST_RETRY
+"""After so long, every replica that is connected has noticed that data was lost, and has restored
+the session starts that it knows."""
+
 KEPT_STARTS = 10_000
 """More than any bot may start between two answers of Discord."""
+
+RESTORED_AT_ONCE = 500
+"""Session starts in one command: a long one would make the other replicas wait."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -49,6 +61,7 @@ class _Answer(NamedTuple):
 
     verdict: int
     wait: int
+    """For a grant: how long the key, and the queue, has been open."""
     now: int
     since: int
     used: int
@@ -57,13 +70,8 @@ class _Answer(NamedTuple):
     is_discords: int
 
 
-_GRANTED, _KEY_CLOSED = 0, 1
-
-
-class _Start(NamedTuple):
-    token: str
-    shard: int | None
-    at: float
+_GRANTED = 0
+_CONCERNS: dict[int, Literal["shard", "key", "queue"]] = {1: "key", 2: "shard", 3: "queue"}
 
 
 class RedisStore:
@@ -73,8 +81,10 @@ class RedisStore:
     window later. So the next release is never early, even if nobody says when the answer was.
 
     A server that was restarted, or has taken over from another one, may have missed the last
-    lease. So what it says counts only when a whole lease has passed on the same connection, with
-    the same data and a clock that was not set.
+    lease, and so may one that has lost data while the connection lived: the script notices, and its
+    data begins anew. So the answers count only when a whole lease has passed on the same
+    connection, with the same data and a clock that was not set. Each replica knows the session
+    starts of all replicas, and restores those that the server has lost.
 
     Args:
       url: of the server.
@@ -87,37 +97,52 @@ class RedisStore:
         self, url: str, prefix: str, rules: Rules, *, count_error: Callable[[], None]
     ) -> None:
         window, limit = rules.window, rules.session_start_limit
+        self.rules = rules
         self._url = url
         self._prefix = prefix
         self._answer_seconds = min(window, LONGEST_ANSWER)
-        self._lease = window + self._answer_seconds
+        lease = rules.unconfirmed_window + self._answer_seconds
         self._in_flight = IN_FLIGHT_WINDOWS * window
         self._limit = limit
         self._count_error = count_error
         self._settings = (
-            _microseconds(window),
-            _microseconds(self._lease),
+            # These are long enough also if the clock of the server runs faster than ours.
+            _microseconds(longest_there(window)),
+            _microseconds(longest_there(lease)),
+            _microseconds(longest_there(DAY)),
+            _microseconds(longest_there(self._in_flight)),
             # How late a replica may ask, and still go first for its older ticket.
             _microseconds(window / 10),
             # How soon to ask again while another one answers, or should have asked.
             _microseconds(min(window / 20, 0.05)),
-            _microseconds(self._in_flight),
             -1 if limit is None else limit,
             USUAL_TOTAL,
             rules.loop_free_starts,
+            rules.releases_per_window or 0,
         )
         self._replica = uuid4().hex
         self._numbers = count()
         self._max_concurrency = 1
         self.fault: str | None = "not connected to Redis yet"
         self._link: Link | None = None
-        self._clock = ServerClock()
+        self._lease = longest_here(longest_there(lease))
+        self._longest_lease = self._lease + longest_here(longest_there(rules.confirm_seconds))
+        self._claim_lease = _microseconds(longest_there(lease))
+        self._confirm_lease = _microseconds(longest_there(lease + rules.confirm_seconds))
+        self._clock = ServerClock(self._longest_lease)
         self._since: int | None = None
+        # Since when the data is kept that was seen last, and when that was, by the server's clock.
+        self._seen = (0, 0)
         self._hold = self._lease if rules.hold else 0.0
         self._trusted_at = math.inf
         # Claims that nobody has used, though they may have been granted.
-        self._doubtful: list[tuple[str | int, ...]] = []
-        self._starts = deque[_Start](maxlen=max(KEPT_STARTS, limit or 0))
+        self._doubtful: list[Claim] = []
+        # Those whose shards are identifying, and until when their leases last, here.
+        self._identifying: dict[Claim, float] = {}
+        # The times of the day's session starts by token, also those of other replicas.
+        self._starts: dict[str, float] = {}
+        self._kept_starts = max(KEPT_STARTS, limit or 0)
+        self._looked_at = 0
         self._allowance: Allowance | None = None
         self._known = _Answer(0, 0, 0, 0, 0, limit or -1, _microseconds(DAY), 0)
         self._known_at = trio.current_time()
@@ -145,24 +170,41 @@ class RedisStore:
     async def _use(self, pool: ConnectionPool[Any]) -> str:
         """Use one connection until it is lost, and return why."""
         try:
-            self._clock, self._since = ServerClock(), None
+            self._clock, self._since = ServerClock(self._longest_lease), None
             link = Link(pool, self._prefix)
             await link.open()
             self._link = link
+            await self._warn_of_eviction(link)
             await self._catch_up()
-            self._trusted_at = trio.current_time() + self._hold
+            self._trusted_at = self._when_to_trust()
             self._hold = self._lease
             self.fault = None
             log.info("connected to Redis")
             while True:
                 with trio.move_on_after(LOOK_SECONDS):
                     await link.lost.wait()
-                await self._ask("look")
+                await self._look()
+                await self._settle_doubtful()
         except Unreachable as error:
             return str(error)
         finally:
             self._link = None
             self._trusted_at = math.inf
+
+    def _when_to_trust(self) -> float:
+        """Return when no lease and no start can be left that the server does not know."""
+        if not self._hold:
+            return trio.current_time()
+        restored_at = self._clock.when(self._since or 0) + RESTORE_SECONDS
+        return max(trio.current_time() + self._hold, restored_at)
+
+    async def _warn_of_eviction(self, link: Link) -> None:
+        policy = await link.eviction_policy()
+        if policy is not None:
+            log.warning(
+                "Redis removes data when it is full: set its maxmemory-policy to noeviction",
+                maxmemory_policy=policy,
+            )
 
     async def _catch_up(self) -> None:
         """Tell a server what it may have missed.
@@ -170,18 +212,65 @@ class RedisStore:
         Raises:
           Unreachable: it is lost again.
         """
-        await self._ask("look")
-        while self._doubtful:
-            await self._ask("give_back", *self._doubtful[0])
-            del self._doubtful[0]
+        seen_since, self._looked_at = self._seen[0], 0
+        await self._look()
+        await self._settle_doubtful()
         if self._allowance is not None:
             await self._hand_over(self._allowance)
-        if self._starts:
-            starts = [(s.token, _word(s.shard), self._clock.at(s.at)) for s in self._starts]
-            await self._ask("restore", *(word for start in starts for word in start))
+        await self._restore(also_of_others=self._since != seen_since)
+        for claim, until in self._identifying.items():
+            left = _microseconds(longest_there(max(0.0, until - trio.current_time())))
+            await self._ask("restore_claim", *_words(claim), left)
 
-    async def _ask(self, command: str, *arguments: str | int) -> _Answer:
+    async def _restore(self, *, also_of_others: bool) -> None:
+        starts = [
+            (token, self._clock.at(at))
+            for token, at in self._starts.items()
+            if also_of_others or token.startswith(self._replica)
+        ]
+        for first in range(0, len(starts), RESTORED_AT_ONCE):
+            part = starts[first : first + RESTORED_AT_ONCE]
+            await self._ask("restore", *(word for start in part for word in start))
+
+    async def _look(self) -> None:
+        """Ask for what there is to know, above all the starts of other replicas."""
+        answer, starts = await self._ask("look", self._looked_at)
+        if trio.current_time() >= self._trusted_at:  # until then, replicas may restore older ones
+            self._looked_at = answer.now
+        for token, at in zip(starts[::2], starts[1::2], strict=True):
+            if not token.startswith(self._replica.encode()):
+                self._remember_start(token.decode(), self._clock.when(int(at)))
+
+    @contextmanager
+    def _doubting(self, claim: Claim) -> Iterator[None]:
+        """Give a claim back later if there is no answer, or it is not waited for."""
+        try:
+            yield
+        except (Unreachable, trio.Cancelled):
+            self._doubtful.append(claim)
+            raise
+
+    async def _settle_doubtful(self) -> None:
+        """Give back claims that may have been granted, until no request for one can arrive."""
+        for claim in tuple(self._doubtful):
+            asked_at = trio.current_time()
+            await self._ask("give_back", *_words(claim))
+            if asked_at > claim.answer_by + CALL_SECONDS:
+                self._doubtful.remove(claim)
+
+    def _remember_start(self, token: str, at: float) -> None:
+        self._starts[token] = at
+        while len(self._starts) > self._kept_starts or self._oldest_start() + DAY <= at:
+            del self._starts[next(iter(self._starts))]
+
+    def _oldest_start(self) -> float:
+        return next(iter(self._starts.values()))
+
+    async def _ask(self, command: str, *arguments: str | int) -> tuple[_Answer, list[bytes]]:
         """Let the server decide.
+
+        Returns:
+          Its answer, and what follows it.
 
         Raises:
           Unreachable: there is no answer, or none that can be trusted.
@@ -190,62 +279,84 @@ class RedisStore:
         if link is None:
             raise Unreachable("not connected")
         asked_at = trio.current_time()
-        answer = _Answer(*await link.call(command, *self._settings, *arguments))
+        words = (self._replica, *self._seen, *self._settings, *arguments)
+        reply = await link.call(command, *words)
+        answer = _Answer(*reply[: len(_Answer._fields)])
         if not self._clock.agrees(answer.now, asked_at, trio.current_time()):
+            self._seen = (0, 0)
             link.give_up("its clock was set")
         if self._since is None:
             self._since = answer.since
         if self._since != answer.since:
             link.give_up("its data is gone")
+        since, last = self._seen
+        # Answers that came in one go may be read in another order.
+        self._seen = answer.since, max(answer.now, last if answer.since == since else 0)
         self._known, self._known_at = answer, asked_at
-        return answer
+        return answer, reply[len(_Answer._fields) :]
 
-    async def claim(self, key: int, shard: int | None, came_at: float) -> Claim | Refusal:
+    async def claim(
+        self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
+    ) -> Claim | Refusal:
         asked_at = trio.current_time()
         if self._trusted_at == math.inf:
             return Refusal(FIRST_RETRY, "key")
         if asked_at < self._trusted_at:
             return Refusal(self._trusted_at - asked_at, "key")
-        token = f"{self._replica}:{next(self._numbers)}"
         answer_by = asked_at + self._answer_seconds
         claim = Claim(
-            key, self._max_concurrency, shard, (asked_at + answer_by) / 2, answer_by, token
+            key=key,
+            max_concurrency=self._max_concurrency,
+            shard=shard,
+            confirm=confirm,
+            begin_by=(asked_at + answer_by) / 2,
+            answer_by=answer_by,
+            token=f"{self._replica}:{next(self._numbers)}:{'' if shard is None else shard}",
         )
-        words = self._words(claim)
+        lease = self._confirm_lease if confirm else self._claim_lease
+        times = lease, self._clock.at(came_at), self._clock.at(answer_by)
+        caution = _microseconds(self._clock.longest_step())
         try:
-            answer = await self._ask("claim", *words, self._replica, self._clock.at(came_at))
+            with self._doubting(claim):
+                answer, _ = await self._ask("claim", *_words(claim), *times, caution)
+                if answer.verdict == _GRANTED:
+                    open_for = answer.wait / MICROSECONDS
+                    await trio.sleep(max(0.0, self._clock.longest_step() - open_for))
+                    if confirm:
+                        until = asked_at + longest_here(lease / MICROSECONDS)
+                        self._identifying[claim] = until
+                    return claim
         except Unreachable:
-            self._doubtful.append(words)
             return Refusal(LOOK_SECONDS, "key")
-        if answer.verdict == _GRANTED:
-            return claim
         wait = asked_at + answer.wait / MICROSECONDS - trio.current_time()
-        return Refusal(max(0.0, wait), "key" if answer.verdict == _KEY_CLOSED else "shard")
+        return Refusal(max(0.0, wait), _CONCERNS[answer.verdict])
 
-    async def start_window(self, claim: Claim, answered_at: float) -> None:
-        self._starts.append(_Start(claim.token, claim.shard, answered_at))
-        ago = _microseconds(trio.current_time() - answered_at)
+    async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
+        self._identifying.pop(claim, None)
+        self._remember_start(claim.token, at)
+        # No more than has passed by the server's clock.
+        ago = math.floor((trio.current_time() - at) * (1 - DRIFT) * MICROSECONDS)
+        seconds = self.rules.window if confirmed else self.rules.unconfirmed_window
+        window = _microseconds(longest_there(seconds))
         with suppress(Unreachable):  # then the lease ends in time, and the start is in _starts
-            await self._ask("start_window", *self._words(claim), ago)
+            await self._ask("start_window", *_words(claim), ago, window)
 
     async def give_back(self, claim: Claim) -> None:
-        words = self._words(claim)
-        try:
-            await self._ask("give_back", *words)
-        except Unreachable:
-            self._doubtful.append(words)
+        self._identifying.pop(claim, None)
+        with suppress(Unreachable), self._doubting(claim):
+            await self._ask("give_back", *_words(claim))
 
     async def withdraw(self, key: int) -> None:
         with suppress(Unreachable):  # then it is forgotten soon
-            await self._ask("withdraw", self._max_concurrency, key, self._replica)
+            await self._ask("withdraw", self._max_concurrency, key)
 
     def regroup(self, max_concurrency: int) -> None:
         self._max_concurrency = max_concurrency  # the server knows all the windows that it has
 
     async def allow(self, allowance: Allowance) -> None:
         self._allowance = allowance
-        while self._starts and self._starts[0].at + self._in_flight <= allowance.asked_at:
-            self._starts.popleft()
+        counted = allowance.asked_at - self._in_flight
+        self._starts = {token: at for token, at in self._starts.items() if at > counted}
         with suppress(Unreachable):  # then it catches up
             await self._hand_over(allowance)
 
@@ -269,14 +380,12 @@ class RedisStore:
             self._clock.at(allowance.asked_at),
         )
 
-    def _words(self, claim: Claim) -> tuple[str | int, ...]:
-        """Name a claim as the script does."""
-        return self._max_concurrency, claim.key, _word(claim.shard), claim.token
 
-
-def _word(shard: int | None) -> str | int:
-    return "" if shard is None else shard
+def _words(claim: Claim) -> tuple[str | int, ...]:
+    """Name a claim as the script does."""
+    return claim.max_concurrency, claim.key, claim.token
 
 
 def _microseconds(seconds: float) -> int:
-    return round(seconds * MICROSECONDS)
+    """Round up: nothing may be early."""
+    return math.ceil(seconds * MICROSECONDS)

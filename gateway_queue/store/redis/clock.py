@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import trio
 
@@ -13,18 +14,35 @@ DRIFT = 0.001
 clock by half of it."""
 
 
+def longest_there(seconds: float) -> float:
+    """Return what the server's clock may advance by in some seconds of ours, at most."""
+    return seconds * (1 + DRIFT)
+
+
+def longest_here(seconds: float) -> float:
+    """Return what our clock may advance by in some seconds of the server's, at most."""
+    return seconds / (1 - DRIFT)
+
+
 class ServerClock:
     """Converts between the server's clock and :func:`trio.current_time`.
 
     The server's is a clock that can be set. Then the windows that it measures are wrong, so each
-    answer is held against our own clock.
+    answer is held against our own clock. That shows every step that is longer than the way to the
+    server and back takes; a shorter one is no longer than :meth:`longest_step`.
+
+    Args:
+      memory: seconds that the longest window takes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: float) -> None:
+        self._memory = memory
         # The server's time less ours is between these two.
         self._least, self._most = -math.inf, math.inf
         self._offset = 0.0
         self._seen_at = trio.current_time()
+        # The values of `_least` with the times of the next ones, as far as no later value is lower.
+        self._former_least = deque[tuple[float, float]]()
 
     def agrees(self, now: int, asked_at: float, answered_at: float) -> bool:
         """Take over what an answer shows of the clock, and tell whether it was not set.
@@ -40,8 +58,30 @@ class ServerClock:
         self._most = min(self._most + drift, now / MICROSECONDS - asked_at)
         # No further than it has to, so that what is converted twice gives the same.
         self._offset = min(max(self._offset, self._least), self._most)
+        self._remember(answered_at)
         return self._least <= self._most
+
+    def longest_step(self) -> float:
+        """Return by how many seconds the clock may have been set forward during one window.
+
+        By the last answer, which has to agree.
+        """
+        return self._most - self._former_least[0][0]
 
     def at(self, time: float) -> int:
         """Return what the server's clock shows at a time of ours, in microseconds."""
         return round((time + self._offset) * MICROSECONDS)
+
+    def when(self, shown: int) -> float:
+        """Return at which time of ours the server's clock shows something, in microseconds."""
+        return shown / MICROSECONDS - self._offset
+
+    def _remember(self, now: float) -> None:
+        former = self._former_least
+        if former:
+            former[-1] = former[-1][0], now
+        while former and former[-1][0] >= self._least:
+            former.pop()
+        former.append((self._least, math.inf))
+        while former[0][1] + self._memory <= now:
+            former.popleft()

@@ -1,78 +1,221 @@
--- What the replicas decide together: each command below is atomic, and its time is this server's.
+-- What the replicas decide together: each command is atomic, and its time is this server's.
 --
--- KEYS[1] is the first part of every key. ARGV has a command, the settings, and the command's own
--- arguments. Times are whole microseconds.
+-- Times are whole microseconds. A TOKEN names a claim and the start that comes of it; it ends with
+-- the shard, if the client named one: REPLICA:NUMBER:SHARD. A list is a string of NAME=VALUE
+-- entries, separated by spaces. N is a number of rate limit keys, K one of these keys.
 --
--- PREFIX:state      since when this data is kept, what Discord allows, the number of keys
--- PREFIX:windows    by rate limit key, when it opens; a claimed one opens when its lease ends
--- PREFIX:claims     by rate limit key, the token of its claim
--- PREFIX:heads:*    by replica, when its first ticket came and when it asks again
--- PREFIX:starts     the day's session starts: their tokens by time
--- PREFIX:shard:N    the same of one shard, in the last hour
+-- KEYS[1] PREFIX:state   a hash: everything that must not be lost in part
+--   since                when this data began
+--   last                 when the last command came
+--   run_id               of the server that wrote this data
+--   starts_size          the size of PREFIX:starts after the last command
+--   shards_size          the size of PREFIX:shards after the last command
+--   kept_at              when the expiry of all keys was last put off
+--   seen:REPLICA         when the last command of that replica came
+--   window:N:K           when the key opens; a claimed key opens when its lease ends
+--   claim:N:K            the token of the key's last claim, until it is used or given back
+--   numbers              a list: until when a key of N is closed, at most
+--   releases             a list: until when a token counts against releases_per_window; with a
+--                        question mark as long as it is only claimed
+--   total, remaining, resets_at, asked_at
+--                        the session starts that Discord allows; not there without a token
+-- KEYS[2] PREFIX:starts  a sorted set: the day's session starts, their tokens by time
+-- KEYS[3] PREFIX:shards  a hash: by shard, a list of its starts in the last hour, tokens and times
+-- KEYS[4] PREFIX:heads   a hash: by N:K, and by "queue" for all keys, a list of the replicas with a
+--                        ticket that has to wait: when the ticket came, and when it asks again
 
 local HOUR = 3600 * 1000000
 local DAY = 24 * HOUR
+local KEPT = 2 * DAY
 local FIRST_DELAY, LONGEST_DELAY = 15 * 1000000, 600 * 1000000
 
-local command = ARGV[1]
-local window, lease, grace, glance, in_flight, limit, usual_total, free_starts =
-  tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]),
-  tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
-local arguments = {unpack(ARGV, 10, 16)}
-
-local function name(...)
-  return table.concat({KEYS[1], ...}, ':')
-end
-
-local state, windows, claims, starts = name('state'), name('windows'), name('claims'), name('starts')
+local state, starts, shards, heads = unpack(KEYS)
+local command, replica, seen_since, seen_at = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local window, lease, day, in_flight, grace, glance =
+  tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]),
+  tonumber(ARGV[10])
+local limit, usual_total, free_starts, most_releases =
+  tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
+local FIRST_ARGUMENT = 15
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
+
+-- Numbers as large as times lose digits when Lua turns them into strings by itself.
+local function word(number)
+  return string.format('%.0f', number)
+end
+
+local function entries(list)
+  return (list or ''):gmatch('(%S+)=(%S+)')
+end
+
+-- A list without the entry of this name, and without those whose value is not kept.
+local function without(list, name, is_kept)
+  local kept = {}
+  for other, value in entries(list) do
+    if other ~= name and (not is_kept or is_kept(value)) then
+      kept[#kept + 1] = other .. '=' .. value
+    end
+  end
+  return table.concat(kept, ' ')
+end
+
+local function with(list, name, value)
+  local others = without(list, name)
+  return (others == '' and '' or others .. ' ') .. name .. '=' .. value
+end
+
+local function store_list(key, field, list)
+  if list == '' then
+    redis.call('HDEL', key, field)
+  else
+    redis.call('HSET', key, field, list)
+  end
+end
 
 local function expire(key, after)
   redis.call('PEXPIRE', key, math.ceil(after / 1000))
 end
 
--- What a server has lost, or has noted by a clock that was set back since, begins anew, and the
--- replicas see that it does.
-local since, last = unpack(redis.call('HMGET', state, 'since', 'last'))
-if not last or now < tonumber(last) then
-  redis.call('DEL', state, windows, claims, starts)
-  since = string.format('%.0f', now)
-end
-redis.call('HSET', state, 'since', since, 'last', now)
-expire(state, 2 * DAY)
+-- ---- whether this is still the data that the replicas know ------------------------------------
 
--- Session starts of the day: used, total (-1: no limit is known), until some are free again.
+-- Identifies the server process; empty where a server does not let a script ask.
+local function current_run_id()
+  local info = redis.pcall('INFO', 'server')
+  return type(info) == 'string' and info:match('run_id:(%w+)') or ''
+end
+
+local since, last, run_id, starts_size, shards_size, kept_at, seen_here = unpack(redis.call('HMGET',
+  state, 'since', 'last', 'run_id', 'starts_size', 'shards_size', 'kept_at', 'seen:' .. replica))
+local server = current_run_id()
+
+local function is_whole()
+  return since and last
+    and now >= tonumber(last) -- otherwise the clock was set back
+    and run_id == server
+    and tonumber(starts_size) == redis.call('ZCARD', starts)
+    and tonumber(shards_size) == redis.call('HLEN', shards)
+    -- An older copy of the data lacks what this replica did last.
+    and (seen_since ~= since or tonumber(seen_here or 0) >= seen_at)
+end
+
+-- Forgets all windows and claims; the replicas see another `since` and release nothing for a lease.
+-- Session starts that are still here stay counted. The replicas restore the others.
+local function begin_anew()
+  redis.call('DEL', state, heads)
+  redis.call('ZREMRANGEBYSCORE', starts, '(' .. word(now), '+inf')
+  since, kept_at = word(now), false
+end
+
+if not is_whole() then
+  begin_anew()
+end
+-- A server without memory for more refuses this, before anything is changed.
+redis.call('HSET', state, 'since', since, 'last', word(now), 'run_id', server)
+
+-- No key may expire before the others: that would look like a loss. So all are put off together,
+-- and as soon as there is one more.
+local function put_off_expiry(starts_now, shards_now)
+  local is_new = (starts_now > 0 and starts_size == '0') or (shards_now > 0 and shards_size == '0')
+  if is_new or now - tonumber(kept_at or 0) > HOUR then
+    redis.call('HSET', state, 'kept_at', word(now))
+    expire(state, KEPT)
+    expire(starts, KEPT)
+    expire(shards, KEPT)
+  end
+end
+
+-- ---- the day's session starts -----------------------------------------------------------------
+
+-- Returns how many are used, the total (-1: no limit is known), when some are free again, when the
+-- next can be claimed then, how many are in PREFIX:starts, and whether the limit is Discord's.
 local function budget()
   local total, remaining, resets_at, asked_at = unpack(
     redis.call('HMGET', state, 'total', 'remaining', 'resets_at', 'asked_at'))
   if total then
     total, remaining, resets_at, asked_at =
       tonumber(total), tonumber(remaining), tonumber(resets_at), tonumber(asked_at)
-    while now >= resets_at do
+    -- One window later than Discord: a start at the very reset may count for the day before.
+    while now >= resets_at + window do
       remaining, asked_at, resets_at = total, resets_at, resets_at + DAY
-      redis.call('HSET', state, 'remaining', remaining, 'asked_at', asked_at, 'resets_at', resets_at)
+      redis.call('HSET', state, 'remaining', word(remaining), 'asked_at', word(asked_at),
+        'resets_at', word(resets_at))
     end
-    redis.call('ZREMRANGEBYSCORE', starts, '-inf', asked_at - in_flight)
-    return total - remaining + redis.call('ZCARD', starts), total, resets_at - now
+    redis.call('ZREMRANGEBYSCORE', starts, '-inf', word(asked_at - in_flight))
+    local size = redis.call('ZCARD', starts)
+    return total - remaining + size, total, resets_at, resets_at + window, size, 1
   end
-  redis.call('ZREMRANGEBYSCORE', starts, '-inf', now - DAY)
+  redis.call('ZREMRANGEBYSCORE', starts, '-inf', word(now - day))
   if limit <= 0 then
     redis.call('ZREMRANGEBYRANK', starts, 0, -usual_total - 1)
   end
   local first = redis.call('ZRANGE', starts, 0, 0, 'WITHSCORES')[2]
-  local resets_in = first and first + DAY - now or DAY
-  return redis.call('ZCARD', starts), limit > 0 and limit or -1, resets_in
+  local resets_at, size = (first or now) + day, redis.call('ZCARD', starts)
+  return size, limit > 0 and limit or -1, resets_at, resets_at, size, 0
 end
 
-local function answer(verdict, wait)
-  local used, total, resets_in = budget()
-  local is_discords = redis.call('HEXISTS', state, 'total')
-  return {verdict, wait, now, tonumber(since), used, total, resets_in, is_discords}
+local function shard_of(token)
+  return token:match('^[^:]*:[^:]*:(%d+)$') or ''
 end
 
-local GRANTED, KEY_CLOSED, SHARD_HELD = 0, 1, 2
+local function is_recent(at)
+  at = tonumber(at)
+  return at > now - HOUR and at <= now -- not by a clock that was set back since
+end
+
+-- Looks at two shards, so that those that start no more are forgotten in the course of time.
+local function forget_some_shards()
+  local some = redis.call('HRANDFIELD', shards, 2, 'WITHVALUES')
+  for i = 1, #some, 2 do
+    if without(some[i + 1], nil, is_recent) == '' then
+      redis.call('HDEL', shards, some[i])
+    end
+  end
+end
+
+-- Counts a start, or corrects the time of one that is counted already.
+local function count_start(token, at)
+  at = math.min(at, now)
+  redis.call('ZADD', starts, word(at), token)
+  local shard = shard_of(token)
+  if free_starts > 0 and shard ~= '' and is_recent(at) then
+    local recent = without(redis.call('HGET', shards, shard), token, is_recent)
+    redis.call('HSET', shards, shard, with(recent, token, word(at)))
+    forget_some_shards()
+  end
+end
+
+local function uncount_start(token)
+  redis.call('ZREM', starts, token)
+  local shard = shard_of(token)
+  local listed = shard ~= '' and redis.call('HGET', shards, shard)
+  if listed then
+    store_list(shards, shard, without(listed, token))
+  end
+end
+
+-- How long a shard that starts too often has to wait.
+local function shard_wait(shard)
+  if free_starts == 0 or shard == '' then
+    return 0
+  end
+  local number, earliest, latest = 0, now, 0
+  for _, at in entries(redis.call('HGET', shards, shard)) do
+    if is_recent(at) then
+      at, number = tonumber(at), number + 1
+      earliest, latest = math.min(earliest, at), math.max(latest, at)
+    end
+  end
+  local excess = number - free_starts
+  if excess < 0 then
+    return 0
+  end
+  local delay = math.min(FIRST_DELAY * 2 ^ excess, LONGEST_DELAY)
+  return math.max(0, math.min(latest + delay, earliest + HOUR) - now)
+end
+
+-- ---- windows ----------------------------------------------------------------------------------
 
 local function greatest_common_divisor(a, b)
   while b > 0 do
@@ -81,138 +224,256 @@ local function greatest_common_divisor(a, b)
   return a
 end
 
--- When a key opens. Replicas may know different numbers of keys for a while: then a closed window
--- counts for every key that some shard may have besides.
-local function opens_at(max_concurrency, key)
-  local seen, mixed_until = unpack(redis.call('HMGET', state, 'max_concurrency', 'mixed_until'))
-  mixed_until = tonumber(mixed_until or 0)
-  if seen ~= max_concurrency then
-    mixed_until = now + lease
-    redis.call('HSET', state, 'max_concurrency', max_concurrency, 'mixed_until', mixed_until)
-  end
-  if now >= mixed_until then
-    return tonumber(redis.call('HGET', windows, max_concurrency .. ':' .. key) or 0)
-  end
-  local latest, closed = 0, redis.call('HGETALL', windows)
-  for i = 1, #closed, 2 do
-    local other_number, other_key = closed[i]:match('(%d+):(%d+)')
-    local shared = greatest_common_divisor(tonumber(other_number), tonumber(max_concurrency))
-    if (other_key - key) % shared == 0 then
-      latest = math.max(latest, tonumber(closed[i + 1]))
+local function is_closed(until_when)
+  return tonumber(until_when) > now
+end
+
+-- Whether no replica has to know of a window any more, however cautious it is.
+local function is_past(until_when)
+  return tonumber(until_when) + lease <= now
+end
+
+local function close(number, key, until_when)
+  local numbers = redis.call('HGET', state, 'numbers')
+  local latest = until_when
+  for other, its_latest in entries(numbers) do
+    if other == number then
+      latest = math.max(latest, tonumber(its_latest))
     end
   end
-  return latest
+  redis.call('HSET', state, 'window:' .. number .. ':' .. key, word(until_when),
+    'numbers', with(numbers, number, word(latest)))
 end
 
-local function close(field, until_when)
-  redis.call('HSET', windows, field, until_when)
-  expire(windows, lease)
-end
-
--- A shard that starts too often has to wait.
-local function shard_wait(shard)
-  if free_starts == 0 or shard == '' then
-    return 0
-  end
-  local key = name('shard', shard)
-  redis.call('ZREMRANGEBYSCORE', key, '-inf', now - HOUR)
-  redis.call('ZREMRANGEBYSCORE', key, now + 1, '+inf') -- by a clock that was set back since
-  local recent = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
-  local excess = #recent / 2 - free_starts
-  if excess < 0 then
-    return 0
-  end
-  local delay = math.min(FIRST_DELAY * 2 ^ excess, LONGEST_DELAY)
-  return math.max(0, math.min(recent[#recent] + delay, recent[2] + HOUR) - now)
-end
-
-local function count_start(token, shard, at)
-  redis.call('ZADD', starts, at, token)
-  expire(starts, 2 * DAY)
-  if free_starts > 0 and shard ~= '' then
-    redis.call('ZADD', name('shard', shard), at, token)
-    expire(name('shard', shard), HOUR)
+-- Calls a function with each window of other numbers of keys.
+local function for_windows_of_others(number, visit)
+  local fields = redis.call('HGETALL', state)
+  for i = 1, #fields, 2 do
+    local its_number, key = fields[i]:match('^window:(%d+):(%d+)$')
+    if its_number and its_number ~= number then
+      visit(its_number, key, tonumber(fields[i + 1]))
+    end
   end
 end
 
-local function heads_of(max_concurrency, key)
-  return name('heads', since, max_concurrency, key)
+-- Forgets the windows and claims of another number of keys.
+local function forget_number(number, former)
+  for_windows_of_others(number, function(other, key)
+    if other == former then
+      redis.call('HDEL', state, 'window:' .. other .. ':' .. key, 'claim:' .. other .. ':' .. key)
+    end
+  end)
+  store_list(state, 'numbers', without(redis.call('HGET', state, 'numbers'), former))
 end
 
--- How long an older first ticket of another replica goes before. A replica that does not ask
--- when it should is forgotten soon after.
-local function wait_for_older(heads, replica, came_at)
-  local wait, others = 0, redis.call('HGETALL', heads)
-  for i = 1, #others, 2 do
-    local its_came_at, asks_at = others[i + 1]:match('(%d+) (%d+)')
-    local is_here = now <= asks_at + grace
-    if others[i] ~= replica and is_here and tonumber(its_came_at) < came_at then
+-- Returns when a key opens, and whether a claim keeps it closed, which may end sooner. While keys
+-- of another number are closed, each counts for every key that some shard has besides.
+local function opens_at(number, key)
+  local latest = tonumber(redis.call('HGET', state, 'window:' .. number .. ':' .. key) or 0)
+  local closing, is_mixed = number .. ':' .. key, false
+  for other, until_when in entries(redis.call('HGET', state, 'numbers')) do
+    if other ~= number and is_past(until_when) then
+      forget_number(number, other)
+    end
+    is_mixed = is_mixed or (other ~= number and not is_past(until_when))
+  end
+  if is_mixed then
+    for_windows_of_others(number, function(other, its_key, until_when)
+      local shared = greatest_common_divisor(tonumber(other), tonumber(number))
+      if (its_key - key) % shared == 0 and until_when > latest then
+        latest, closing = until_when, other .. ':' .. its_key
+      end
+    end)
+  end
+  local is_claimed = is_closed(latest) and redis.call('HEXISTS', state, 'claim:' .. closing) == 1
+  return latest, is_claimed
+end
+
+-- ---- releases of all keys in one window -------------------------------------------------------
+
+local function set_release(token, until_when, mark)
+  if most_releases > 0 then
+    local live = without(redis.call('HGET', state, 'releases'), token, function(value)
+      return not is_past(value:match('%d+'))
+    end)
+    store_list(state, 'releases', until_when and with(live, token, word(until_when) .. mark) or live)
+  end
+end
+
+-- Returns when the releases of all keys are fewer than they may be, and whether a claim is one of
+-- them, which may end sooner.
+local function queue_opens_at()
+  local ends, is_claimed = {}, false
+  if most_releases > 0 then
+    for _, value in entries(redis.call('HGET', state, 'releases')) do
+      local until_when, mark = value:match('(%d+)(%??)')
+      ends[#ends + 1] = tonumber(until_when)
+      is_claimed = is_claimed or (mark == '?' and is_closed(until_when))
+    end
+    table.sort(ends)
+  end
+  local place = #ends - most_releases + 1
+  return most_releases > 0 and ends[place] or 0, is_claimed
+end
+
+-- ---- oldest first over all replicas -----------------------------------------------------------
+
+local function set_head(field, came_at, asks_at)
+  local others = without(redis.call('HGET', heads, field), replica, function(value)
+    return now <= tonumber(value:match(',(%d+)')) + grace
+  end)
+  redis.call('HSET', heads, field, with(others, replica, word(came_at) .. ',' .. word(asks_at)))
+  expire(heads, 2 * lease)
+end
+
+local function drop_head(field)
+  local listed = redis.call('HGET', heads, field)
+  if listed then
+    store_list(heads, field, without(listed, replica))
+  end
+end
+
+-- How long an older ticket of another replica goes before. A replica that does not ask when it
+-- should is forgotten soon after.
+local function wait_for_older(field, came_at)
+  local wait = 0
+  for other, value in entries(redis.call('HGET', heads, field)) do
+    local its_came_at, asks_at = value:match('(%d+),(%d+)')
+    if other ~= replica and tonumber(its_came_at) < came_at then
       wait = math.max(wait, asks_at + grace - now)
     end
   end
   return math.min(wait, glance)
 end
 
-local commands = {}
+-- ---- commands ---------------------------------------------------------------------------------
 
-function commands.claim(max_concurrency, key, shard, token, replica, came_at)
+local GRANTED, KEY_CLOSED, SHARD_HELD, QUEUE_CLOSED = 0, 1, 2, 3
+
+local function answer(verdict, wait)
+  local used, total, resets_at, _, starts_now, is_discords = budget()
+  local shards_now = redis.call('HLEN', shards)
+  redis.call('HSET', state, 'seen:' .. replica, word(now), 'starts_size', word(starts_now),
+    'shards_size', word(shards_now))
+  put_off_expiry(starts_now, shards_now)
+  return {verdict, wait, now, tonumber(since), used, total, math.max(0, resets_at - now),
+    is_discords}
+end
+
+-- How long a claim has to wait for something that opens. A cautious replica waits for the last
+-- part of its caution by itself, so that it does not have to ask twice.
+local function wait_for(opens, caution)
+  return opens + math.max(0, caution - glance) - now
+end
+
+-- Returns the verdict on a claim, and how long to wait; for a grant, how long all has been open.
+local function decide(number, key, shard, came_at, caution)
   local held = shard_wait(shard)
   if held > 0 then
-    return answer(SHARD_HELD, held)
+    return SHARD_HELD, held
   end
-  local field, heads = max_concurrency .. ':' .. key, heads_of(max_concurrency, key)
-  came_at = tonumber(came_at)
-  local wait = opens_at(max_concurrency, key) - now
-  if wait <= 0 then
-    wait = wait_for_older(heads, replica, came_at)
-  elseif redis.call('HEXISTS', claims, field) == 1 then
-    wait = math.min(wait, glance)
+
+  local queue_opens, is_claimed = queue_opens_at()
+  local wait = wait_for(queue_opens, caution)
+  if wait > 0 then
+    return QUEUE_CLOSED, is_claimed and math.min(wait, glance) or wait
   end
-  if wait <= 0 then
-    local used, total, resets_in = budget()
-    if limit ~= 0 and total >= 0 and used >= total then
-      wait = math.min(resets_in, window)
+
+  local key_opens
+  key_opens, is_claimed = opens_at(number, key)
+  wait = wait_for(key_opens, caution)
+  if wait > 0 then
+    return KEY_CLOSED, is_claimed and math.min(wait, glance) or wait
+  end
+
+  wait = wait_for_older(number .. ':' .. key, came_at)
+  if wait > 0 then
+    return KEY_CLOSED, wait
+  end
+  wait = most_releases > 0 and wait_for_older('queue', came_at) or 0
+  if wait > 0 then
+    return QUEUE_CLOSED, wait
+  end
+
+  local used, total, _, resumes_at = budget()
+  if limit ~= 0 and total >= 0 and used >= total then
+    return KEY_CLOSED, math.min(resumes_at - now, window)
+  end
+  return GRANTED, now - math.max(queue_opens, key_opens)
+end
+
+local commands = {}
+
+-- its_lease: how long the key is closed if nothing more is heard of the claim.
+-- caution: by how much this clock may have been set forward without the replica noticing.
+function commands.claim(number, key, token, its_lease, came_at, useless_at, caution)
+  came_at, caution = tonumber(came_at), tonumber(caution)
+  -- A replica that knows other data has to notice first, and a grant that comes late is of no use.
+  if seen_since ~= since or now > tonumber(useless_at) or caution > lease then
+    return answer(KEY_CLOSED, glance)
+  end
+  local verdict, wait = decide(number, key, shard_of(token), came_at, caution)
+  local field = number .. ':' .. key
+  if verdict == KEY_CLOSED then
+    set_head(field, came_at, now + wait)
+  elseif verdict == GRANTED then
+    drop_head(field)
+  end
+  if most_releases > 0 then
+    if verdict == QUEUE_CLOSED then
+      set_head('queue', came_at, now + wait)
+    else
+      drop_head('queue')
     end
   end
-  if wait > 0 then
-    redis.call('HSET', heads, replica, string.format('%.0f %.0f', came_at, now + wait))
-    expire(heads, 2 * lease)
-    return answer(KEY_CLOSED, wait)
+  if verdict == GRANTED then
+    close(number, key, now + its_lease)
+    redis.call('HSET', state, 'claim:' .. field, token)
+    set_release(token, now + its_lease, '?')
+    count_start(token, now)
   end
-  redis.call('HDEL', heads, replica)
-  close(field, now + lease)
-  redis.call('HSET', claims, field, token)
-  expire(claims, lease)
-  count_start(token, shard, now)
-  return answer(GRANTED, 0)
+  return answer(verdict, wait)
 end
 
-function commands.start_window(max_concurrency, key, shard, token, answered_ago)
-  local answered_at = now - answered_ago
-  local field, until_when = max_concurrency .. ':' .. key, answered_at + window
-  if redis.call('HGET', claims, field) == token then
-    redis.call('HDEL', claims, field)
+function commands.start_window(number, key, token, started_ago, its_window)
+  local started_at = now - started_ago
+  local until_when, claim = started_at + its_window, 'claim:' .. number .. ':' .. key
+  set_release(token, until_when, '')
+  if redis.call('HGET', state, claim) == token then
+    redis.call('HDEL', state, claim)
   else
-    until_when = math.max(until_when, tonumber(redis.call('HGET', windows, field) or 0))
+    local closed_until = redis.call('HGET', state, 'window:' .. number .. ':' .. key)
+    until_when = math.max(until_when, tonumber(closed_until or 0))
   end
-  close(field, until_when)
-  count_start(token, shard, answered_at)
+  close(number, key, until_when)
+  count_start(token, started_at)
   return answer(GRANTED, 0)
 end
 
-function commands.give_back(max_concurrency, key, shard, token)
-  local field = max_concurrency .. ':' .. key
-  if redis.call('HGET', claims, field) == token then
-    redis.call('HDEL', claims, field)
-    redis.call('HDEL', windows, field)
+-- A claim whose shard is identifying, which this server may have lost.
+function commands.restore_claim(number, key, token, lease_left)
+  local field, until_when = number .. ':' .. key, now + lease_left
+  if until_when > tonumber(redis.call('HGET', state, 'window:' .. field) or 0) then
+    close(number, key, until_when)
+    redis.call('HSET', state, 'claim:' .. field, token)
   end
-  redis.call('ZREM', starts, token)
-  redis.call('ZREM', name('shard', shard), token)
+  set_release(token, until_when, '?')
   return answer(GRANTED, 0)
 end
 
-function commands.withdraw(max_concurrency, key, replica)
-  redis.call('HDEL', heads_of(max_concurrency, key), replica)
+function commands.give_back(number, key, token)
+  local field = number .. ':' .. key
+  if redis.call('HGET', state, 'claim:' .. field) == token then
+    redis.call('HDEL', state, 'claim:' .. field, 'window:' .. field)
+  end
+  set_release(token, nil)
+  uncount_start(token)
+  return answer(GRANTED, 0)
+end
+
+function commands.withdraw(number, key)
+  drop_head(number .. ':' .. key)
+  drop_head('queue')
   return answer(GRANTED, 0)
 end
 
@@ -225,16 +486,28 @@ function commands.allow(total, remaining, resets_at, asked_at)
   return answer(GRANTED, 0)
 end
 
-function commands.look()
-  return answer(GRANTED, 0)
+-- Returns in addition the starts from a time on: their tokens and times.
+function commands.look(from)
+  local some = redis.call('HRANDFIELD', state, 2, 'WITHVALUES')
+  for i = 1, #some, 2 do
+    if some[i]:find('^seen:') and tonumber(some[i + 1]) < now - DAY then
+      redis.call('HDEL', state, some[i])
+    end
+  end
+  local reply = answer(GRANTED, 0)
+  local recent = redis.call('ZRANGEBYSCORE', starts, from, '+inf', 'WITHSCORES')
+  for i = 1, #recent do
+    reply[#reply + 1] = recent[i]
+  end
+  return reply
 end
 
--- Starts that this server may have lost.
+-- Counts starts that this server may have lost: their tokens and times.
 function commands.restore()
-  for i = 10, #ARGV, 3 do
-    count_start(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]))
+  for i = FIRST_ARGUMENT, #ARGV, 2 do
+    count_start(ARGV[i], tonumber(ARGV[i + 1]))
   end
   return answer(GRANTED, 0)
 end
 
-return commands[command](unpack(arguments))
+return commands[command](unpack(ARGV, FIRST_ARGUMENT, math.min(#ARGV, FIRST_ARGUMENT + 6)))

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import trio
 from coredis.connection import BaseConnection
-from coredis.exceptions import RedisError
+from coredis.exceptions import RedisError, ResponseError
 from coredis.pool import ConnectionPool
 from coredis.typing import RedisValueT
 
@@ -19,6 +19,9 @@ CONNECT_SECONDS = 5.0
 """The longest that it may take to connect, with the handshakes of TLS and Redis."""
 
 SCRIPT = Path(__file__).with_name("decisions.lua")
+
+KEYS = ("state", "starts", "shards", "heads")
+"""The keys of the script, without the prefix."""
 
 
 class Unreachable(Exception):
@@ -57,7 +60,7 @@ class Link:
         """Set when it cannot be used any more."""
         self._reason = ""
         self._pool = pool
-        self._prefix = prefix
+        self._keys = [f"{prefix}:{key}" for key in KEYS]
 
     async def open(self) -> None:
         """Connect, and teach the server how to decide.
@@ -80,8 +83,22 @@ class Link:
         Raises:
           Unreachable: there is no answer, and to nothing else will there be one.
         """
-        script = (self._script, 1, self._prefix)
+        script = (self._script, len(self._keys), *self._keys)
         return await self._request(b"EVALSHA", *script, command, *arguments)
+
+    async def eviction_policy(self) -> str | None:
+        """Return by what rule a full server removes data; None if it does not, or does not tell.
+
+        Raises:
+          Unreachable: there is no answer.
+        """
+        try:
+            memory = await self._request(b"INFO", b"memory", may_be_refused=True)
+        except ResponseError:  # not every user may ask for it
+            return None
+        fields = dict(line.split(":", 1) for line in memory.decode().split("\r\n") if ":" in line)
+        policy = fields.get("maxmemory_policy", "noeviction")
+        return None if policy == "noeviction" or fields.get("maxmemory") == "0" else policy
 
     def give_up(self, reason: str) -> NoReturn:
         """Use it no more.
@@ -94,7 +111,9 @@ class Link:
             self.lost.set()
         raise Unreachable(self._reason)
 
-    async def _request(self, command: bytes, *arguments: RedisValueT) -> Any:
+    async def _request(
+        self, command: bytes, *arguments: RedisValueT, may_be_refused: bool = False
+    ) -> Any:
         if self.lost.is_set():
             raise Unreachable(self._reason)
         try:
@@ -105,4 +124,6 @@ class Link:
         except trio.TooSlowError:
             self.give_up(f"no answer within {CALL_SECONDS:g} s")
         except RedisError as error:
+            if may_be_refused and isinstance(error, ResponseError):
+                raise
             self.give_up(str(error))
