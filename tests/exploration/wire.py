@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import NoReturn, cast
 from unittest.mock import patch
 
@@ -19,7 +20,9 @@ from hypercorn.typing import ASGIFramework, ConnectionState, LifespanState
 from gateway_queue import server
 from gateway_queue.__main__ import GRACE_SECONDS
 from gateway_queue.settings import Settings
+from gateway_queue.web import app
 from gateway_queue.web.app import GatewayQueue
+from gateway_queue.web.dashboard.page import Page
 from tests.exploration.wire_stream import ClientEnd, ServerEnd, connection
 
 DATE = "Thu, 01 Jan 1970 00:00:00 GMT"
@@ -143,6 +146,12 @@ class WireReplica:
         raise Refusal(line)
 
 
+@cache
+def _page() -> Page:
+    """Return one page for all: to compile its templates takes longer than most runs."""
+    return Page()
+
+
 @contextmanager
 def repeatable(seed: int) -> Iterator[None]:
     """Let a run on a mock clock depend on its seed alone.
@@ -157,5 +166,6 @@ def repeatable(seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(core, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True))
         stack.enter_context(patch("hypercorn.config.time", return_value=0.0))
+        stack.enter_context(patch.object(app, "Page", _page))
         yield
     random.setstate(state)

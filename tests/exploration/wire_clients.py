@@ -340,7 +340,10 @@ class Http2Client(_WireClient):
             self._flush()
 
     def _flush(self, hold_back: int = 0) -> None:
-        data = self._held_back + self._connection.data_to_send()
+        data = self._connection.data_to_send()
+        if self._held_back:
+            self._held_back += data
+            return
         cut = len(data) - hold_back
         self._held_back = data[cut:]
         self._send(data[:cut])
@@ -361,7 +364,7 @@ class Http2Client(_WireClient):
             self._connection.receive_data(data)
         except h2.exceptions.ProtocolError as error:
             self._wrong(f"{self.name}: HTTP/2 is broken: {error!r}")
-        self._flush(len(self._held_back))
+        self._flush()
 
     def _sent(self, data: bytes) -> None:
         self._on_wire += len(data)
