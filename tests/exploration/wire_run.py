@@ -40,6 +40,8 @@ class WireScenario:
     place_seconds: float
     clients: int
     latency: float
+    are_slow: bool
+    """Whether some clients are slow to read."""
 
     @property
     def settings(self) -> Settings:
@@ -66,6 +68,7 @@ def draw(seed: int) -> WireScenario:
         place_seconds=source.choice((0.0, 3.0, 30.0)),
         clients=source.randint(2, 12),
         latency=source.choice((0.0, 0.0, 0.001, 0.05)),
+        are_slow=source.random() < 0.3,
     )
 
 
@@ -155,7 +158,7 @@ class _Shard:
         self._shard = None if source.random() < 0.1 else source.randrange(3 * run.scenario.keys)
         self._hang_ups = source.choice((0, 1, MOST_HANG_UPS))
         self._connections = 0
-        self._may_be_slow = source.random() < 0.25
+        self._may_be_slow = run.scenario.are_slow and source.random() < 0.5
 
     async def live(self) -> None:
         source, window = self._source, self._run.scenario.window
