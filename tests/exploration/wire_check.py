@@ -33,7 +33,7 @@ def check(record: WireRecord) -> None:
             _check_order(record, tickets)
     for ticket in record.tickets:
         gone_at = min(ticket.left_at, ticket.closed_at)
-        if gone_at + TOLERANCE < ticket.first_at < math.inf:
+        if gone_at + TOLERANCE < ticket.first_at < math.inf and not ticket.is_suspect:
             record.report("gone", f"{ticket.name} left at {gone_at} and got a slot at {ticket.first_at}")
         # A connection may come to the end of its idle time when the next request arrives.
         if ticket.arrived_at < ticket.closed_at < math.inf and not ticket.is_suspect:
@@ -102,6 +102,10 @@ def _overtaken(
         elif ticket in waiting:
             place = waiting.pop(ticket)
             if kind == "use":
+                for twin in waiting:  # which of the two was first is not known either
+                    is_twin = abs(twin.arrived_at - ticket.arrived_at) < TOLERANCE
+                    if is_twin and twin.shard == shard and waiting[twin] < place:
+                        place, waiting[twin] = waiting[twin], place
                 overtaken |= {
                     (ticket.name, other.name)
                     for other, since in waiting.items()
