@@ -55,6 +55,7 @@ class WireReplica:
         self._lifespan = Lifespan(self._wrapped, self._config, self._state)
         self._scope = trio.CancelScope()
         self._accepted = 0
+        self._hang_ups = trio.lowlevel.ParkingLot()
         self._nursery: trio.Nursery
         self._connections: trio.Nursery
 
@@ -92,13 +93,20 @@ class WireReplica:
         return client, end
 
     async def _serve(self, end: ServerEnd) -> None:
-        serve = hypercorn.trio.run.TCPServer  # the class that the app has put there
+        serve = hypercorn.trio.run.TCPServer  # type: ignore[attr-defined]  # the class that the app has put there
         state = ConnectionState(self._state.copy())
         try:
-            await serve(self._wrapped, self._config, self._context, state, cast("trio.SSLStream[trio.SocketStream]", end))
+            await serve(
+                self._wrapped,
+                self._config,
+                self._context,
+                state,
+                cast("trio.SSLStream[trio.SocketStream]", end),
+            )
         finally:
             end.close()
             self.ends.pop(end, None)
+            self._hang_ups.unpark_all()
 
     async def stop(self) -> None:
         """End it as SIGTERM ends the command."""
@@ -114,8 +122,8 @@ class WireReplica:
         await self._context.terminated.set()
         grace = self._config.graceful_timeout
         self._connections.cancel_scope.deadline = trio.current_time() + grace
-        while self._connections.child_tasks:
-            await trio.sleep(0.001)
+        while self.ends:
+            await self._hang_ups.park()
         await self._lifespan.wait_for_shutdown()
         self.kill()
         await self.ended.wait()
@@ -161,7 +169,7 @@ def repeatable(seed: int) -> Iterator[None]:
     """
     state = random.getstate()
     random.seed(seed)
-    core = trio._core._run  # type: ignore[attr-defined]  # noqa: SLF001
+    core = trio._core._run  # noqa: SLF001
     core._r.seed(seed)  # noqa: SLF001
     with ExitStack() as stack:
         stack.enter_context(patch.object(core, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True))

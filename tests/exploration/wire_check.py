@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import permutations
 from typing import TYPE_CHECKING
@@ -34,7 +34,9 @@ def check(record: WireRecord) -> None:
     for ticket in record.tickets:
         gone_at = min(ticket.left_at, ticket.closed_at)
         if gone_at + TOLERANCE < ticket.first_at < math.inf and not ticket.is_suspect:
-            record.report("gone", f"{ticket.name} left at {gone_at} and got a slot at {ticket.first_at}")
+            record.report(
+                "gone", f"{ticket.name} left at {gone_at} and got a slot at {ticket.first_at}"
+            )
         # A connection may come to the end of its idle time when the next request arrives.
         if ticket.arrived_at < ticket.closed_at < math.inf and not ticket.is_suspect:
             record.report("closed", f"{ticket.name} was closed at {ticket.closed_at}")
@@ -58,7 +60,9 @@ def _check_gaps(record: WireRecord, tickets: list[WireTicket]) -> None:
                 break
         due = max(opens_at, ticket.arrived_at)
         if are_prompt and ticket.first_at > due + slack + TOLERANCE:
-            record.report("late", f"{ticket.name} came {ticket.first_at - due:.9f} s after its time")
+            record.report(
+                "late", f"{ticket.name} came {ticket.first_at - due:.9f} s after its time"
+            )
         is_whole = ticket.last_at <= ticket.first_at + ANSWER_SECONDS
         slack = 0.0 if is_whole else ANSWER_SECONDS
         end_at = ticket.last_at if is_whole else ticket.first_at
@@ -76,8 +80,10 @@ def _check_order(record: WireRecord, tickets: list[WireTicket]) -> None:
     Which of two things of one instant the server has seen first is not known. So a ticket counts
     as overtaken if it is in any order of them.
     """
-    orders = (_overtaken(record, tickets, order) for order in permutations(("arrive", "leave", "use")))
-    for used, other in set.intersection(*orders):
+    orders = (
+        _overtaken(record, tickets, order) for order in permutations(("arrive", "leave", "use"))
+    )
+    for used, other in sorted(set.intersection(*orders)):
         record.report("order", f"{used} came before {other}")
 
 
@@ -85,41 +91,69 @@ def _overtaken(
     record: WireRecord, tickets: list[WireTicket], order: tuple[str, ...]
 ) -> set[tuple[str, str]]:
     """Play the places of shards, and return which ticket has overtaken which."""
+    line = _Line(record.scenario.place_seconds)
     events = sorted(_events(tickets), key=lambda event: (event[0], order.index(event[1])))
-    waiting: dict[WireTicket, float] = {}
-    """Who waits, with the time since when its place is held."""
-    empty: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
-    """Places where nobody stands, and when they expire."""
+    # What three things of one shard in one instant lead to depends too much on their order.
+    instants = Counter((ticket.shard, round(now, 6)) for now, _, ticket in events)
+    unclear = {shard for (shard, _), number in instants.items() if number > 2} - {None}
     overtaken: set[tuple[str, str]] = set()
     for now, kind, ticket in events:
-        shard = ticket.shard if record.scenario.place_seconds else None
         if kind == "arrive":
-            waiting[ticket] = now
-            if shard is not None:
-                empty[shard] = sorted(place for place in empty[shard] if place[1] > now)
-                if empty[shard]:
-                    waiting[ticket] = empty[shard].pop(0)[0]
-        elif ticket in waiting:
-            place = waiting.pop(ticket)
-            if kind == "use":
-                for twin in waiting:  # which of the two was first is not known either
-                    is_twin = abs(twin.arrived_at - ticket.arrived_at) < TOLERANCE
-                    if is_twin and twin.shard == shard and waiting[twin] < place:
-                        place, waiting[twin] = waiting[twin], place
-                overtaken |= {
-                    (ticket.name, other.name)
-                    for other, since in waiting.items()
-                    if since < place - TOLERANCE
-                    and other.arrived_at < now - TOLERANCE
-                    and _over_at(other) > now + TOLERANCE
-                }
-            elif shard is not None:
-                same = [other for other in waiting if other.shard == shard]
-                last = max(same, key=lambda other: waiting[other], default=None)
-                if last is not None and waiting[last] > place:
-                    place, waiting[last] = waiting[last], place
-                empty[shard].append((place, now + record.scenario.place_seconds))
+            line.arrive(ticket, now)
+        elif kind == "leave" and ticket in line.places:
+            line.leave(ticket, now)
+        elif ticket in line.places:
+            overtaken |= {
+                (ticket.name, other.name)
+                for other in line.use(ticket)
+                if not {ticket.shard, other.shard} & unclear
+                and other.arrived_at < now - TOLERANCE
+                and _over_at(other) > now + TOLERANCE
+            }
     return overtaken
+
+
+class _Line:
+    """The line of one key: places that are kept, and who has them.
+
+    A place is the time since when it is held.
+    """
+
+    def __init__(self, place_seconds: float) -> None:
+        self.places: dict[WireTicket, float] = {}
+        self._place_seconds = place_seconds
+        self._empty: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
+        """By shard: places where nobody stands, and when they expire."""
+
+    def arrive(self, ticket: WireTicket, now: float) -> None:
+        self.places[ticket] = now
+        if ticket.shard is not None:
+            empty = sorted(place for place in self._empty[ticket.shard] if place[1] > now)
+            if empty:
+                self.places[ticket] = empty.pop(0)[0]
+            self._empty[ticket.shard] = empty
+
+    def leave(self, ticket: WireTicket, now: float) -> None:
+        """Leave the hindmost place of the shard behind."""
+        place = self.places.pop(ticket)
+        if ticket.shard is None or not self._place_seconds:
+            return
+        last = max(self._same_shard(ticket), key=lambda other: other[1], default=None)
+        if last is not None and last[1] > place:
+            self.places[last[0]], place = place, last[1]
+        self._empty[ticket.shard].append((place, now + self._place_seconds))
+
+    def use(self, ticket: WireTicket) -> list[WireTicket]:
+        """Go, and return those whose places are in front."""
+        place = self.places.pop(ticket)
+        for twin, its_place in self._same_shard(ticket):
+            # Which of two that have come in one instant was first is not known.
+            if abs(twin.arrived_at - ticket.arrived_at) < TOLERANCE and its_place < place:
+                self.places[twin], place = place, its_place
+        return [other for other, since in self.places.items() if since < place - TOLERANCE]
+
+    def _same_shard(self, ticket: WireTicket) -> list[tuple[WireTicket, float]]:
+        return [place for place in self.places.items() if place[0].shard == ticket.shard]
 
 
 def _events(tickets: list[WireTicket]) -> Iterator[tuple[float, str, WireTicket]]:

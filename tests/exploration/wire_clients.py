@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import h2.config
 import h2.connection
@@ -33,6 +33,8 @@ HEADERS = (
 HTTP_1_ANSWER = (
     b"HTTP/1.1 200 \r\n" + "".join(f"{n}: {v}\r\n" for n, v in HEADERS).encode() + b"\r\n" + GO
 )
+
+HTTP_2_HEADERS = [(n.encode(), v.encode()) for n, v in ((":status", "200"), *HEADERS)]
 
 Moment = Literal["asks", "begins", "answered", "left", "closed"]
 
@@ -61,8 +63,15 @@ class WireTicket:
     """When the server closed the connection, or the stream, without an answer."""
     is_suspect: bool = False
     """Whether the server has a reason to close the connection: the client is slow."""
+    begun: trio.Event = field(default_factory=trio.Event)
+    """Set when the server has begun to answer, or the client knows that it will not."""
     ended: trio.Event = field(default_factory=trio.Event)
     """Set when the client knows: it has read the answer, or the connection is closed."""
+
+    def end(self) -> None:
+        """Note that the client knows how it ended."""
+        self.begun.set()
+        self.ended.set()
 
     @property
     def is_answered(self) -> bool:
@@ -120,11 +129,11 @@ class _WireClient:
                 self._read += len(data)
                 self._take(data)
                 while self._known_at and self._known_at[0][0] <= self._read:
-                    self._known_at.popleft()[1].ended.set()
+                    self._known_at.popleft()[1].end()
                 if self.pace[1]:
                     await trio.sleep(self.pace[1])
         for ticket in self.tickets:
-            ticket.ended.set()
+            ticket.end()
 
     # To ask.
 
@@ -133,16 +142,23 @@ class _WireClient:
         self.tickets.append(ticket)
         return ticket
 
-    def _send(self, data: bytes) -> None:
-        """Send, unless the connection is broken: the reader sees that."""
+    def _send(self, data: bytes, hold_back: int = 0) -> None:
+        """Send, in order, unless the connection is broken: the reader sees that."""
+        cut = 0 if self.holds_back else len(data) - hold_back
+        self._held_back += data[cut:]
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            self.end.put(data)
+            self.end.put(data[:cut])
+        self._mark_arrivals()
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether something waits for :meth:`send_rest`."""
+        return bool(self._held_back)
 
     def send_rest(self) -> None:
         """Send what was held back."""
         data, self._held_back = self._held_back, b""
         self._send(data)
-        self._mark_arrivals()
 
     def _mark_arrivals(self) -> None:
         raise NotImplementedError
@@ -188,6 +204,7 @@ class _WireClient:
     def _begins(self, ticket: WireTicket) -> None:
         if ticket.first_at == math.inf:
             ticket.first_at = trio.current_time()
+            ticket.begun.set()
             ticket.watch(ticket, "begins")
 
     def _answered(self, ticket: WireTicket) -> None:
@@ -210,8 +227,8 @@ class Http1Client(_WireClient):
 
     protocol: ClassVar = "HTTP/1"
 
-    def __init__(self, *arguments: object, **options: object) -> None:
-        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._raw = b""
         self._body = b""
 
@@ -223,27 +240,28 @@ class Http1Client(_WireClient):
           hold_back: bytes at the end of the head that :meth:`send_rest` sends.
           body: what :meth:`send_body` sends.
         """
+        self.send_body()
         ticket = self._open(shard, name=f"{self.name}.{len(self.tickets)}")
         query = b"" if shard is None else b"?shard=%d" % shard
         head = b"POST /%s HTTP/1.1\r\nHost: queue\r\nContent-Length: %d\r\n\r\n"
-        request = head % (query, len(body)) if body else b"GET /%s HTTP/1.1\r\nHost: queue\r\n\r\n" % query
-        self.send_body()
+        request = (
+            head % (query, len(body))
+            if body
+            else b"GET /%s HTTP/1.1\r\nHost: queue\r\n\r\n" % query
+        )
         self._body = body
-        cut = len(request) - hold_back
-        self._held_back += request[cut:]
-        self._send(request[:cut])
-        if not hold_back:
-            self._mark_arrivals()
+        self._send(request, hold_back)
         return ticket
 
     def send_body(self) -> None:
         """Send the body of an upload."""
         data, self._body = self._body, b""
-        self._send(data)
+        if data:
+            self._send(data)
 
     def _mark_arrivals(self) -> None:
         """Note the arrival of the first request that is not over."""
-        if self._held_back or self.end.is_closed:
+        if self.holds_back or self.end.is_closed:
             return
         waiting = [ticket for ticket in self.tickets if not ticket.is_over]
         for ticket in waiting:
@@ -277,8 +295,8 @@ class Http2Client(_WireClient):
 
     protocol: ClassVar = "HTTP/2"
 
-    def __init__(self, *arguments: object, window: int = 65_535, **options: object) -> None:
-        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+    def __init__(self, *arguments: Any, window: int = 65_535, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._streams: dict[int, WireTicket] = {}
         self._numbers: dict[WireTicket, int] = {}
         self._bodies: dict[int, bytes] = {}
@@ -307,12 +325,17 @@ class Http2Client(_WireClient):
         ticket.is_suspect |= self._window < len(GO)
         self._streams[number], self._numbers[ticket] = ticket, number
         path = "/" if shard is None else f"/?shard={shard}"
-        headers = [(":method", "GET"), (":scheme", "http"), (":authority", "queue"), (":path", path)]
+        headers = [
+            (":method", "GET"),
+            (":scheme", "http"),
+            (":authority", "queue"),
+            (":path", path),
+        ]
         try:
             self._connection.send_headers(number, headers, end_stream=not upload)
         except h2.exceptions.ProtocolError:
             self._close_ticket(ticket)  # the server is ending the connection
-            ticket.ended.set()
+            ticket.end()
             return ticket
         self._unarrived.append(ticket)
         self._flush(hold_back)
@@ -331,7 +354,7 @@ class Http2Client(_WireClient):
             self.send_rest()
             self._flush()
             self._left(ticket)
-            ticket.ended.set()
+            ticket.end()
 
     def open_window(self, ticket: WireTicket) -> None:
         """Let the server send, where the flow-control window was closed."""
@@ -340,18 +363,10 @@ class Http2Client(_WireClient):
             self._flush()
 
     def _flush(self, hold_back: int = 0) -> None:
-        data = self._connection.data_to_send()
-        if self._held_back:
-            self._held_back += data
-            return
-        cut = len(data) - hold_back
-        self._held_back = data[cut:]
-        self._send(data[:cut])
-        if not hold_back:
-            self._mark_arrivals()
+        self._send(self._connection.data_to_send(), hold_back)
 
     def _mark_arrivals(self) -> None:
-        if self._held_back or self.end.is_closed:
+        if self.holds_back or self.end.is_closed:
             return
         waiting, self._unarrived = self._unarrived, []
         for ticket in waiting:
@@ -376,8 +391,8 @@ class Http2Client(_WireClient):
         match frame:
             case HeadersFrame():
                 ticket = self._streams[frame.stream_id]
-                headers = self._decoder.decode(frame.data)
-                if headers != [(":status", "200"), *HEADERS]:
+                headers = list(self._decoder.decode(frame.data, raw=True))
+                if headers != HTTP_2_HEADERS:
                     self._wrong(f"{ticket.name}: not the answer: {headers}")
                 self._begins(ticket)
             case DataFrame():

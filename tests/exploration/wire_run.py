@@ -10,10 +10,11 @@ import math
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import structlog
 import trio
@@ -120,7 +121,7 @@ class _Run:
             for name in self.unreleased:
                 record.report("forgotten", f"{name} is not released")
             for end in list(self.replica.ends):
-                end.peer.close()  # type: ignore[attr-defined]
+                end.peer.close()
             await trio.sleep(scenario.place_seconds + 10)
             self._look_for_leftovers(before)
             self.replica.kill()
@@ -137,7 +138,9 @@ class _Run:
             ("places", len(list(queue.places))),
         ):
             if number:
-                self.record.report("leftovers", f"{number} {what} {dict(more) if what == 'tasks' else ''}")
+                self.record.report(
+                    "leftovers", f"{number} {what} {dict(more) if what == 'tasks' else ''}"
+                )
 
     def opens_at(self, shard: int | None) -> float:
         """Return when the key of a shard opens next, as far as its answers tell."""
@@ -183,10 +186,10 @@ class _Shard:
         del self._run.unreleased[self._name]
         return True
 
-    def _options(self) -> dict[str, object]:
+    def _options(self) -> dict[str, Any]:
         """Choose a connection; what is slow or narrow is so only for a while."""
         source, latency = self._source, self._run.scenario.latency
-        options: dict[str, object] = {
+        options: dict[str, Any] = {
             "up": latency * source.choice((0, 1)),
             "down": latency * source.choice((0, 1)),
         }
@@ -200,12 +203,18 @@ class _Shard:
         source, record = self._source, self._run.record
         name = f"{self._name}h1-{self._connections}"
         client = Http1Client(
-            self._run.replica, name, record.watch, partial(record.report, "answer"), **self._options()
+            self._run.replica,
+            name,
+            record.watch,
+            partial(record.report, "answer"),
+            **self._options(),
         )
         self._run.nursery.start_soon(client.run)
         pieces = source.random() < 0.2
         body = b"some body!" if source.random() < 0.2 else b""
-        ticket = client.ask(self._shard, hold_back=source.randint(1, 20) if pieces else 0, body=body)
+        ticket = client.ask(
+            self._shard, hold_back=source.randint(1, 20) if pieces else 0, body=body
+        )
         pipelined = not pieces and source.random() < 0.2
         if pipelined:
             client.ask(self._shard)
@@ -226,7 +235,9 @@ class _Shard:
 
     async def _play_http2(self) -> bool:
         source, record = self._source, self._run.record
-        shared = [c for c in self._run.shared if not c.end.is_closed and c.end.hung_up_at == math.inf]
+        shared = [
+            c for c in self._run.shared if not c.end.is_closed and c.end.hung_up_at == math.inf
+        ]
         options = self._options()
         is_closed = self._may_be_slow and source.random() < 0.3
         if shared and source.random() < 0.6 and "pace" not in options and not is_closed:
@@ -245,20 +256,19 @@ class _Shard:
             if "pace" not in options and not is_closed:
                 self._run.shared.append(client)
         upload = source.random() < 0.2
-        hold_back = source.randint(1, 10) if source.random() < 0.2 and not client._held_back else 0
+        hold_back = source.randint(1, 10) if source.random() < 0.2 and not client.holds_back else 0
         ticket = client.ask(self._shard, hold_back=hold_back, upload=upload)
         if hold_back:
             await trio.sleep(source.choice((0, 0.01, 1, 4.9)))
             client.send_rest()
         if is_closed:
-            while ticket.first_at == math.inf and not ticket.is_over:
-                await trio.sleep(0.1)
+            await ticket.begun.wait()
             await trio.sleep(source.choice((0, 0.3, 0.79, 2.0)))
             client.open_window(ticket)
         if upload:
             await trio.sleep(source.choice((0, 0.01, source.uniform(0, 10))))
             client.send_body(ticket)
-        hang_ups = [partial(client.reset_stream, ticket)]
+        hang_ups: list[Callable[[], None]] = [partial(client.reset_stream, ticket)]
         if source.random() < 0.3:
             hang_ups = [client.close, client.reset, client.half_close]
         await self._wait(ticket, source.choice(hang_ups))
@@ -266,10 +276,9 @@ class _Shard:
             client.close()
         return ticket.is_answered and ticket.left_at == math.inf
 
-    async def _wait(self, ticket: WireTicket, hang_up: object) -> None:
+    async def _wait(self, ticket: WireTicket, hang_up: Callable[[], None]) -> None:
         """Wait for the answer, or hang up, perhaps in the moment in which it comes."""
         source, run = self._source, self._run
-        assert callable(hang_up)
         if self._hang_ups and source.random() < 0.7:
             self._hang_ups -= 1
             window = run.scenario.window
