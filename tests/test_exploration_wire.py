@@ -167,6 +167,18 @@ def test_a_replica_that_ends_closes_every_connection(end: str) -> None:
     assert not play(story).wrong
 
 
+def test_a_frozen_replica_answers_when_it_goes_on() -> None:
+    async def story(fleet: Fleet) -> None:
+        fleet.replica.freeze()
+        ticket = fleet.http1().ask(0)
+        await trio.sleep(3)
+        fleet.replica.thaw()
+        await ticket.ended.wait()
+        assert ticket.last_at == 3
+
+    assert not play(story).wrong
+
+
 def test_a_seed_repeats_itself() -> None:
     def history(hash_seed: str) -> str:
         command = [sys.executable, "-m", "tests.exploration.wire_run", "7", "1"]

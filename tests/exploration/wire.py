@@ -54,6 +54,7 @@ class WireReplica:
         self._context = WorkerContext(None)
         self._lifespan = Lifespan(self._wrapped, self._config, self._state)
         self._scope = trio.CancelScope()
+        self._ice: trio.Event | None = None
         self._accepted = 0
         self._hang_ups = trio.lowlevel.ParkingLot()
         self._nursery: trio.Nursery
@@ -88,6 +89,7 @@ class WireReplica:
             raise ConnectionRefusedError
         self._accepted += 1
         client, end = connection(self._accepted, up=up, down=down, capacity=capacity)
+        end.thawed = self._thawed
         self.ends[end] = None
         self._connections.start_soon(self._serve, end)
         return client, end
@@ -107,6 +109,19 @@ class WireReplica:
             end.close()
             self.ends.pop(end, None)
             self._hang_ups.unpark_all()
+
+    def freeze(self) -> None:
+        """Let it neither read nor write; its timers go on, which is not as SIGSTOP does."""
+        self._ice = self._ice or trio.Event()
+
+    def thaw(self) -> None:
+        if self._ice is not None:
+            self._ice.set()
+            self._ice = None
+
+    async def _thawed(self) -> None:
+        while self._ice is not None:
+            await self._ice.wait()
 
     async def stop(self) -> None:
         """End it as SIGTERM ends the command."""

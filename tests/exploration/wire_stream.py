@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -13,6 +13,10 @@ import trio
 
 Tap = Callable[[bytes], None]
 """Gets the bytes of the server in the moment in which it has handed them to the connection."""
+
+
+async def _at_once() -> None:
+    pass
 
 
 class _End(trio.abc.HalfCloseableStream):
@@ -36,6 +40,8 @@ class _End(trio.abc.HalfCloseableStream):
         self._has_sent_eof = False
         self._news = trio.lowlevel.ParkingLot()
         self._busy = set[str]()
+        self.thawed: Callable[[], Awaitable[None]] = _at_once
+        """Waits while the process is frozen."""
 
     @property
     def hung_up_at(self) -> float:
@@ -45,9 +51,11 @@ class _End(trio.abc.HalfCloseableStream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         with self._alone("receive"):
             await trio.lowlevel.checkpoint_if_cancelled()
+            await self.thawed()
             while (data := self._take(max_bytes or 65_536)) is None:
                 arrives_at = self._incoming[0][0] if self._incoming else math.inf
                 await self._sleep(min(arrives_at, self.hung_up_at))
+                await self.thawed()
             await trio.lowlevel.cancel_shielded_checkpoint()
             return data
 
@@ -75,6 +83,7 @@ class _End(trio.abc.HalfCloseableStream):
         with self._alone("send"):
             await trio.lowlevel.checkpoint_if_cancelled()
             while rest:
+                await self.thawed()
                 self._check_can_send()
                 room = self._capacity - self.peer._unread  # noqa: SLF001
                 if room > 0:
