@@ -1,6 +1,7 @@
 """Random histories of clients of HTTP/1.1 and HTTP/2 at one replica, checked by true time.
 
-A run of 2 to 12 clients takes ... of virtual time in ... of real time.
+``python -m tests.exploration.wire_run FIRST COUNT`` runs seeds, and shows the history of a single
+one. 2 to 12 clients run about 500 times as fast as real time: a seed takes 0.08 s for 40 s.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 import math
 import random
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,6 +84,7 @@ class WireRecord:
     wrong: list[tuple[str, str]] = field(default_factory=list)
     """Which rule is broken, and how."""
     tickets: list[WireTicket] = field(default_factory=list)
+    ended_at: float = 0.0
 
     def note(self, line: str) -> None:
         self.lines.append(f"{trio.current_time():12.6f}  {line}")
@@ -125,6 +128,7 @@ class _Run:
             await trio.sleep(scenario.place_seconds + 10)
             self._look_for_leftovers(before)
             self.replica.kill()
+        record.ended_at = trio.current_time()
         check(record)
 
     def _look_for_leftovers(self, before: list[str]) -> None:
@@ -366,8 +370,10 @@ def main() -> None:
     """Run seeds: ``python -m tests.exploration.wire_run FIRST COUNT``; one seed is shown."""
     first, count = int(sys.argv[1]), int(sys.argv[2])
     rules: defaultdict[str, list[int]] = defaultdict(list)
+    began_at, virtual = time.process_time(), 0.0
     for seed in range(first, first + count):
         record = explore(seed)
+        virtual += record.ended_at
         for rule, line in record.wrong:
             if not rules[rule] or rules[rule][-1] != seed:
                 rules[rule].append(seed)
@@ -375,6 +381,8 @@ def main() -> None:
                 print(f"seed {seed}: {rule}: {line}")
     if count == 1:
         print(*record.lines, sep="\n")
+    seconds = time.process_time() - began_at
+    print(f"{count} seeds, {virtual / seconds:.0f} x real time, {seconds / count:.3f} s a seed")
     for rule, seeds in rules.items():
         print(f"{rule}: {len(seeds)} of {count} seeds: {seeds[:12]}")
 
