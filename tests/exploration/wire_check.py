@@ -37,6 +37,9 @@ def check(record: WireRecord) -> None:
             record.report(
                 "gone", f"{ticket.name} left at {gone_at} and got a slot at {ticket.first_at}"
             )
+        if ticket.is_lost:
+            rule = "lost" if ticket.protocol == "HTTP/1" else "lost-stream"
+            record.report(rule, f"{ticket.name} left at {gone_at}, and then got a slot")
         # A connection may come to the end of its idle time when the next request arrives.
         if ticket.arrived_at < ticket.closed_at < math.inf and not ticket.is_suspect:
             record.report("closed", f"{ticket.name} was closed at {ticket.closed_at}")

@@ -45,6 +45,7 @@ class WireTicket:
 
     name: str
     shard: int | None
+    protocol: str
     watch: Callable[[WireTicket, Moment], None]
     """Gets each of its moments, when that is."""
     arrived_at: float = math.inf
@@ -61,6 +62,8 @@ class WireTicket:
     """When the server could know that its client had gone away."""
     closed_at: float = math.inf
     """When the server closed the connection, or the stream, without an answer."""
+    is_lost: bool = False
+    """Whether the server began to answer in the very instant in which its client had left."""
     is_suspect: bool = False
     """Whether the server has a reason to close the connection: the client is slow."""
     begun: trio.Event = field(default_factory=trio.Event)
@@ -93,6 +96,8 @@ class _WireClient:
       up, down, capacity: of the connection.
       pace: how many bytes to read at once, and how many seconds to wait after that.
     """
+
+    protocol: ClassVar[str]
 
     def __init__(
         self,
@@ -138,7 +143,7 @@ class _WireClient:
     # To ask.
 
     def _open(self, shard: int | None, *, name: str) -> WireTicket:
-        ticket = WireTicket(name, shard, self._watch, is_suspect=self.pace[1] > 0)
+        ticket = WireTicket(name, shard, self.protocol, self._watch, is_suspect=self.pace[1] > 0)
         self.tickets.append(ticket)
         return ticket
 
@@ -204,6 +209,7 @@ class _WireClient:
     def _begins(self, ticket: WireTicket) -> None:
         if ticket.first_at == math.inf:
             ticket.first_at = trio.current_time()
+            ticket.is_lost = ticket.left_at <= ticket.first_at
             ticket.begun.set()
             ticket.watch(ticket, "begins")
 

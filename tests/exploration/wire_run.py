@@ -381,8 +381,9 @@ def main() -> None:
                 print(f"seed {seed}: {rule}: {line}")
     if count == 1:
         print(*record.lines, sep="\n")
-    seconds = time.process_time() - began_at
-    print(f"{count} seeds, {virtual / seconds:.0f} x real time, {seconds / count:.3f} s a seed")
+    if count > 1:
+        seconds = time.process_time() - began_at
+        print(f"{count} seeds, {virtual / seconds:.0f} x real time, {seconds / count:.3f} s a seed")
     for rule, seeds in rules.items():
         print(f"{rule}: {len(seeds)} of {count} seeds: {seeds[:12]}")
 
