@@ -165,7 +165,9 @@ def _events(
     """Yield what happens, when, and what comes first of one instant."""
     for ticket in tickets:
         gone_at = min(ticket.left_at, ticket.closed_at)
-        if ticket.arrived_at <= gone_at:
+        # The server need not see a request that comes with the end of its connection.
+        is_seen = ticket.arrived_at < gone_at or source.random() < 0.5
+        if ticket.arrived_at <= gone_at and is_seen:
             rank = source.random()
             yield ticket.arrived_at, rank, "arrive", ticket
             if ticket.first_at < math.inf:
