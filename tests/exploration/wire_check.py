@@ -100,7 +100,7 @@ def _overtaken(
     record: WireRecord, tickets: list[WireTicket], source: random.Random
 ) -> set[tuple[str, str]]:
     """Play the places of shards, and return which ticket has overtaken which."""
-    line = _Line(record.scenario.place_seconds)
+    line = _Line(record.scenario.place_seconds, source)
     overtaken: set[tuple[str, str]] = set()
     for now, _, kind, ticket in sorted(_events(tickets, source), key=lambda event: event[:2]):
         if kind == "arrive":
@@ -122,7 +122,8 @@ class _Line:
     A place is the time since when it is held.
     """
 
-    def __init__(self, place_seconds: float) -> None:
+    def __init__(self, place_seconds: float, source: random.Random) -> None:
+        self._source = source
         self.places: dict[WireTicket, float] = {}
         self._place_seconds = place_seconds
         self._empty: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
@@ -133,7 +134,9 @@ class _Line:
         if ticket.shard is not None:
             empty = sorted(place for place in self._empty[ticket.shard] if place[1] > now)
             if empty:
-                self.places[ticket] = empty.pop(0)[0]
+                foremost = [place for place in empty if place[0] == empty[0][0]]
+                empty.remove(chosen := self._source.choice(foremost))
+                self.places[ticket] = chosen[0]
             self._empty[ticket.shard] = empty
 
     def leave(self, ticket: WireTicket, now: float) -> None:
