@@ -1,0 +1,392 @@
+"""Random histories of clients of HTTP/1.1 and HTTP/2 at one replica, checked by true time.
+
+``python -m tests.exploration.wire_run FIRST COUNT`` runs seeds, and shows the history of a single
+one. 2 to 12 clients run about 500 times as fast as real time: a seed takes 0.08 s for 40 s.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import structlog
+import trio
+from trio.testing import MockClock
+
+from gateway_queue.settings import Settings
+from tests.exploration.wire import WireReplica, repeatable
+from tests.exploration.wire_check import check
+from tests.exploration.wire_clients import Http1Client, Http2Client, Moment, WireTicket
+
+MOST_HANG_UPS = 4
+TOO_SLOW = 3.0
+"""Seconds after which a client gives up an answer that began and does not end."""
+
+
+@dataclass(frozen=True)
+class WireScenario:
+    """One run. Times are in seconds."""
+
+    seed: int
+    window: float
+    keys: int
+    hold_on_start: bool
+    place_seconds: float
+    clients: int
+    latency: float
+    are_slow: bool
+    """Whether some clients are slow to read."""
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(
+            window_seconds=self.window,
+            hold_on_start=self.hold_on_start,
+            place_seconds=self.place_seconds,
+            max_concurrency=self.keys,
+            loop_free_starts=0,
+        )
+
+    def key(self, shard: int | None) -> int:
+        return (shard or 0) % self.keys
+
+
+def draw(seed: int) -> WireScenario:
+    """Choose a scenario."""
+    source = random.Random(f"wire {seed}")
+    return WireScenario(
+        seed,
+        window=source.choice((1.0, 2.0, 5.0)),
+        keys=source.choice((1, 1, 2, 3)),
+        hold_on_start=source.random() < 0.5,
+        place_seconds=source.choice((0.0, 3.0, 30.0)),
+        clients=source.randint(2, 12),
+        latency=source.choice((0.0, 0.0, 0.001, 0.05)),
+        are_slow=source.random() < 0.3,
+    )
+
+
+@dataclass(eq=False)
+class WireRecord:
+    """What a run leaves behind."""
+
+    scenario: WireScenario
+    lines: list[str] = field(default_factory=list)
+    wrong: list[tuple[str, str]] = field(default_factory=list)
+    """Which rule is broken, and how."""
+    tickets: list[WireTicket] = field(default_factory=list)
+    ended_at: float = 0.0
+
+    def note(self, line: str) -> None:
+        self.lines.append(f"{trio.current_time():12.6f}  {line}")
+
+    def report(self, rule: str, line: str) -> None:
+        self.wrong.append((rule, line))
+        self.note(f"WRONG ({rule}): {line}")
+
+    def watch(self, ticket: WireTicket, moment: Moment) -> None:
+        if moment == "asks":
+            self.tickets.append(ticket)
+        self.note(f"{ticket.name} (shard {ticket.shard}) {moment}")
+
+
+class _Run:
+    def __init__(self, record: WireRecord) -> None:
+        self.record = record
+        self.scenario = record.scenario
+        self.replica = WireReplica(self.scenario.settings)
+        self.shared: list[Http2Client] = []
+        self.nursery: trio.Nursery
+        self.unreleased: dict[str, None] = {}
+
+    async def run(self) -> None:
+        record, scenario = self.record, self.scenario
+        record.note(str(scenario))
+        limit = scenario.window * (20 + 12 * scenario.clients) + 60
+        async with trio.open_nursery() as outer:
+            await outer.start(self.replica.run)
+            before = self.replica.tasks()
+            with trio.move_on_after(limit):
+                async with trio.open_nursery() as self.nursery:
+                    async with trio.open_nursery() as clients:
+                        for number in range(scenario.clients):
+                            clients.start_soon(_Shard(self, number).live)
+                    self.nursery.cancel_scope.cancel()
+            for name in self.unreleased:
+                record.report("forgotten", f"{name} is not released")
+            for end in list(self.replica.ends):
+                end.peer.close()
+            await trio.sleep(scenario.place_seconds + 10)
+            self._look_for_leftovers(before)
+            self.replica.kill()
+        record.ended_at = trio.current_time()
+        check(record)
+
+    def _look_for_leftovers(self, before: list[str]) -> None:
+        queue = self.replica.app.queue
+        more = Counter(self.replica.tasks()) - Counter(before)
+        for what, number in (
+            ("tasks", sum(more.values())),
+            ("connections", len(self.replica.ends)),
+            ("tickets", len(queue)),
+            ("lanes", len(queue.lanes)),
+            ("places", len(list(queue.places))),
+        ):
+            if number:
+                self.record.report(
+                    "leftovers", f"{number} {what} {dict(more) if what == 'tasks' else ''}"
+                )
+
+    def opens_at(self, shard: int | None) -> float:
+        """Return when the key of a shard opens next, as far as its answers tell."""
+        key = self.scenario.key(shard)
+        last = [t.last_at for t in self.record.tickets if self.scenario.key(t.shard) == key]
+        answered = [at for at in last if at < math.inf]
+        start = self.scenario.window if self.scenario.hold_on_start else 0
+        return max(answered, default=start - self.scenario.window) + self.scenario.window
+
+
+class _Shard:
+    """One shard: it asks, hangs up, and asks again until it is released."""
+
+    def __init__(self, run: _Run, number: int) -> None:
+        self._source = source = random.Random(f"client {number} {run.scenario.seed}")
+        self._run = run
+        self._name = f"c{number}"
+        self._shard = None if source.random() < 0.1 else source.randrange(3 * run.scenario.keys)
+        self._hang_ups = source.choice((0, 1, MOST_HANG_UPS))
+        self._connections = 0
+        self._may_be_slow = run.scenario.are_slow and source.random() < 0.5
+
+    async def live(self) -> None:
+        source, window = self._source, self._run.scenario.window
+        await trio.sleep(source.choice((0, window, source.uniform(0, 3 * window))))
+        for _ in range(source.choice((1, 1, 2))):
+            if not await self._start():
+                return
+            await trio.sleep(source.choice((0, window, source.uniform(0, window))))
+
+    async def _start(self) -> bool:
+        """Ask until released, and tell whether that was so."""
+        source = self._source
+        self._run.unreleased[self._name] = None
+        while True:
+            play = self._play_http1 if source.random() < 0.5 else self._play_http2
+            if await play():
+                break
+            if source.random() < 0.1:
+                del self._run.unreleased[self._name]
+                return False
+            await trio.sleep(source.choice((0, 0, 0.001, source.uniform(0, 4))))
+        del self._run.unreleased[self._name]
+        return True
+
+    def _options(self) -> dict[str, Any]:
+        """Choose a connection; what is slow or narrow is so only for a while."""
+        source, latency = self._source, self._run.scenario.latency
+        options: dict[str, Any] = {
+            "up": latency * source.choice((0, 1)),
+            "down": latency * source.choice((0, 1)),
+        }
+        if self._may_be_slow and source.random() < 0.5:
+            options["pace"] = (source.choice((1, 16, 64)), source.choice((0.001, 0.02, 0.2)))
+            options["capacity"] = source.choice((16, 100, 300))
+        self._connections += 1
+        return options
+
+    async def _play_http1(self) -> bool:
+        source, record = self._source, self._run.record
+        name = f"{self._name}h1-{self._connections}"
+        client = Http1Client(
+            self._run.replica,
+            name,
+            record.watch,
+            partial(record.report, "answer"),
+            **self._options(),
+        )
+        self._run.nursery.start_soon(client.run)
+        pieces = source.random() < 0.2
+        body = b"some body!" if source.random() < 0.2 else b""
+        ticket = client.ask(
+            self._shard, hold_back=source.randint(1, 20) if pieces else 0, body=body
+        )
+        pipelined = not pieces and source.random() < 0.2
+        if pipelined:
+            client.ask(self._shard)
+        if pieces:
+            await trio.sleep(source.choice((0, 0.01, 1, 4.9)))
+            client.send_rest()
+        if body:
+            await trio.sleep(source.choice((0, 0.01, source.uniform(0, 10))))
+            client.send_body()
+        how = source.choice((client.close, client.reset, client.half_close))
+        await self._wait(ticket, how)
+        if pipelined and ticket.is_answered:
+            ticket = client.tickets[1]
+            await self._wait(ticket, how)
+        if source.random() < 0.7 or not ticket.is_answered:
+            client.close()
+        return ticket.is_answered and ticket.left_at == math.inf
+
+    async def _play_http2(self) -> bool:
+        source, record = self._source, self._run.record
+        shared = [
+            c for c in self._run.shared if not c.end.is_closed and c.end.hung_up_at == math.inf
+        ]
+        options = self._options()
+        is_closed = self._may_be_slow and source.random() < 0.3
+        if shared and source.random() < 0.6 and "pace" not in options and not is_closed:
+            client = source.choice(shared)
+        else:
+            name = f"{self._name}h2-{self._connections}"
+            client = Http2Client(
+                self._run.replica,
+                name,
+                record.watch,
+                partial(record.report, "answer"),
+                window=source.choice((0, 20)) if is_closed else 65_535,
+                **options,
+            )
+            self._run.nursery.start_soon(client.run)
+            if "pace" not in options and not is_closed:
+                self._run.shared.append(client)
+        upload = source.random() < 0.2
+        hold_back = source.randint(1, 10) if source.random() < 0.2 and not client.holds_back else 0
+        ticket = client.ask(self._shard, hold_back=hold_back, upload=upload)
+        if hold_back:
+            await trio.sleep(source.choice((0, 0.01, 1, 4.9)))
+            client.send_rest()
+        if is_closed:
+            await ticket.begun.wait()
+            await trio.sleep(source.choice((0, 0.3, 0.79, 2.0)))
+            client.open_window(ticket)
+        if upload:
+            await trio.sleep(source.choice((0, 0.01, source.uniform(0, 10))))
+            client.send_body(ticket)
+        hang_ups: list[Callable[[], None]] = [partial(client.reset_stream, ticket)]
+        if source.random() < 0.3:
+            hang_ups = [client.close, client.reset, client.half_close]
+        await self._wait(ticket, source.choice(hang_ups))
+        if is_closed or (client not in self._run.shared) or source.random() < 0.1:
+            client.close()
+        return ticket.is_answered and ticket.left_at == math.inf
+
+    async def _wait(self, ticket: WireTicket, hang_up: Callable[[], None]) -> None:
+        """Wait for the answer, or hang up, perhaps in the moment in which it comes."""
+        source, run = self._source, self._run
+        if self._hang_ups and source.random() < 0.7:
+            self._hang_ups -= 1
+            window = run.scenario.window
+            opens_at = run.opens_at(self._shard)
+            until = source.choice(
+                (
+                    trio.current_time(),
+                    opens_at,
+                    opens_at,
+                    opens_at - run.scenario.latency,
+                    trio.current_time() + source.uniform(0, 2 * window),
+                )
+            )
+            with trio.move_on_at(until):
+                await ticket.ended.wait()
+            if not ticket.ended.is_set():
+                run.record.note(f"{ticket.name} hangs up")
+                hang_up()
+                await trio.sleep(TOO_SLOW if source.random() < 0.2 else 0)
+            return
+        while not ticket.ended.is_set():
+            with trio.move_on_after(TOO_SLOW):
+                await ticket.ended.wait()
+            if ticket.is_suspect and ticket.first_at + TOO_SLOW < trio.current_time():
+                break
+        if ticket.ended.is_set() and not ticket.is_answered and not ticket.is_suspect:
+            run.record.note(f"{ticket.name} was closed")
+
+
+@contextmanager
+def _log_into(record: WireRecord) -> Iterator[None]:
+    """Let the log go to the history: no run of one replica ought to cause an error."""
+
+    def note(_: object, level: str, event: structlog.typing.EventDict) -> str:
+        words = " ".join(f"{k}={v}" for k, v in event.items() if k != "exc_info")
+        record.note(f"log: {words}")
+        if level in {"error", "exception", "critical"}:
+            error = sys.exc_info()[1]
+            record.report("error", f"{words}: {error!r}")
+        raise structlog.DropEvent
+
+    class Handler(logging.Handler):
+        def emit(self, line: logging.LogRecord) -> None:
+            error = line.exc_info[1] if line.exc_info else None
+            record.report("error", f"Hypercorn: {line.getMessage()}: {error!r}")
+
+    before = structlog.get_config()
+    structlog.configure(
+        processors=[note],
+        wrapper_class=structlog.make_filtering_bound_logger("warning"),
+        cache_logger_on_first_use=False,
+    )
+    logger, handler = logging.getLogger("gateway_queue.hypercorn"), Handler(logging.WARNING)
+    logger.addHandler(handler)
+    propagates, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+async def run(seed: int) -> list[str]:
+    """Play the history of a seed, on a mock clock and while it is repeatable, and return it."""
+    record = WireRecord(draw(seed))
+    await _play(record)
+    return record.lines
+
+
+async def _play(record: WireRecord) -> None:
+    with _log_into(record):
+        await _Run(record).run()
+
+
+def explore(seed: int) -> WireRecord:
+    """Run the scenario of a seed."""
+    record = WireRecord(draw(seed))
+    with repeatable(seed):
+        trio.run(_play, record, clock=MockClock(autojump_threshold=0))
+    return record
+
+
+def main() -> None:
+    """Run seeds: ``python -m tests.exploration.wire_run FIRST COUNT``; one seed is shown."""
+    first, count = int(sys.argv[1]), int(sys.argv[2])
+    rules: defaultdict[str, list[int]] = defaultdict(list)
+    began_at, virtual = time.process_time(), 0.0
+    for seed in range(first, first + count):
+        record = explore(seed)
+        virtual += record.ended_at
+        for rule, line in record.wrong:
+            if not rules[rule] or rules[rule][-1] != seed:
+                rules[rule].append(seed)
+            if len(rules[rule]) <= 3:
+                print(f"seed {seed}: {rule}: {line}")
+    if count == 1:
+        print(*record.lines, sep="\n")
+    if count > 1:
+        seconds = time.process_time() - began_at
+        print(f"{count} seeds, {virtual / seconds:.0f} x real time, {seconds / count:.3f} s a seed")
+    for rule, seeds in rules.items():
+        print(f"{rule}: {len(seeds)} of {count} seeds: {seeds[:12]}")
+
+
+if __name__ == "__main__":
+    main()
