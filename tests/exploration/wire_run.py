@@ -139,7 +139,7 @@ class _Run:
             ("connections", len(self.replica.ends)),
             ("tickets", len(queue)),
             ("lanes", len(queue.lanes)),
-            ("places", len(list(queue.places))),
+            ("places", sum(len(lane.away) for lane in queue.lanes.values())),
         ):
             if number:
                 self.record.report(

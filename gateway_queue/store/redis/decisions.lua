@@ -13,10 +13,11 @@
 --   kept_at              when the expiry of all keys was last put off
 --   seen:REPLICA         when the last command of that replica came
 --   window:N:K           when the key opens; a claimed key opens when its lease ends
---   claim:N:K            the token of the key's last claim, until it is used or given back
+--   claim:N:K            a list: the token of the key's last claim, until it is used or given back, and
+--                        when the answer has to be out
 --   numbers              a list: until when a key of N is closed, at most
 --   releases             a list: until when a token counts against releases_per_window; with a
---                        question mark as long as it is only claimed
+--                        question mark, and when its answer has to be out, as long as it is claimed
 --   total, remaining, resets_at, asked_at
 --                        the session starts that Discord allows; not there without a token
 -- KEYS[2] PREFIX:starts  a sorted set: the day's session starts, their tokens by time
@@ -245,6 +246,10 @@ local function close(number, key, until_when)
     'numbers', with(numbers, number, word(latest)))
 end
 
+local function is_claimed_with(number, key, token)
+  return entries(redis.call('HGET', state, 'claim:' .. number .. ':' .. key))() == token
+end
+
 -- Calls a function with each window of other numbers of keys.
 local function for_windows_of_others(number, visit)
   local fields = redis.call('HGETALL', state)
@@ -266,7 +271,13 @@ local function forget_number(number, former)
   store_list(state, 'numbers', without(redis.call('HGET', state, 'numbers'), former))
 end
 
--- Returns when a key opens, and whether a claim keeps it closed, which may end sooner. While keys
+-- Returns how soon to ask again for what a claim keeps closed. Until its answer is out, the claim
+-- may be given back at any time. After that, a shard is identifying, and a window follows.
+local function shortest_wait(answer_by)
+  return now <= tonumber(answer_by) and glance or window
+end
+
+-- Returns when a key opens, and in what time a claim that keeps it closed may end. While keys
 -- of another number are closed, each counts for every key that some shard has besides.
 local function opens_at(number, key)
   local latest = tonumber(redis.call('HGET', state, 'window:' .. number .. ':' .. key) or 0)
@@ -285,8 +296,9 @@ local function opens_at(number, key)
       end
     end)
   end
-  local is_claimed = is_closed(latest) and redis.call('HEXISTS', state, 'claim:' .. closing) == 1
-  return latest, is_claimed
+  local claim = is_closed(latest) and redis.call('HGET', state, 'claim:' .. closing) or ''
+  local _, answer_by = entries(claim)()
+  return latest, answer_by and shortest_wait(answer_by) or math.huge
 end
 
 -- ---- releases of all keys in one window -------------------------------------------------------
@@ -300,20 +312,22 @@ local function set_release(token, until_when, mark)
   end
 end
 
--- Returns when the releases of all keys are fewer than they may be, and whether a claim is one of
--- them, which may end sooner.
+-- Returns when the releases of all keys are fewer than they may be, and in what time the first claim
+-- among them may end.
 local function queue_opens_at()
-  local ends, is_claimed = {}, false
+  local ends, may_end_in = {}, math.huge
   if most_releases > 0 then
     for _, value in entries(redis.call('HGET', state, 'releases')) do
-      local until_when, mark = value:match('(%d+)(%??)')
+      local until_when, answer_by = value:match('(%d+)%??(%d*)')
       ends[#ends + 1] = tonumber(until_when)
-      is_claimed = is_claimed or (mark == '?' and is_closed(until_when))
+      if answer_by ~= '' and is_closed(until_when) then
+        may_end_in = math.min(may_end_in, shortest_wait(answer_by))
+      end
     end
     table.sort(ends)
   end
   local place = #ends - most_releases + 1
-  return most_releases > 0 and ends[place] or 0, is_claimed
+  return most_releases > 0 and ends[place] or 0, may_end_in
 end
 
 -- ---- oldest first over all replicas -----------------------------------------------------------
@@ -373,17 +387,17 @@ local function decide(number, key, shard, came_at, caution)
     return SHARD_HELD, held
   end
 
-  local queue_opens, is_claimed = queue_opens_at()
+  local queue_opens, may_end_in = queue_opens_at()
   local wait = wait_for(queue_opens, caution)
   if wait > 0 then
-    return QUEUE_CLOSED, is_claimed and math.min(wait, glance) or wait
+    return QUEUE_CLOSED, math.min(wait, may_end_in)
   end
 
   local key_opens
-  key_opens, is_claimed = opens_at(number, key)
+  key_opens, may_end_in = opens_at(number, key)
   wait = wait_for(key_opens, caution)
   if wait > 0 then
-    return KEY_CLOSED, is_claimed and math.min(wait, glance) or wait
+    return KEY_CLOSED, math.min(wait, may_end_in)
   end
 
   wait = wait_for_older(number .. ':' .. key, came_at)
@@ -428,8 +442,8 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
   end
   if verdict == GRANTED then
     close(number, key, now + its_lease)
-    redis.call('HSET', state, 'claim:' .. field, token)
-    set_release(token, now + its_lease, '?')
+    redis.call('HSET', state, 'claim:' .. field, with('', token, useless_at))
+    set_release(token, now + its_lease, '?' .. useless_at)
     count_start(token, now)
   end
   return answer(verdict, wait)
@@ -437,10 +451,10 @@ end
 
 function commands.start_window(number, key, token, started_ago, its_window)
   local started_at = now - started_ago
-  local until_when, claim = started_at + its_window, 'claim:' .. number .. ':' .. key
+  local until_when = started_at + its_window
   set_release(token, until_when, '')
-  if redis.call('HGET', state, claim) == token then
-    redis.call('HDEL', state, claim)
+  if is_claimed_with(number, key, token) then
+    redis.call('HDEL', state, 'claim:' .. number .. ':' .. key)
   else
     local closed_until = redis.call('HGET', state, 'window:' .. number .. ':' .. key)
     until_when = math.max(until_when, tonumber(closed_until or 0))
@@ -455,15 +469,15 @@ function commands.restore_claim(number, key, token, lease_left)
   local field, until_when = number .. ':' .. key, now + lease_left
   if until_when > tonumber(redis.call('HGET', state, 'window:' .. field) or 0) then
     close(number, key, until_when)
-    redis.call('HSET', state, 'claim:' .. field, token)
+    redis.call('HSET', state, 'claim:' .. field, with('', token, word(now)))
   end
-  set_release(token, until_when, '?')
+  set_release(token, until_when, '?' .. word(now))
   return answer(GRANTED, 0)
 end
 
 function commands.give_back(number, key, token)
   local field = number .. ':' .. key
-  if redis.call('HGET', state, 'claim:' .. field) == token then
+  if is_claimed_with(number, key, token) then
     redis.call('HDEL', state, 'claim:' .. field, 'window:' .. field)
   end
   set_release(token, nil)
