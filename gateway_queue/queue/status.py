@@ -63,7 +63,7 @@ def lanes(queue: Queue, most: int | None = None) -> list[LaneStatus]:
     if queue.max_concurrency is None or queue.store.fault is not None:
         first_slot = math.inf
     else:
-        first_slot = starts.resets_in if starts.spent else 0.0
+        first_slot = starts.resumes_in if starts.spent else 0.0
     statuses = [
         _lane(lane, first_slot, queue.store.rules, most)
         for _, lane in sorted(queue.lanes.items())
@@ -106,5 +106,5 @@ def _delay_to_reset(starts: SessionStarts, statuses: list[LaneStatus], window: f
     in_order = sorted(here, key=lambda entry: entry[0].eta)
     late = defaultdict[int, int](int)
     for ticket, lane in in_order[starts.remaining :]:
-        ticket.eta = max(ticket.eta, starts.resets_in + late[lane.rate_limit_key] * window)
+        ticket.eta = max(ticket.eta, starts.resumes_in + late[lane.rate_limit_key] * window)
         late[lane.rate_limit_key] += 1

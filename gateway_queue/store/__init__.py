@@ -103,6 +103,9 @@ class SessionStarts:
     enforced: bool
     resets_in: float
     """Seconds until some of those used are free again."""
+    resumes_in: float
+    """Seconds until shards may start again if none is left: later than Discord's reset, because a
+    start at the very reset may count for the day before."""
     source: Source | None
 
     @property

@@ -38,14 +38,9 @@ class Budget:
         """Take one start and return 0, or return when some are free again if none is left."""
         seen = self.seen_at(now)
         if seen.enforced and seen.remaining is not None and seen.remaining <= self._claimed:
-            return self._resumes_in(seen, now)
+            return seen.resumes_in
         self._claimed += 1
         return 0.0
-
-    def _resumes_in(self, seen: SessionStarts, now: float) -> float:
-        if self._allowance is None:
-            return seen.resets_in
-        return self._allowance.resets_at + self._window - now
 
     def give_back(self) -> None:
         """Return a claimed start that did not come about."""
@@ -69,7 +64,14 @@ class Budget:
             self._starts.popleft()
         resets_in = self._starts[0] + DAY - now if self._starts else DAY
         source: Source | None = "configured" if self._configured else None
-        return SessionStarts(len(self._starts), self._configured, self._enforced, resets_in, source)
+        return SessionStarts(
+            used=len(self._starts),
+            total=self._configured,
+            enforced=self._enforced,
+            resets_in=resets_in,
+            resumes_in=resets_in,
+            source=source,
+        )
 
     def _seen_with(self, allowance: Allowance, now: float) -> SessionStarts:
         while now >= allowance.resets_at + self._window:
@@ -83,5 +85,11 @@ class Budget:
         while self._starts and self._starts[0] + self._in_flight <= allowance.asked_at:
             self._starts.popleft()
         used = allowance.total - allowance.remaining + len(self._starts)
-        resets_in = max(0.0, allowance.resets_at - now)
-        return SessionStarts(used, allowance.total, self._enforced, resets_in, "discord")
+        return SessionStarts(
+            used=used,
+            total=allowance.total,
+            enforced=self._enforced,
+            resets_in=max(0.0, allowance.resets_at - now),
+            resumes_in=allowance.resets_at + self._window - now,
+            source="discord",
+        )

@@ -24,6 +24,7 @@ from gateway_queue.store import (
     Source,
 )
 from gateway_queue.store.budget import DAY
+from gateway_queue.store.loop_guard import HOUR
 from gateway_queue.store.redis.clock import (
     DRIFT,
     MICROSECONDS,
@@ -131,6 +132,8 @@ class RedisStore:
         self._confirm_lease = _microseconds(longest_there(lease + rules.confirm_seconds))
         self._clock = ServerClock(self._longest_lease)
         self._since: int | None = None
+        # Since when the data is kept that has all starts of other replicas that are known here.
+        self._complete_since: int | None = None
         # Since when the data is kept that was seen last, and when that was, by the server's clock.
         self._seen = (0, 0)
         self._hold = self._lease if rules.hold else 0.0
@@ -212,19 +215,20 @@ class RedisStore:
         Raises:
           Unreachable: it is lost again.
         """
-        seen_since, self._looked_at = self._seen[0], 0
+        self._looked_at = 0
         await self._look()
         await self._settle_doubtful()
         if self._allowance is not None:
             await self._hand_over(self._allowance)
-        await self._restore(also_of_others=self._since != seen_since)
+        await self._restore(also_of_others=self._since != self._complete_since)
+        self._complete_since = self._since
         for claim, until in self._identifying.items():
             left = _microseconds(longest_there(max(0.0, until - trio.current_time())))
             await self._ask("restore_claim", *_words(claim), left)
 
     async def _restore(self, *, also_of_others: bool) -> None:
         starts = [
-            (token, self._clock.at(at))
+            (token, self._clock.at_latest(at))
             for token, at in self._starts.items()
             if also_of_others or token.startswith(self._replica)
         ]
@@ -233,13 +237,26 @@ class RedisStore:
             await self._ask("restore", *(word for start in part for word in start))
 
     async def _look(self) -> None:
-        """Ask for what there is to know, above all the starts of other replicas."""
-        answer, starts = await self._ask("look", self._looked_at)
+        """Ask for what there is to know, above all the starts of other replicas.
+
+        A start is there from its claim on, so one that is not there any more was given back.
+        """
+        looked_at = self._looked_at
+        answer, starts = await self._ask("look", looked_at)
+        seen = {
+            token.decode(): self._clock.when(int(at))
+            for token, at in zip(starts[::2], starts[1::2], strict=True)
+            if not token.startswith(self._replica.encode())
+        }
+        if self._since == self._complete_since:
+            since = self._clock.when(looked_at) + self._clock.longest_step()
+            for token, at in list(self._starts.items()):
+                if at > since and token not in seen and not token.startswith(self._replica):
+                    del self._starts[token]
+        for token, at in seen.items():
+            self._remember_start(token, at)
         if trio.current_time() >= self._trusted_at:  # until then, replicas may restore older ones
-            self._looked_at = answer.now
-        for token, at in zip(starts[::2], starts[1::2], strict=True):
-            if not token.startswith(self._replica.encode()):
-                self._remember_start(token.decode(), self._clock.when(int(at)))
+            self._looked_at = answer.now - _microseconds(2 * self._lease)
 
     @contextmanager
     def _doubting(self, claim: Claim) -> Iterator[None]:
@@ -355,7 +372,8 @@ class RedisStore:
 
     async def allow(self, allowance: Allowance) -> None:
         self._allowance = allowance
-        counted = allowance.asked_at - self._in_flight
+        # The loop guard needs them for an hour, also if they are in Discord's figure.
+        counted = min(allowance.asked_at - self._in_flight, trio.current_time() - HOUR)
         self._starts = {token: at for token, at in self._starts.items() if at > counted}
         with suppress(Unreachable):  # then it catches up
             await self._hand_over(allowance)
@@ -363,11 +381,13 @@ class RedisStore:
     def session_starts(self) -> SessionStarts:
         known, now = self._known, trio.current_time()
         source: Source | None = "configured" if self._limit else None
+        resets_in = max(0.0, self._known_at + known.resets_in / MICROSECONDS - now)
         return SessionStarts(
             used=known.used,
             total=None if known.total < 0 else known.total,
             enforced=self._limit != 0,
-            resets_in=max(0.0, self._known_at + known.resets_in / MICROSECONDS - now),
+            resets_in=resets_in,
+            resumes_in=resets_in + (self.rules.window if known.is_discords else 0.0),
             source="discord" if known.is_discords else source,
         )
 

@@ -72,6 +72,10 @@ class ServerClock:
         """Return what the server's clock shows at a time of ours, in microseconds."""
         return round((time + self._offset) * MICROSECONDS)
 
+    def at_latest(self, time: float) -> int:
+        """Return the most that the server's clock may show at a time of ours, in microseconds."""
+        return round((time + self._most) * MICROSECONDS)
+
     def when(self, shown: int) -> float:
         """Return at which time of ours the server's clock shows something, in microseconds."""
         return shown / MICROSECONDS - self._offset

@@ -400,6 +400,11 @@ local function decide(number, key, shard, came_at, caution)
     return KEY_CLOSED, math.min(wait, may_end_in)
   end
 
+  local used, total, _, resumes_at = budget()
+  if limit ~= 0 and total >= 0 and used >= total then
+    return KEY_CLOSED, math.min(resumes_at - now, window)
+  end
+
   wait = wait_for_older(number .. ':' .. key, came_at)
   if wait > 0 then
     return KEY_CLOSED, wait
@@ -409,10 +414,6 @@ local function decide(number, key, shard, came_at, caution)
     return QUEUE_CLOSED, wait
   end
 
-  local used, total, _, resumes_at = budget()
-  if limit ~= 0 and total >= 0 and used >= total then
-    return KEY_CLOSED, math.min(resumes_at - now, window)
-  end
   return GRANTED, now - math.max(queue_opens, key_opens)
 end
 
