@@ -18,7 +18,7 @@ import pytest
 
 from gateway_queue.discord import Unavailable, connect
 from tests.fake_discord import TOKEN, FakeDiscord, Trick, after, answer, playing, raw
-from tests.harness import Server, environ, eventually, first_answers, installed, serving
+from tests.harness import SLACK, Server, environ, eventually, first_answers, installed, serving
 
 GATEWAY_QUEUE = installed("gateway-queue")
 HYPERCORN = (installed("hypercorn"), "--worker-class", "trio", "--bind", "127.0.0.1:0")
@@ -254,15 +254,41 @@ def test_limits_change_while_hundreds_wait(before: int, later: int, count: int) 
         assert all(latter - former >= window - 0.001 for former, latter in pairwise(lane))
 
 
-def test_the_smaller_of_both_max_concurrencies_counts() -> None:
-    with playing(max_concurrency=2) as discord:
-        with serving_with(discord, MAX_CONCURRENCY=8) as server:
-            eventually(lambda: server.get("/readyz").status == 200)
-            assert server.status()["max_concurrency"] == 2
-            eventually(lambda: any("MAX_CONCURRENCY is more" in line for line in server.lines))
-        with serving_with(discord, MAX_CONCURRENCY=1) as server:
-            eventually(lambda: server.get("/readyz").status == 200)
-            assert server.status()["max_concurrency"] == 1
+def test_max_concurrency_below_discords_limits_the_releases_of_all_keys() -> None:
+    """The keys stay Discord's: shards 0, 16 and 32 have the same one."""
+    window, most = 1.0, 3
+    settings = {"WINDOW_SECONDS": window, "HOLD_ON_START": "true"}
+    shards = [0, 16, 32, 1, 2, 17, 3, 4, 5, 6, 7, 8]
+    with (
+        playing(max_concurrency=16) as discord,
+        serving_with(discord, MAX_CONCURRENCY=most, **settings) as server,
+    ):
+        clients = []
+        for shard in shards:
+            clients.append(server.ask(shard))
+            server.settle()
+        answers = [(shards[number], answer.at) for number, answer in first_answers(clients, 12)]
+    times = [at for _, at in answers]
+    assert all(
+        latter - former >= window - SLACK
+        for former, latter in zip(times, times[most:], strict=False)
+    )
+    for key in range(16):
+        lane = [at for shard, at in answers if shard % 16 == key]
+        assert all(latter - former >= window - SLACK for former, latter in pairwise(lane))
+    # Oldest first, among those whose key is open.
+    windows = [{shard for shard, _ in answers[i : i + most]} for i in range(0, len(answers), most)]
+    assert windows == [{0, 1, 2}, {16, 17, 3}, {32, 4, 5}, {6, 7, 8}]
+
+
+def test_max_concurrency_above_discords_limits_nothing() -> None:
+    with (
+        playing(max_concurrency=2) as discord,
+        serving_with(discord, MAX_CONCURRENCY=8) as server,
+    ):
+        eventually(lambda: server.get("/readyz").status == 200)
+        assert server.status()["max_concurrency"] == 2
+        eventually(lambda: any("MAX_CONCURRENCY is more" in line for line in server.lines))
 
 
 def test_at_the_end_of_the_budget_tickets_are_held_until_the_reset() -> None:

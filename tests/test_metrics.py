@@ -21,6 +21,8 @@ TYPES = {
     "gateway_queue_released_total": "counter",
     "gateway_queue_abandoned_total": "counter",
     "gateway_queue_wait_seconds": "histogram",
+    "gateway_queue_identify_seconds": "histogram",
+    "gateway_queue_unconfirmed_total": "counter",
     "gateway_queue_lateness_seconds": "histogram",
     "gateway_queue_unkeyed_total": "counter",
     "gateway_queue_loop_held_total": "counter",

@@ -476,6 +476,27 @@ def test_replicas_share_what_discord_has_left(redis: RedisServer) -> None:
             assert sum(server.status()["released"] for server in servers) == 6
 
 
+def test_replicas_share_the_releases_of_all_keys(redis: RedisServer) -> None:
+    """MAX_CONCURRENCY below Discord's value: that many releases in any one window, oldest first."""
+    window, most, number = 0.5, 2, 16
+    with playing(max_concurrency=8) as discord:
+        settings = discord.variables(
+            WINDOW_SECONDS=window, MAX_CONCURRENCY=most, HOLD_ON_START="false"
+        )
+        with replicas(2, redis.url, **settings) as servers:
+            eventually(lambda: all(map(is_ready, servers)))
+            clients = []
+            for shard in range(number):
+                clients.append(servers[shard % 2].ask(shard))
+                servers[shard % 2].settle()
+            answers = first_answers(clients, number)
+    times = [answer.at for _, answer in answers]
+    for former, latter in zip(times, times[most:], strict=False):
+        assert window - SLACK <= latter - former < 1.5 * window
+    order = [shard for shard, _ in answers]
+    assert all(abs(place - shard) <= most for place, shard in enumerate(order)), order
+
+
 def test_replicas_share_the_loop_guard(redis: RedisServer) -> None:
     settings = {"WINDOW_SECONDS": 0.1, "LOOP_FREE_STARTS": 2}
     with replicas(2, redis.url, **settings) as (one, other):
