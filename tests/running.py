@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
-from gateway_queue.store import Rules
+from gateway_queue.store import Claim, Refusal, Rules
 from gateway_queue.store.memory import MemoryStore
 
 WINDOW = 5.0
@@ -27,9 +27,35 @@ def on_mock_clock(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
+class SlowStore(MemoryStore):
+    """A store that answers after 10 ms, as one over a network does."""
+
+    DELAY = 0.01
+
+    async def claim(
+        self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
+    ) -> Claim | Refusal:
+        outcome = await super().claim(key, shard, came_at, confirm=confirm)
+        await trio.sleep(self.DELAY)
+        return outcome
+
+    async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
+        await trio.sleep(self.DELAY)
+        await super().start_window(claim, at, confirmed=confirmed)
+
+    async def give_back(self, claim: Claim) -> None:
+        await trio.sleep(self.DELAY)
+        await super().give_back(claim)
+
+    async def withdraw(self, key: int) -> None:
+        await trio.sleep(self.DELAY)
+        await super().withdraw(key)
+
+
 @asynccontextmanager
 async def running(
     *,
+    store_type: type[MemoryStore] = MemoryStore,
     hold: bool = False,
     keys: int | None = 1,
     session_start_limit: int | None = None,
@@ -37,7 +63,7 @@ async def running(
     place_seconds: float = 0,
 ) -> AsyncIterator[Queue]:
     """Run a queue until the end of the context, and close it then."""
-    store = MemoryStore(Rules(WINDOW, hold, session_start_limit, loop_free_starts))
+    store = store_type(Rules(WINDOW, hold, session_start_limit, loop_free_starts))
     queue = Queue(store, Metrics(), max_concurrency=keys, place_seconds=place_seconds)
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)

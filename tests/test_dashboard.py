@@ -18,7 +18,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.fake_discord import playing, raw
 from tests.harness import PATIENCE, Server, eventually, serving
 
-LOST = re.compile("Failed to load resource: net::ERR_(CONNECTION_REFUSED|INCOMPLETE_CHUNKED|EMPTY_RESPONSE)")
+LOST = re.compile(
+    "Failed to load resource: net::ERR_(CONNECTION_REFUSED|INCOMPLETE_CHUNKED|EMPTY_RESPONSE)"
+)
 """What a browser says of a server that is gone."""
 
 expect.set_options(timeout=PATIENCE * 1000)

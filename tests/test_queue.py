@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import combinations, groupby, pairwise
 
 import pytest
 import trio
@@ -17,7 +17,7 @@ from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
 from gateway_queue.store import Rules
 from gateway_queue.store.memory import MemoryStore
-from tests.running import TOLERANCE, WINDOW, on_mock_clock, running, stopwatch
+from tests.running import TOLERANCE, WINDOW, SlowStore, on_mock_clock, running, stopwatch
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,49 @@ def test_every_history_goes_as_promised(history: list[Client], keys: int, hold: 
     actual = sorted(releases, key=lambda r: r.client.arrives)
     assert [r.client for r in actual] == [r.client for r in expected]
     assert [r.began for r in actual] == pytest.approx([r.began for r in expected], abs=TOLERANCE)
+
+
+@given(
+    histories,
+    st.lists(st.tuples(st.floats(0, 60), st.integers(1, 6)), max_size=5),
+    st.sampled_from([0.0, 8.0]),
+    st.sampled_from([0, 2]),
+)
+def test_a_slow_store_loses_no_ticket_and_makes_none_early(
+    history: list[Client],
+    changes: list[tuple[float, int]],
+    place_seconds: float,
+    loop_free_starts: int,
+) -> None:
+    """Clients come, leave and come back, and keys change, while the store is asked."""
+    releases: list[Release] = []
+
+    async def change(queue: Queue) -> None:
+        for at, keys in sorted(changes):
+            await trio.sleep_until(at)
+            queue.set_max_concurrency(keys)
+
+    async def main() -> None:
+        async with (
+            running(
+                store_type=SlowStore,
+                keys=4,
+                place_seconds=place_seconds,
+                loop_free_starts=loop_free_starts,
+            ) as queue,
+            trio.open_nursery() as everybody,
+        ):
+            everybody.start_soon(change, queue)
+            for client in history:
+                everybody.start_soon(act, queue, client, 1, releases)
+
+    on_mock_clock(main)
+
+    patient = {c for c in history if c.patience == math.inf and not c.leaves_when_chosen}
+    assert patient <= {release.client for release in releases}
+    for former, latter in combinations(sorted(releases, key=lambda one: one.began), 2):
+        if former.client.shard == latter.client.shard:
+            assert latter.began - former.ended >= WINDOW - TOLERANCE
 
 
 @given(

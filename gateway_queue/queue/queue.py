@@ -72,6 +72,8 @@ class Queue:
         self._confirm_seconds = store.rules.confirm_seconds
         self._metrics = metrics
         self.max_concurrency = max_concurrency
+        if max_concurrency is not None:
+            store.regroup(max_concurrency)
         self.released = 0
         self.abandoned = 0
         """Clients that left without their turn."""
