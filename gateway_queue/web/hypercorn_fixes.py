@@ -350,8 +350,14 @@ class HTTP1(H11Protocol):
     async def initiate(self) -> None:
         self.can_read = _LeaveLoop()
         self._paused = False
+        self._is_closed = False
         self._unsent = b""
         self._unanswered: HTTPStream | None = None
+
+    async def handle(self, event: Event) -> None:
+        """Start no request that came before its client left: nobody would notice the leaving."""
+        self._is_closed |= isinstance(event, Closed)
+        await super().handle(event)
 
     async def _handle_events(self) -> None:
         """Parse what has come, and go on to read when h11 pauses.
@@ -360,6 +366,8 @@ class HTTP1(H11Protocol):
         request that still stalls. While Hypercorn waits for the end of a pause it does not read,
         so it would not notice that the client has left.
         """
+        if self._is_closed:
+            return
         try:
             await super()._handle_events()
         except _Paused:
@@ -434,10 +442,9 @@ class Buffer(StreamBuffer):
         self.head: Response | None = None
         self.send_by = math.inf
 
-    async def flush(self) -> None:
-        """Wait until all is written, also a head alone."""
+    async def expect_write(self) -> None:
+        """Let :meth:`drain` wait also if only the head or the end is left to write."""
         await self._is_empty.clear()
-        await self.drain()
 
 
 class HTTP2(H2Protocol):
@@ -473,16 +480,18 @@ class HTTP2(H2Protocol):
             if buffer is not None and event.stream_id in self.streams:
                 await self._reset(event.stream_id)
             await super().stream_send(event)
-        elif buffer is None:
+        elif buffer is None or self.closed:
             raise ClientGone
         elif isinstance(event, Response):
             buffer.head = event
         else:
             buffer.send_by = _deadline()
+            if isinstance(event, EndBody | _Flush):
+                await buffer.expect_write()
             if isinstance(event, _Flush):
                 self.priority.unblock(event.stream_id)
                 await self.has_data.set()
-                await buffer.flush()
+                await buffer.drain()
             else:
                 await super().stream_send(event)
             if buffer.head is not None and isinstance(event, EndBody | _Flush):
