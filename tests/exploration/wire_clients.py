@@ -339,13 +339,13 @@ class Http1Client(_WireClient):
             self._send(data)
 
     def _mark_arrivals(self) -> None:
-        """Note the arrival of the first request that is not over."""
-        if self.holds_back or self.end.is_closed:
-            return
-        waiting = [ticket for ticket in self.tickets if not ticket.is_over]
-        for ticket in waiting:
-            ticket.sent_at = min(ticket.sent_at, trio.current_time())
-        if waiting and waiting[0].arrived_at == math.inf:
+        """Note the arrival of the first request that is not over, as far as the server knows."""
+        now = trio.current_time()
+        waiting = [t for t in self.tickets if min(t.last_at, t.left_at, t.closed_at) > now]
+        if not self.holds_back and not self.end.is_closed:
+            for ticket in waiting:
+                ticket.sent_at = min(ticket.sent_at, now)
+        if waiting and waiting[0].sent_at < waiting[0].arrived_at == math.inf:
             self._arrives(waiting[0])
 
     def _sent(self, data: bytes) -> None:
