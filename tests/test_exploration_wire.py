@@ -23,7 +23,7 @@ from tests.exploration.wire_run import explore
 WINDOW = 5.0
 CONFIRM = 10.0
 
-FIXED_SEEDS = (2, 6, 10, 11, 20, 106, 153, 264, 321, 385, 466, 728, 2039, 3064)
+FIXED_SEEDS = (2, 6, 10, 11, 20, 106, 153, 264, 321, 385, 466, 728, 2039, 3064, 3831)
 """Add each seed that has found a fault."""
 
 SECONDS = 15.0
@@ -227,6 +227,7 @@ def test_a_response_that_waits_for_its_confirmation_ends_in_the_end(
     async def story(fleet: Fleet) -> None:
         client = fleet.http2() if protocol == "HTTP/2" else fleet.http1(version=protocol[5:])
         ticket = client.ask(0, confirm=True, method=method)
+        await trio.sleep(0.001)
         after = fleet.http1().ask(0)
         await after.ended.wait()
         assert ticket.body_at == 0

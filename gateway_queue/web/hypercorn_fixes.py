@@ -145,23 +145,24 @@ class Connection(TCPServer):
                 if event.data:
                     await self._write(event.data)
             elif isinstance(event, _Look):
-                await self._look()
+                await self._look(event.times)
             else:
                 await super().protocol_send(event)
 
-    async def _look(self) -> None:
-        """Hear of a client that has left, and wait until a write need not wait.
-
-        A write that follows without a checkpoint cannot miss anything.
-        """
-        for _ in range(LOOKS_MAX):
+    async def _look(self, times: int) -> None:
+        """Hear of a client that has left, and wait until a write need not wait."""
+        idle_times = 0
+        for _ in range(times * LOOKS_MAX):
             async with self.send_lock:
                 pass
             state = self._state_in_kernel()
             if state & ~select.POLLIN:
                 await self.protocol.handle(Closed())
-            if state != select.POLLIN:  # otherwise a stream may be reset in what is unread
-                break
+                return
+            # What is unread, or is being read, may reset a stream.
+            idle_times = 0 if state & select.POLLIN else idle_times + 1
+            if times in {1, idle_times}:
+                return
 
     def _state_in_kernel(self) -> int:
         """Ask the kernel: trio may not have come to it yet, if thousands hang up at once."""
@@ -191,8 +192,12 @@ class Connection(TCPServer):
             self.send_lock.release()
 
 
+@dataclass(frozen=True)
 class _Look(Event):
     """Lets a connection look for its client, for a response is about to be written."""
+
+    times: int = 1
+    """How often in a row there must be nothing to read, if more than once."""
 
 
 class _Idle(TrioSingleTask):
@@ -525,7 +530,7 @@ class HTTP2(H2Protocol):
         try:
             buffer = self.stream_buffers[stream_id]
             if buffer.head is not None:
-                await self.send(_Look())
+                await self.send(_Look(times=3))
                 if self.closed:
                     return
             credit = self.connection.local_flow_control_window(stream_id)
