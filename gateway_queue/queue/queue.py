@@ -16,7 +16,7 @@ from gateway_queue.queue.budget_alarm import BudgetAlarm
 from gateway_queue.queue.gate import Gate
 from gateway_queue.queue.lane import Identifying, Lane, Place
 from gateway_queue.queue.places import Places
-from gateway_queue.queue.ticket import Slot, Ticket, Turn
+from gateway_queue.queue.ticket import NotAnswered, Slot, Ticket, Turn
 from gateway_queue.store import Allowance, Claim, Refusal, WindowStore
 
 RECENT_MAX = 2_000
@@ -149,8 +149,9 @@ class Queue:
     async def turn(self, shard: int | None, *, confirm: bool = False) -> AsyncIterator[Turn]:
         """Wait for a shard's turn. The body of the context answers the client.
 
-        The window starts when the body ends. A body that is cancelled has not answered: its slot
-        goes to the next ticket, at once. One that fails may have, so its slot counts as used.
+        The window starts when the body ends. A body that is cancelled, or that raises
+        :class:`NotAnswered`, has not answered: its slot goes to the next ticket, at once. One that
+        fails otherwise may have, so its slot counts as used.
 
         The body of a confirmed ticket goes on after the answer until the client closes its
         response, which cancels it, or until its time is over.
@@ -180,6 +181,8 @@ class Queue:
             with slot.outcome:
                 try:
                     yield Turn(slot.claim.answer_by, self._confirm_seconds, answered)
+                except NotAnswered:
+                    raise
                 except Exception:
                     answered()
                     raise

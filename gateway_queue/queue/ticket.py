@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from gateway_queue.queue.lane import Place
 
 
+class NotAnswered(Exception):
+    """A client has left before the first byte of its answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """The right to answer one client, once."""

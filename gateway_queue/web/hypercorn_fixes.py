@@ -21,15 +21,17 @@ import h2.events
 import h2.exceptions
 import h11
 import hypercorn.protocol
+import hypercorn.protocol.h2
+import hypercorn.protocol.h11
 import hypercorn.trio.run
 import hypercorn.trio.tcp_server
 import structlog
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import EndBody, Response, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.events import StreamClosed
-from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.trio.task_group import TaskGroup
@@ -43,6 +45,7 @@ from hypercorn.typing import (
     LifespanState,
     Scope,
 )
+from hypercorn.typing import Event as IOEvent
 
 from gateway_queue.web.keep_alive import keep_alive
 
@@ -57,8 +60,19 @@ SEND_SECONDS, SLOWEST_READER = 0.8, 10_000
 For who is next in line waits until an answer is written."""
 
 
+LOOKS_MAX = 4
+"""How often a connection is looked at for a client that may just have left."""
+
+
 class UnknownHypercorn(Exception):
     """Hypercorn has another class, or none, where one of ours is to be used."""
+
+
+class ClientGone(OSError):
+    """A client has left before the first byte of its response was written.
+
+    ASGI asks for an OSError; Hypercorn has none.
+    """
 
 
 def install() -> None:
@@ -74,6 +88,7 @@ def install() -> None:
         (hypercorn.protocol, "H2Protocol", HTTP2),
         (hypercorn.protocol.h11, "HTTPStream", Stream),
         (hypercorn.protocol.h2, "HTTPStream", Stream),
+        (hypercorn.protocol.h2, "StreamBuffer", Buffer),
     ):
         theirs = getattr(module, name, None)
         if not (isinstance(theirs, type) and issubclass(ours, theirs)):
@@ -130,36 +145,59 @@ class Connection(TCPServer):
                 if event.data:
                     await self._write(event.data)
             elif isinstance(event, _Look):
-                if self._has_hung_up():
-                    await self.protocol.handle(Closed())
+                await self._look(event.times)
             else:
                 await super().protocol_send(event)
 
-    def _has_hung_up(self) -> bool:
+    async def _look(self, times: int) -> None:
+        """Hear of a client that has left, and wait until a write need not wait."""
+        idle_times = 0
+        for _ in range(times * LOOKS_MAX):
+            async with self.send_lock:
+                pass
+            state = self._state_in_kernel()
+            if state & ~select.POLLIN:
+                await self.protocol.handle(Closed())
+                return
+            # What is unread, or is being read, may reset a stream.
+            idle_times = 0 if state & select.POLLIN else idle_times + 1
+            if times in {1, idle_times}:
+                return
+
+    def _state_in_kernel(self) -> int:
         """Ask the kernel: trio may not have come to it yet, if thousands hang up at once."""
         if (descriptor := self._transport.socket.fileno()) < 0:
-            return True
+            return select.POLLNVAL
         poll = select.poll()
-        poll.register(descriptor, select.POLLRDHUP)
-        return bool(poll.poll(0))
+        poll.register(descriptor, select.POLLIN | select.POLLRDHUP)
+        return sum(state for _, state in poll.poll(0))
 
     async def _write(self, data: bytes) -> None:
-        async with self.send_lock:
+        try:
+            self.send_lock.acquire_nowait()
+        except trio.WouldBlock:
+            with trio.CancelScope(shield=True):  # HTTP/2 counts on each byte
+                await self.send_lock.acquire()
+        try:
             deadline = trio.current_time() + SEND_SECONDS + len(data) / SLOWEST_READER
             # A cancellation must not tear what is being written, but an answer may have to be out
             # at a certain time.
-            if (answer_by := trio.current_effective_deadline()) != -math.inf:
-                deadline = min(deadline, answer_by)
             try:
-                with trio.fail_at(deadline, shield=True):
+                with trio.fail_at(min(deadline, _deadline()), shield=True):
                     await self.stream.send_all(data)
             except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
                 await trio.aclose_forcefully(self.stream)
                 await self.protocol.handle(Closed())
+        finally:
+            self.send_lock.release()
 
 
+@dataclass(frozen=True)
 class _Look(Event):
-    """Lets a connection look for its client, for an answer is about to be sent."""
+    """Lets a connection look for its client, for a response is about to be written."""
+
+    times: int = 1
+    """How often in a row there must be nothing to read, if more than once."""
 
 
 class _Idle(TrioSingleTask):
@@ -237,7 +275,9 @@ class _Client:
                 await app(
                     *(scope, self._receive, send), trio.to_thread.run_sync, trio.from_thread.run
                 )
-        except Exception:  # noqa: BLE001
+        except* ClientGone:
+            pass
+        except* Exception:  # noqa: BLE001
             await config.log.exception("Error in ASGI Framework")
         await send(None)
 
@@ -267,6 +307,8 @@ class Stream(HTTPStream):
         if message is None and self.state is ASGIHTTPState.REQUEST and not self.closed:
             await self.send(StreamClosed(stream_id=self.stream_id))
             return
+        if message is not None and self.state is ASGIHTTPState.REQUEST and self.closed:
+            raise ClientGone
         await super().app_send(message)
         if (
             message is not None
@@ -279,6 +321,12 @@ class Stream(HTTPStream):
 @dataclass(frozen=True)
 class _Flush(StreamEvent):
     """Waits until a part of a response is written. Hypercorn waits only for the last part."""
+
+
+def _deadline() -> float:
+    """Return until when the caller waits; one that is cancelled has no deadline."""
+    deadline = trio.current_effective_deadline()
+    return math.inf if deadline == -math.inf else deadline
 
 
 class _Paused(Exception):
@@ -307,7 +355,14 @@ class HTTP1(H11Protocol):
     async def initiate(self) -> None:
         self.can_read = _LeaveLoop()
         self._paused = False
+        self._is_closed = False
         self._unsent = b""
+        self._unanswered: HTTPStream | None = None
+
+    async def handle(self, event: Event) -> None:
+        """Start no request that came before its client left: nobody would notice the leaving."""
+        self._is_closed |= isinstance(event, Closed)
+        await super().handle(event)
 
     async def _handle_events(self) -> None:
         """Parse what has come, and go on to read when h11 pauses.
@@ -316,6 +371,8 @@ class HTTP1(H11Protocol):
         request that still stalls. While Hypercorn waits for the end of a pause it does not read,
         so it would not notice that the client has left.
         """
+        if self._is_closed:
+            return
         try:
             await super()._handle_events()
         except _Paused:
@@ -350,6 +407,9 @@ class HTTP1(H11Protocol):
         """Send the head of an answer in one packet with what follows, as Hypercorn does not.
 
         What follows the head when CONNECT is answered is no body (RFC 9110, 9.3.6).
+
+        Raises:
+          ClientGone: instead of the first packet.
         """
         if self.connection.our_state is not h11.SWITCHED_PROTOCOL:
             try:
@@ -357,15 +417,17 @@ class HTTP1(H11Protocol):
             except h11.LocalProtocolError:
                 if self.connection.their_state is not h11.ERROR:
                     raise
-        if isinstance(event, h11.Response):
+        if isinstance(event, h11.Response) and isinstance(self.stream, HTTPStream):
+            self._unanswered = self.stream
+            if self.stream.scope["method"] != "HEAD":
+                return
+        if stream := self._unanswered:
+            self._unanswered = None
             await self.send(_Look())
-        if not isinstance(event, h11.Response) or self._is_without_body():
-            data, self._unsent = self._unsent, b""
-            await self.send(RawData(data))
-
-    def _is_without_body(self) -> bool:
-        """Tell whether nothing follows the head of the response, as after HEAD."""
-        return isinstance(self.stream, HTTPStream) and self.stream.scope["method"] == "HEAD"
+            if stream.closed:
+                raise ClientGone
+        data, self._unsent = self._unsent, b""
+        await self.send(RawData(data))
 
     async def _send_error_response(self, status_code: int) -> None:
         """Answer what is no request at all; otherwise close without an answer.
@@ -377,8 +439,23 @@ class HTTP1(H11Protocol):
             await super()._send_error_response(status_code)
 
 
+class Buffer(StreamBuffer):
+    """What is left to send of a response."""
+
+    def __init__(self, event_class: type[IOEvent]) -> None:
+        super().__init__(event_class)
+        self.head: Response | None = None
+        self.send_by = math.inf
+
+    async def expect_write(self) -> None:
+        """Let :meth:`drain` wait also if only the head or the end is left to write."""
+        await self._is_empty.clear()
+
+
 class HTTP2(H2Protocol):
     """HTTP/2 that bears the end of an upload after its answer, and knows no WebSockets."""
+
+    stream_buffers: dict[int, Buffer]  # type: ignore[assignment]
 
     async def initiate(
         self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None
@@ -396,18 +473,40 @@ class HTTP2(H2Protocol):
                 await buffer.close()
 
     async def stream_send(self, event: StreamEvent) -> None:
-        """Reset a stream that ends without a whole response, where its client would wait on."""
-        is_end = isinstance(event, StreamClosed) and event.stream_id in self.streams
-        if is_end and event.stream_id in self.stream_buffers:
-            with suppress(h2.exceptions.ProtocolError):
-                self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
-                await self._flush()
-            await self._window_updated(event.stream_id)  # drops what is left to send
-        if isinstance(event, _Flush):
-            if buffer := self.stream_buffers.get(event.stream_id):
-                await buffer.drain()
-        else:
+        """Keep the head of a response for its first part, and wait until the last is written.
+
+        A stream that ends without a whole response is reset: its client would wait on.
+
+        Raises:
+          ClientGone: nothing of the response was written.
+        """
+        buffer = self.stream_buffers.get(event.stream_id)
+        if isinstance(event, StreamClosed):
+            if buffer is not None and event.stream_id in self.streams:
+                await self._reset(event.stream_id)
             await super().stream_send(event)
+        elif buffer is None or self.closed:
+            raise ClientGone
+        elif isinstance(event, Response):
+            buffer.head = event
+        else:
+            buffer.send_by = _deadline()
+            if isinstance(event, EndBody | _Flush):
+                await buffer.expect_write()
+            if isinstance(event, _Flush):
+                self.priority.unblock(event.stream_id)
+                await self.has_data.set()
+                await buffer.drain()
+            else:
+                await super().stream_send(event)
+            if buffer.head is not None and isinstance(event, EndBody | _Flush):
+                raise ClientGone
+
+    async def _reset(self, stream_id: int) -> None:
+        with suppress(h2.exceptions.ProtocolError):
+            self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
+            await self._flush()
+        await self._window_updated(stream_id)  # drops what is left to send
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
@@ -425,20 +524,28 @@ class HTTP2(H2Protocol):
         """Write the next part of a response, then let its sender go on.
 
         Hypercorn lets the sender go on first. But a window starts when the sender goes on, so the
-        next release was early. The last part and the end of the stream are one write, because
-        clients wait for the end.
+        next release was early. The head, the body and the end of the stream are one write, because
+        clients wait for the end, and because a client that leaves in between would get a part.
         """
         try:
             buffer = self.stream_buffers[stream_id]
+            if buffer.head is not None:
+                await self.send(_Look(times=3))
+                if self.closed:
+                    return
             credit = self.connection.local_flow_control_window(stream_id)
             size = max(0, min(credit, self.connection.max_outbound_frame_size))
             data = bytes(buffer.buffer[:size])
             ends = buffer._complete and len(data) == len(buffer.buffer)  # noqa: SLF001
+            if head := buffer.head:
+                self._send_head(head)
+                buffer.head = None
             if data or ends:
                 self.connection.send_data(stream_id, data, end_stream=ends)
-                await self._flush()
             else:
                 self.priority.block(stream_id)
+            with trio.CancelScope(deadline=buffer.send_by):
+                await self._flush()
             await buffer.pop(len(data))
             if ends:
                 del self.stream_buffers[stream_id]
@@ -448,6 +555,11 @@ class HTTP2(H2Protocol):
                 await gone.close()
             with suppress(KeyError):
                 self.priority.remove_stream(stream_id)
+
+    def _send_head(self, head: Response) -> None:
+        status = (b":status", b"%d" % head.status_code)
+        headers = [status, *head.headers, *self.config.response_headers("h2")]
+        self.connection.send_headers(head.stream_id, headers)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         """Take CONNECT, which Hypercorn reserves for WebSockets, as a request like any."""

@@ -21,7 +21,7 @@ from hypercorn.typing import (
     HTTPScope,
 )
 
-from gateway_queue.queue.ticket import Turn
+from gateway_queue.queue.ticket import NotAnswered, Turn
 from gateway_queue.web.auth import Guard
 from gateway_queue.web.problems import CONTENT_TYPE, Refused, problem
 from gateway_queue.web.query import asked_for
@@ -75,6 +75,8 @@ class TicketRequest:
         """Stall, answer, and end."""
         try:
             await self._answer_in_turn()
+        except NotAnswered:
+            return
         except trio.TooSlowError:
             log.warning("client too slow to read its answer; connection closed")
             return  # without an answer, or in the middle of one: the connection is closed
@@ -102,12 +104,12 @@ class TicketRequest:
                     turn.answered()
                     await trio.sleep(turn.confirm_seconds)  # the client's leaving cancels it
             if confirm and not self._is_http_1:
-                await self._hand_over(END)
+                await self._end()
         if self._is_http_1:
             # In the middle of an upload HTTP/1 has to reset the connection to end the exchange,
             # which can take the answer from a client that reads it only when all is sent.
             await self._receive()
-            await self._hand_over(END)
+            await self._end()
 
     async def _answer(
         self,
@@ -118,10 +120,16 @@ class TicketRequest:
         by: float = math.inf,
         stays_open: bool = False,
     ) -> None:
-        """Hand the answer to the socket in time, if the client is there for its first byte."""
+        """Hand the answer to the socket in time.
+
+        Raises:
+          NotAnswered: the client has left before the first byte.
+          trio.TooSlowError: the client may have got a part of it.
+        """
         length = () if stays_open else ((b"content-length", b"%d" % len(body)),)
         more_body = stays_open or self._is_http_1
         await trio.lowlevel.checkpoint_if_cancelled()
+        by = min(by, trio.current_time() + ANSWER_SECONDS)
         await self._hand_over(
             {
                 "type": "http.response.start",
@@ -134,13 +142,17 @@ class TicketRequest:
             },
             by,
         )
-        if self._is_http_1:  # the server keeps the head back, and looks for the client
-            await trio.lowlevel.checkpoint_if_cancelled()
         await self._hand_over(
             {"type": "http.response.body", "body": body, "more_body": more_body}, by
         )
 
-    async def _hand_over(self, message: ASGISendEvent, by: float = math.inf) -> None:
+    async def _end(self) -> None:
+        await self._hand_over(END, trio.current_time() + ANSWER_SECONDS)
+
+    async def _hand_over(self, message: ASGISendEvent, by: float) -> None:
         """Send all of it: even at the end of a good answer Hypercorn says that its client left."""
-        with trio.fail_at(min(by, trio.current_time() + ANSWER_SECONDS), shield=True):
-            await self._send(message)
+        try:
+            with trio.fail_at(by, shield=True):
+                await self._send(message)
+        except OSError as error:
+            raise NotAnswered from error

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
+from tests.exploration import wire_run
 from tests.exploration.invariants import broken
 from tests.exploration.run import explore
 
@@ -28,6 +29,8 @@ class Choice:
     """Invariants."""
     without: frozenset[str] = frozenset()
     """Kinds of faults."""
+    http: bool = False
+    """Whether clients of HTTP are simulated, or such that call the queue directly."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,21 @@ def try_seed(seed: int, choice: Choice) -> Outcome:
     signal.signal(signal.SIGVTALRM, _give_up)
     signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST_RUN)
     try:
-        record = explore(seed, without=choice.without)
-        return Outcome(seed, record.ended_at, broken(record, choice.ignore))
+        return (_try_http if choice.http else _try_queue)(seed, choice)
     except Exception as error:  # noqa: BLE001
         return Outcome(seed, 0, {"runs-to-its-end": repr(error)})
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _try_queue(seed: int, choice: Choice) -> Outcome:
+    record = explore(seed, without=choice.without)
+    return Outcome(seed, record.ended_at, broken(record, choice.ignore))
+
+
+def _try_http(seed: int, choice: Choice) -> Outcome:
+    record = wire_run.explore(seed)
+    return Outcome(seed, record.ended_at, record.broken(choice.ignore))
 
 
 def try_seeds(seeds: Iterable[int], choice: Choice) -> Iterator[Outcome]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Callable
@@ -22,21 +23,36 @@ from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, RstStr
 from tests.exploration.wire import DATE, WireReplica
 from tests.harness import GO
 
-HEADERS = (
-    ("content-type", "application/json"),
-    ("content-length", str(len(GO))),
-    ("cache-control", "no-store"),
-    ("date", DATE),
-)
-"""Of every answer to a ticket."""
-
-HTTP_1_ANSWER = (
-    b"HTTP/1.1 200 \r\n" + "".join(f"{n}: {v}\r\n" for n, v in HEADERS).encode() + b"\r\n" + GO
-)
-
-HTTP_2_HEADERS = [(n.encode(), v.encode()) for n, v in ((":status", "200"), *HEADERS)]
-
 Moment = Literal["asks", "begins", "answered", "left", "closed"]
+
+Method = Literal["GET", "HEAD"]
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A query that is refused."""
+
+    query: str
+    detail: str
+
+    @property
+    def document(self) -> bytes:
+        problem = {"title": "Bad Request", "status": 400, "detail": self.detail}
+        return json.dumps(problem).encode()
+
+
+REFUSALS = (
+    Refusal("shard=", "shard must be a whole number from 0 to 2147483647, not ''"),
+    Refusal("shard=-1", "shard must be a whole number from 0 to 2147483647, not '-1'"),
+    Refusal("shard=1&shard=2", "shard is given twice, with different values"),
+    Refusal("shard=1&confirm=yes", "confirm must be true or false, not 'yes'"),
+    Refusal(
+        "confirm=true",
+        "confirm=true needs shard=N: the queue has to know which shard confirms",
+    ),
+)
 
 
 @dataclass(eq=False)
@@ -48,18 +64,25 @@ class WireTicket:
     protocol: str
     watch: Callable[[WireTicket, Moment], None]
     """Gets each of its moments, when that is."""
+    confirm: bool = False
+    """Whether the client closes the response when it has identified."""
+    method: Method = "GET"
+    refusal: Refusal | None = None
+    """What is wrong with the request; then it is no ticket."""
     arrived_at: float = math.inf
     """When all of the request was at the server, and no request before it in the way."""
     sent_at: float = math.inf
     """When the client has sent all of the request."""
+    uploaded_at: float = -math.inf
+    """When the end of its body was at the server, if it has one."""
     first_at: float = math.inf
     """When the server sent the first bytes of the answer."""
     body_at: float = math.inf
     """When it sent the last byte of the body."""
     last_at: float = math.inf
-    """When it sent the end of the answer."""
+    """When it sent the end of the answer; of a confirmed ticket's, once its time was over."""
     left_at: float = math.inf
-    """When the server could know that its client had gone away."""
+    """When the server could know that its client had gone away, or had identified."""
     closed_at: float = math.inf
     """When the server closed the connection, or the stream, without an answer."""
     is_lost: bool = False
@@ -78,7 +101,42 @@ class WireTicket:
 
     @property
     def is_answered(self) -> bool:
-        return self.last_at < math.inf
+        """Whether the server has sent the permission."""
+        return (self.body_at if self.confirm else self.last_at) < math.inf
+
+    @property
+    def query(self) -> str:
+        """What follows the path of the request."""
+        if self.refusal is not None:
+            return f"?{self.refusal.query}"
+        if self.shard is None:
+            return ""
+        return f"?shard={self.shard}" + ("&confirm=true" if self.confirm else "")
+
+    @property
+    def content(self) -> bytes:
+        """The content of the answer, which HEAD does not get."""
+        return GO if self.refusal is None else self.refusal.document
+
+    @property
+    def body(self) -> bytes:
+        return b"" if self.method == "HEAD" else self.content
+
+    @property
+    def headers(self) -> Headers:
+        """The headers of the answer, as the contract has them."""
+        kind = b"json" if self.refusal is None else b"problem+json"
+        length = () if self.confirm else ((b"content-length", b"%d" % len(self.content)),)
+        return [
+            (b"content-type", b"application/" + kind),
+            *length,
+            (b"cache-control", b"no-store"),
+            (b"date", DATE.encode()),
+        ]
+
+    @property
+    def status(self) -> bytes:
+        return b"200" if self.refusal is None else b"400"
 
     @property
     def is_over(self) -> bool:
@@ -142,8 +200,10 @@ class _WireClient:
 
     # To ask.
 
-    def _open(self, shard: int | None, *, name: str) -> WireTicket:
-        ticket = WireTicket(name, shard, self.protocol, self._watch, is_suspect=self.pace[1] > 0)
+    def _open(self, name: str, shard: int | None, options: dict[str, Any]) -> WireTicket:
+        ticket = WireTicket(
+            name, shard, self.protocol, self._watch, is_suspect=self.pace[1] > 0, **options
+        )
         self.tickets.append(ticket)
         return ticket
 
@@ -206,12 +266,17 @@ class _WireClient:
         """Look at what the server has sent."""
         raise NotImplementedError
 
-    def _begins(self, ticket: WireTicket) -> None:
+    def _begins(self, ticket: WireTicket, at: float) -> None:
         if ticket.first_at == math.inf:
-            ticket.first_at = trio.current_time()
+            ticket.first_at = at
             ticket.is_lost = ticket.left_at <= ticket.first_at
             ticket.begun.set()
             ticket.watch(ticket, "begins")
+
+    def _has_body(self, ticket: WireTicket) -> None:
+        ticket.body_at = trio.current_time()
+        if ticket.confirm:
+            self._known_at.append((self._on_wire, ticket))
 
     def _answered(self, ticket: WireTicket) -> None:
         ticket.last_at = trio.current_time()
@@ -220,7 +285,12 @@ class _WireClient:
 
     def _closed(self) -> None:
         for ticket in self.tickets:
+            if self._ends_with_connection(ticket) and not ticket.is_over:
+                self._answered(ticket)
             self._close_ticket(ticket)
+
+    def _ends_with_connection(self, ticket: WireTicket) -> bool:  # noqa: ARG002
+        return False
 
     def _close_ticket(self, ticket: WireTicket) -> None:
         if not ticket.is_over:
@@ -229,50 +299,53 @@ class _WireClient:
 
 
 class Http1Client(_WireClient):
-    """One connection of HTTP/1.1, with one request after the other."""
+    """One connection of HTTP/1.1, with one request after the other, or one of HTTP/1.0."""
 
     protocol: ClassVar = "HTTP/1"
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, version: str = "1.1", **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._version = version
         self._raw = b""
         self._body = b""
 
-    def ask(self, shard: int | None, *, hold_back: int = 0, body: bytes = b"") -> WireTicket:
+    def ask(
+        self, shard: int | None, *, hold_back: int = 0, body: bytes = b"", **options: Any
+    ) -> WireTicket:
         """Ask for a slot; a request behind another one is pipelined.
 
         Args:
           shard: whose slot; None names no shard.
           hold_back: bytes at the end of the head that :meth:`send_rest` sends.
           body: what :meth:`send_body` sends.
+          options: of the :class:`WireTicket`.
         """
         self.send_body()
-        ticket = self._open(shard, name=f"{self.name}.{len(self.tickets)}")
-        query = b"" if shard is None else b"?shard=%d" % shard
-        head = b"POST /%s HTTP/1.1\r\nHost: queue\r\nContent-Length: %d\r\n\r\n"
-        request = (
-            head % (query, len(body))
-            if body
-            else b"GET /%s HTTP/1.1\r\nHost: queue\r\n\r\n" % query
-        )
-        self._body = body
-        self._send(request, hold_back)
+        ticket = self._open(f"{self.name}.{len(self.tickets)}", shard, options)
+        method = "POST" if body else ticket.method
+        length = f"Content-Length: {len(body)}\r\n" if body else ""
+        request = f"{method} /{ticket.query} HTTP/{self._version}\r\nHost: queue\r\n{length}\r\n"
+        if body:
+            ticket.uploaded_at = math.inf
+            self._body = body
+        self._send(request.encode(), hold_back)
         return ticket
 
     def send_body(self) -> None:
         """Send the body of an upload."""
         data, self._body = self._body, b""
         if data:
+            self.tickets[-1].uploaded_at = trio.current_time() + self.end.latency
             self._send(data)
 
     def _mark_arrivals(self) -> None:
-        """Note the arrival of the first request that is not over."""
-        if self.holds_back or self.end.is_closed:
-            return
-        waiting = [ticket for ticket in self.tickets if not ticket.is_over]
-        for ticket in waiting:
-            ticket.sent_at = min(ticket.sent_at, trio.current_time())
-        if waiting and waiting[0].arrived_at == math.inf:
+        """Note the arrival of the first request that is not over, as far as the server knows."""
+        now = trio.current_time()
+        waiting = [t for t in self.tickets if min(t.last_at, t.left_at, t.closed_at) > now]
+        if not self.holds_back and not self.end.is_closed:
+            for ticket in waiting:
+                ticket.sent_at = min(ticket.sent_at, now)
+        if waiting and waiting[0].sent_at < waiting[0].arrived_at == math.inf:
             self._arrives(waiting[0])
 
     def _sent(self, data: bytes) -> None:
@@ -283,17 +356,39 @@ class Http1Client(_WireClient):
             if not pending:
                 self._wrong(f"{self.name}: bytes without a request: {self._raw[:80]!r}")
                 return
-            size = len(HTTP_1_ANSWER)
-            if not HTTP_1_ANSWER.startswith(self._raw[:size]):
-                self._wrong(f"{pending[0].name}: not the answer: {self._raw[:300]!r}")
+            ticket = pending[0]
+            answer, end = self._answer(ticket)
+            expected = end if ticket.body_at < math.inf else answer
+            size = len(expected)
+            if not size or not expected.startswith(self._raw[:size]):
+                self._wrong(f"{ticket.name}: not the answer: {self._raw[:300]!r}")
                 return
-            self._begins(pending[0])
+            self._begins(ticket, trio.current_time())
             if len(self._raw) < size:
                 return
             self._raw = self._raw[size:]
-            pending[0].body_at = trio.current_time()
-            self._answered(pending[0])
-            self._mark_arrivals()
+            if expected is answer:
+                self._has_body(ticket)
+            if expected is end or not ticket.confirm:
+                self._answered(ticket)
+                self._mark_arrivals()
+
+    def _answer(self, ticket: WireTicket) -> tuple[bytes, bytes]:
+        """Return the answer to a ticket, and what ends it when a confirmation does not come."""
+        reason = b"HTTP/1.1 %s \r\n" % ticket.status
+        headers, body, end = ticket.headers, ticket.body, b""
+        if self._version == "1.0":
+            headers.append((b"Connection", b"close"))
+        elif ticket.confirm:
+            headers.append((b"Transfer-Encoding", b"chunked"))
+            if body:
+                body, end = b"%x\r\n%s\r\n" % (len(body), body), b"0\r\n\r\n"
+        head = reason + b"".join(b"%s: %s\r\n" % header for header in headers) + b"\r\n"
+        return head + body, end
+
+    def _ends_with_connection(self, ticket: WireTicket) -> bool:
+        is_unframed = self._version == "1.0" or ticket.method == "HEAD"
+        return ticket.confirm and is_unframed and ticket.body_at < math.inf
 
 
 class Http2Client(_WireClient):
@@ -309,6 +404,7 @@ class Http2Client(_WireClient):
         self._unarrived: list[WireTicket] = []
         self._frames = FrameBuffer(server=False)
         self._frames.max_frame_size = 2**24
+        self._frame_began_at = math.inf
         self._decoder = Decoder()
         self._connection = h2.connection.H2Connection(h2.config.H2Configuration())
         self._connection.local_settings = h2.settings.Settings(
@@ -318,24 +414,26 @@ class Http2Client(_WireClient):
         self._connection.initiate_connection()
         self._flush()
 
-    def ask(self, shard: int | None, *, hold_back: int = 0, upload: bool = False) -> WireTicket:
+    def ask(
+        self, shard: int | None, *, hold_back: int = 0, upload: bool = False, **options: Any
+    ) -> WireTicket:
         """Ask for a slot on a stream of its own.
 
         Args:
           shard: whose slot; None names no shard.
           hold_back: bytes at the end of the request that :meth:`send_rest` sends.
           upload: leave the stream open until :meth:`send_body`.
+          options: of the :class:`WireTicket`.
         """
         number = self._connection.get_next_available_stream_id()
-        ticket = self._open(shard, name=f"{self.name}/{number}")
-        ticket.is_suspect |= self._window < len(GO)
+        ticket = self._open(f"{self.name}/{number}", shard, options)
+        ticket.is_suspect |= self._window < len(ticket.body)
         self._streams[number], self._numbers[ticket] = ticket, number
-        path = "/" if shard is None else f"/?shard={shard}"
         headers = [
-            (":method", "GET"),
+            (":method", ticket.method),
             (":scheme", "http"),
             (":authority", "queue"),
-            (":path", path),
+            (":path", f"/{ticket.query}"),
         ]
         try:
             self._connection.send_headers(number, headers, end_stream=not upload)
@@ -365,7 +463,8 @@ class Http2Client(_WireClient):
     def open_window(self, ticket: WireTicket) -> None:
         """Let the server send, where the flow-control window was closed."""
         with suppress(h2.exceptions.ProtocolError):
-            self._connection.increment_flow_control_window(len(GO), self._numbers[ticket])
+            size = max(1, len(ticket.body))
+            self._connection.increment_flow_control_window(size, self._numbers[ticket])
             self._flush()
 
     def _flush(self, hold_back: int = 0) -> None:
@@ -388,36 +487,47 @@ class Http2Client(_WireClient):
         self._flush()
 
     def _sent(self, data: bytes) -> None:
+        now = trio.current_time()
+        self._frame_began_at = min(self._frame_began_at, now)
+        unparsed = len(self._frames._data) + len(data)  # noqa: SLF001
         self._on_wire += len(data)
         self._frames.add_data(data)
         for frame in self._frames:
             self._look_at(frame)
+            self._frame_began_at = now
+            unparsed -= 9 + frame.body_len
+        if not unparsed:
+            self._frame_began_at = math.inf
 
     def _look_at(self, frame: Frame) -> None:
         match frame:
             case HeadersFrame():
                 ticket = self._streams[frame.stream_id]
                 headers = list(self._decoder.decode(frame.data, raw=True))
-                if headers != HTTP_2_HEADERS:
+                if headers != [(b":status", ticket.status), *ticket.headers]:
                     self._wrong(f"{ticket.name}: not the answer: {headers}")
-                self._begins(ticket)
+                self._begins(ticket, self._frame_began_at)
+                if not ticket.body:
+                    self._has_body(ticket)
             case DataFrame():
-                ticket = self._streams[frame.stream_id]
-                body = self._bodies.get(frame.stream_id, b"") + frame.data
-                self._bodies[frame.stream_id] = body
-                if not GO.startswith(body):
-                    self._wrong(f"{ticket.name}: not the body: {body!r}")
-                elif frame.data and body == GO:
-                    ticket.body_at = trio.current_time()
+                self._take_body(self._streams[frame.stream_id], frame)
             case RstStreamFrame():
                 self._reset_by_server(self._streams[frame.stream_id])
             case GoAwayFrame() if frame.error_code:
                 self._wrong(f"{self.name}: GOAWAY {frame.error_code} {frame.additional_data!r}")
         if "END_STREAM" in frame.flags:
             ticket = self._streams[frame.stream_id]
-            if self._bodies.get(frame.stream_id) != GO:
+            if self._bodies.get(frame.stream_id, b"") != ticket.body:
                 self._wrong(f"{ticket.name}: the body ends too soon")
             self._answered(ticket)
+
+    def _take_body(self, ticket: WireTicket, frame: DataFrame) -> None:
+        body = self._bodies.get(frame.stream_id, b"") + frame.data
+        self._bodies[frame.stream_id] = body
+        if not ticket.body.startswith(body):
+            self._wrong(f"{ticket.name}: not the body: {body!r}")
+        elif frame.data and body == ticket.body:
+            self._has_body(ticket)
 
     def _reset_by_server(self, ticket: WireTicket) -> None:
         self._close_ticket(ticket)

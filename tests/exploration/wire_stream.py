@@ -52,12 +52,14 @@ class _End(trio.abc.HalfCloseableStream):
         with self._alone("receive"):
             await trio.lowlevel.checkpoint_if_cancelled()
             await self.thawed()
+            if (data := self._take(max_bytes or 65_536)) is not None:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return data
             while (data := self._take(max_bytes or 65_536)) is None:
                 arrives_at = self._incoming[0][0] if self._incoming else math.inf
                 await self._sleep(min(arrives_at, self.hung_up_at))
                 await self.thawed()
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return data
+            return data  # without a checkpoint, as trio does after it has waited
 
     def _take(self, limit: int) -> bytes | None:
         """Return what has arrived, None if nothing has."""
@@ -202,6 +204,8 @@ class ServerEnd(_End):
             getsockname=lambda: ("192.0.2.1", 5000),
         )
         self._stand_in: tuple[socket.socket, socket.socket] | None = None
+        self._is_marked = False
+        """Whether the real socket has something to read, as this end has."""
 
     def setsockopt(self, *_: object) -> None:
         """Accept any option."""
@@ -217,6 +221,12 @@ class ServerEnd(_End):
             self._stand_in = socket.socketpair()
         here, there = self._stand_in
         now = trio.current_time()
+        is_readable = bool(self._incoming) and self._incoming[0][0] <= now
+        if is_readable and not self._is_marked and there.fileno() >= 0:
+            there.send(b"!")
+        elif not is_readable and self._is_marked:
+            here.recv(1)
+        self._is_marked = is_readable
         if self.reset_at <= now:
             there.close()
         elif self.eof_at <= now and there.fileno() >= 0:
