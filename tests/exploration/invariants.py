@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from tests.exploration.record import Call, ProcessRecord, Record
+from tests.exploration.scenario import PROCESS_ENDS
 
 TOLERANCE = 1e-6
 """For floating point only: the clock is the simulation's."""
@@ -249,16 +250,18 @@ def slots_used(record: Record) -> str | None:
     if _budget_may_be_spent(record):
         return None
     slack = MOMENT if scenario.store == "memory" else _delay_of_redis(record)
+    calm_since = 0.0 if set(scenario.faults) <= {*PROCESS_ENDS} else record.calm_since
     for call in record.calls:
         at = call.chosen_at
-        if at is None or at <= record.calm_since:
+        if at is None or at <= calm_since:
             continue
         free_at = _shard_is_free(record, call, at)
         if free_at is None:
             continue
         due = max(
-            record.calm_since,
+            calm_since,
             call.arrived_at or 0,
+            _late_process_forgotten(record, at),
             _key_opens(record, call, at),
             _queue_opens(record, call, at),
             free_at,
@@ -303,6 +306,20 @@ def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None
             if one.chosen_at <= at and is_related:
                 opens = max(opens, _closed_until(record, one))
     return opens
+
+
+def _late_process_forgotten(record: Record, at: float) -> float:
+    """Return until when the end of a process may delay the others (section 5)."""
+    scenario = record.scenario
+    delay = 2 * scenario.window + scenario.margin
+    return max(
+        (
+            process.ended_at + delay + (scenario.confirm_seconds if scenario.confirming else 0)
+            for process in record.processes
+            if scenario.store == "redis" and process.ended_at is not None and process.ended_at < at
+        ),
+        default=0.0,
+    )
 
 
 def _queue_opens(record: Record, call: Call, at: float) -> float:

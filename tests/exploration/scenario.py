@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 PROCESS_FAULTS = ("kill", "freeze", "stop")
+PROCESS_ENDS = ("kill", "stop")
 REDIS_FAULTS = (
     "reset",
     "lost-request",
@@ -86,7 +87,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
     """
     source = random.Random(f"scenario {seed}")
     own = random.Random(f"confirmed tickets {seed}")
-    is_calm = own.random() < 0.2
+    only = own.choices((None, (), PROCESS_ENDS), (8, 1, 1))[0]
     store: Literal["memory", "redis"] = source.choices(("memory", "redis"), (3, 7))[0]
     has_token = source.random() < 0.5
     keys = source.choice((1, 1, 2, 3, 4, 16))
@@ -126,5 +127,5 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
         clients=source.randint(2, 10),
         hang_ups=source.random() < 0.8 and "hang-ups" not in without,
         fault_seconds=window * source.uniform(4, 14),
-        faults=() if is_calm else faults,
+        faults=faults if only is None else tuple(kind for kind in only if kind not in without),
     )
