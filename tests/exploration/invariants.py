@@ -9,6 +9,7 @@ from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from operator import itemgetter
 
 from tests.exploration.record import Call, ProcessRecord, Record
@@ -16,6 +17,9 @@ from tests.exploration.scenario import PROCESS_ENDS
 
 TOLERANCE = 1e-6
 """For floating point only: the clock is the simulation's."""
+
+NEXT = 1e-9
+"""Tells the places of calls that arrive in the same instant apart."""
 
 ADOPTION = 4.0
 """Seconds, besides a window, in which a process has adopted what Discord has told it: it finishes
@@ -448,10 +452,11 @@ def _overtaken_at(record: Record, process: ProcessRecord) -> Iterator[tuple[str,
     standing: dict[Call, _Standing] = {}
     # By shard, the first arrival and the expiry of each place that nobody has.
     empty = defaultdict[int, list[tuple[float, float]]](list)
+    places = count()
     steps = (one for one in process.steps if one[1] not in {"confirmed", "unconfirmed"})
     for now, step, call in steps:
         if step == "arrived":
-            standing[call] = _Standing(call, now, now)
+            standing[call] = _Standing(call, now + NEXT * next(places), now)
             if call.shard is not None:
                 kept = [place for place in empty[call.shard] if place[1] > now]
                 if kept:
