@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Protocol
 
@@ -88,7 +89,11 @@ class Client:
                 await trio.sleep(self._habits.uniform(0, self._record.scenario.margin))
                 self._discord.identify(call)
                 return True
-            gave_up = scope.cancelled_caught or (call.leaves_when_chosen and call.chosen_at)
+            gave_up = (
+                scope.cancelled_caught
+                or (call.leaves_when_chosen and call.chosen_at)
+                or call.leaves_at <= trio.current_time()
+            )
             if gave_up:
                 self._record.note(f"{call} gave up")
                 hang_ups += 1
@@ -134,10 +139,22 @@ class Client:
             confirm=self._confirms,
             process=process.record,
             leaves_when_chosen=leaves_when_chosen,
+            leaves_at=self._leaves_at(process, hang_ups),
             sent_at=trio.current_time(),
         )
         self._record.calls.append(call)
         return call
+
+    def _leaves_at(self, process: Process, hang_ups: int) -> float:
+        """Choose when to leave in the very moment in which the key opens, if so."""
+        if not self._is_impatient(hang_ups) or self._habits.random() >= 0.3 * self._impatience:
+            return math.inf
+        scenario, opens = self._record.scenario, process.record.started_at
+        for call in self._record.answers:
+            if ((call.shard or 0) - (self._shard or 0)) % scenario.keys == 0:
+                opens = call.answered_at or 0
+        at = opens + self._habits.choice((1, 1, 2)) * scenario.unconfirmed_window
+        return at if trio.current_time() < at < self._faults_end_at else math.inf
 
     def _is_impatient(self, hang_ups: int) -> bool:
         return hang_ups < MOST_HANG_UPS and trio.current_time() < self._faults_end_at

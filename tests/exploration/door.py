@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Protocol
 
@@ -79,6 +80,8 @@ class _Visit:
                     return  # it came and went while the process was frozen
                 self._record.step(call, "arrived")
                 process.calls.append(call)
+                if call.leaves_at < math.inf:
+                    process.nursery.start_soon(self._leave_in_time)
                 await self._take_turn()
         finally:
             if call.answered_at is not None:
@@ -93,6 +96,13 @@ class _Visit:
                 call.ended_at = trio.current_time()
             self.ended.set()
             self.heard.set()
+
+    async def _leave_in_time(self) -> None:
+        with trio.move_on_at(self._call.leaves_at) as in_time:
+            await self.heard.wait()
+        if in_time.cancelled_caught:
+            await self._process.thawed()
+            self._leave()
 
     async def _take_turn(self) -> None:
         try:

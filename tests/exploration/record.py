@@ -24,6 +24,8 @@ class Call:
     """Whether the client says when it has identified, by closing the response."""
     process: ProcessRecord
     leaves_when_chosen: bool
+    leaves_at: float
+    """When the process sees it leave, if it still waits then; infinite where it stays."""
     sent_at: float
     arrived_at: float | None = None
     chosen_at: float | None = None
