@@ -92,9 +92,10 @@ MUTANTS = (
     ),
     Mutant(
         "queue/queue.py",
-        "        elif lane.claim_at == math.inf:\n            lane.claim_at = lane.opens_at",
-        "        else:\n            lane.claim_at = lane.opens_at",
-        "a change while a claim is on its way is overlooked",
+        "            lane.opens_at = min(lane.opens_at, trio.current_time())\n"
+        "            lane.claim_soon()\n",
+        "            lane.opens_at = min(lane.opens_at, trio.current_time())\n",
+        "no lane hears that a session start is free again",
     ),
     Mutant(
         "queue/queue.py",
@@ -116,9 +117,9 @@ MUTANTS = (
     ),
     Mutant(
         "queue/queue.py",
-        "        for place in places:\n            self._unlist(place)\n        self.store.regroup",
-        "        self.store.regroup",
-        "places stay in the lanes of the former number of keys",
+        "            self._list(place)\n            if not was_known",
+        "            if not was_known",
+        "places are in no lane when the number of keys has changed",
     ),
     Mutant(
         "queue/lane.py",

@@ -48,7 +48,6 @@ class Client:
         self._starts = source.choice((1, 1, 2, 4))
         self._impatience = source.choice((0, 0.5, 0.9)) if scenario.hang_ups else 0
         self._habits = random.Random(f"habits of client {number} {scenario.seed}")
-        self._confirms = self._habits.random() < scenario.confirming
         self.is_done = False
 
     @property
@@ -136,7 +135,7 @@ class Client:
             number=len(self._record.calls),
             shard=self._shard,
             client=self._number,
-            confirm=self._confirms,
+            confirm=self._habits.random() < self._record.scenario.confirming,
             process=process.record,
             leaves_when_chosen=leaves_when_chosen,
             leaves_at=self._leaves_at(process, hang_ups),
