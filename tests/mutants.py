@@ -128,10 +128,10 @@ MUTANTS = (
         "last come, first served",
     ),
     Mutant(
-        "queue/lane.py",
-        "        elif place.held_until > trio.current_time():",
-        "        elif False:",
-        "a held place waits in front, and the store is asked again and again",
+        "queue/queue.py",
+        "place.held_until = trio.current_time() + seconds",
+        "place.held_until = trio.current_time() + 2 * seconds",
+        "a shard is held twice as long as the store says",
     ),
     Mutant(
         "queue/places.py",
@@ -328,9 +328,9 @@ MUTANTS = (
     ),
     Mutant(
         "web/hypercorn_fixes.py",
-        "            await self.send(StreamClosed(stream_id=self.stream_id))\n            return",
+        "            self.task_group.spawn(self._handle_events)",
         "            pass",
-        "a ticket is answered 500",
+        "a request that comes behind one that stalls is never read",
     ),
 )
 
