@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Protocol
 
 import trio
 
 from tests.exploration.discord import SimulatedDiscord
-from tests.exploration.door import Door
+from tests.exploration.door import Door, Response
 from tests.exploration.process import Process
 from tests.exploration.record import Call, Record
 
@@ -46,6 +47,7 @@ class Client:
         self._shard = None if source.random() < 0.1 else source.randrange(shards)
         self._starts = source.choice((1, 1, 2, 4))
         self._impatience = source.choice((0, 0.5, 0.9)) if scenario.hang_ups else 0
+        self._habits = random.Random(f"habits of client {number} {scenario.seed}")
         self.is_done = False
 
     @property
@@ -73,23 +75,57 @@ class Client:
                 await trio.sleep(0.1)
                 continue
             call = self._call(process, hang_ups)
-            ending = None
+            response = None
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._lose_patience, process, scope, hang_ups)
-                    ending = await self._door.ask(process, call)
+                    response = await self._door.ask(process, call)
                     nursery.cancel_scope.cancel()
-            if ending == "answered" or call.answered_at is not None:
-                await trio.sleep(self._random.uniform(0.001, 0.3))
-                self._discord.identify()
+            if response is not None and call.confirm:
+                if await self._identify_and_confirm(call, response):
+                    return True
+            elif call.answered_at is not None and not call.confirm:
+                await trio.sleep(self._habits.uniform(0, self._record.scenario.margin))
+                self._discord.identify(call)
                 return True
-            was_closed = ending == "closed" and not (call.leaves_when_chosen and call.chosen_at)
-            if not was_closed:
+            gave_up = (
+                scope.cancelled_caught
+                or (call.leaves_when_chosen and call.chosen_at)
+                or call.leaves_at <= trio.current_time()
+            )
+            if gave_up:
                 self._record.note(f"{call} gave up")
                 hang_ups += 1
                 if self._random.random() < 0.1:
                     return False
-            await self._pause(was_closed=was_closed)
+            await self._pause(was_closed=not gave_up)
+
+    async def _identify_and_confirm(self, call: Call, response: Response) -> bool:
+        """Identify and close the response, and tell whether it was a start, if only a crash."""
+        scenario, habits = self._record.scenario, self._habits
+        habit = "quick"
+        if trio.current_time() < self._faults_end_at:
+            habit = habits.choices(("quick", "slow", "crash", "hang"), (6, 2, 1, 1))[0]
+        delay = habits.uniform(0, 2 * scenario.window if habit == "slow" else 0.3)
+        if habit == "hang" or delay >= scenario.confirm_seconds:
+            self._record.note(f"{call} does not identify")
+            await response.ended.wait()
+            return False
+        identifies_at = trio.current_time() + delay
+        with trio.move_on_at(identifies_at):
+            await response.ended.wait()
+        if trio.current_time() < identifies_at:
+            # The server has died. An IDENTIFY that is on its way comes nevertheless.
+            if scenario.store == "memory" or habits.random() < 0.7:
+                return False
+            await trio.sleep_until(identifies_at)
+        if habit == "crash":
+            self._record.note(f"{call} crashes")
+        else:
+            self._discord.identify(call)
+            await trio.sleep(habits.choice((0, habits.uniform(0, 0.3))))
+        response.close()
+        return True
 
     def _call(self, process: Process, hang_ups: int) -> Call:
         leaves_when_chosen = (
@@ -99,12 +135,25 @@ class Client:
             number=len(self._record.calls),
             shard=self._shard,
             client=self._number,
+            confirm=self._habits.random() < self._record.scenario.confirming,
             process=process.record,
             leaves_when_chosen=leaves_when_chosen,
+            leaves_at=self._leaves_at(process, hang_ups),
             sent_at=trio.current_time(),
         )
         self._record.calls.append(call)
         return call
+
+    def _leaves_at(self, process: Process, hang_ups: int) -> float:
+        """Choose when to leave in the very moment in which the key opens, if so."""
+        if not self._is_impatient(hang_ups) or self._habits.random() >= 0.3 * self._impatience:
+            return math.inf
+        scenario, opens = self._record.scenario, process.record.started_at
+        for call in self._record.answers:
+            if ((call.shard or 0) - (self._shard or 0)) % scenario.keys == 0:
+                opens = call.answered_at or 0
+        at = opens + self._habits.choice((1, 1, 2)) * scenario.unconfirmed_window
+        return at if trio.current_time() < at < self._faults_end_at else math.inf
 
     def _is_impatient(self, hang_ups: int) -> bool:
         return hang_ups < MOST_HANG_UPS and trio.current_time() < self._faults_end_at

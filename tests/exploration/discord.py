@@ -7,7 +7,7 @@ import random
 import trio
 
 from gateway_queue.discord import SessionStartLimit, Unavailable
-from tests.exploration.record import Overspending, Record
+from tests.exploration.record import Call, Overspending, Record
 
 DAY = 24 * 60 * 60.0
 
@@ -48,9 +48,11 @@ class SimulatedDiscord:
         self._begin_day()
         return self._used >= self.limit
 
-    def identify(self) -> None:
+    def identify(self, call: Call) -> None:
         """Count a session start."""
         self._begin_day()
+        call.identified_at = trio.current_time()
+        self._record.note(f"{call} identified")
         self._used += 1
         if self._used > self.limit:
             now = trio.current_time()

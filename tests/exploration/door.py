@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import random
-from typing import Literal, Protocol
+from typing import Protocol
 
 import trio
 
 from tests.exploration.process import Process
 from tests.exploration.record import Call
 
-Ending = Literal["answered", "closed"]
+
+class Response(Protocol):
+    """An answer. That of a confirmed ticket stays open until one side closes it."""
+
+    ended: trio.Event
+    """Set when the server has closed it, or is gone."""
+
+    def close(self) -> None:
+        """Close it, as a client does."""
 
 
 class Door(Protocol):
     """Lets clients ask."""
 
-    async def ask(self, process: Process, call: Call) -> Ending:
+    async def ask(self, process: Process, call: Call) -> Response | None:
         """Ask for a shard, and wait. A client that gives up cancels this.
 
         It notes in the record of the run what the process sees of the call (``arrived``,
-        ``chosen``, ``left``), and ``answered`` at the moment when the answer is on the wire.
+        ``chosen``, ``left``, ``confirmed``), and ``answered`` at the moment when the answer is on
+        the wire.
 
         Returns:
-          Whether there was an answer, or the connection was closed without one.
+          The answer, or None if the connection was closed without one.
         """
 
 
@@ -33,19 +43,18 @@ class DirectDoor:
     def __init__(self, random_source: random.Random) -> None:
         self._random = random_source
 
-    async def ask(self, process: Process, call: Call) -> Ending:
+    async def ask(self, process: Process, call: Call) -> Response | None:
         await trio.sleep(self._random.uniform(0, 0.001))
         if not process.accepts:
-            return "closed"
+            return None
         visit = _Visit(self._random, process, call)
         process.nursery.start_soon(visit.run)
         try:
-            await visit.ended.wait()
+            await visit.heard.wait()
         except trio.Cancelled:
-            if not process.ended.is_set():
-                process.nursery.start_soon(visit.hang_up)
+            visit.close()
             raise
-        return "answered" if call.answered_at is not None else "closed"
+        return visit if call.answered_at is not None else None
 
 
 class _Visit:
@@ -53,6 +62,8 @@ class _Visit:
 
     def __init__(self, random_source: random.Random, process: Process, call: Call) -> None:
         self.ended = trio.Event()
+        self.heard = trio.Event()
+        """Set when the answer is on the wire, or there will be none."""
         self._random = random_source
         self._process = process
         self._call = call
@@ -69,23 +80,42 @@ class _Visit:
                     return  # it came and went while the process was frozen
                 self._record.step(call, "arrived")
                 process.calls.append(call)
+                if call.leaves_at < math.inf:
+                    process.nursery.start_soon(self._leave_in_time)
                 await self._take_turn()
         finally:
-            if self._scope.cancelled_caught and call.arrived_at is not None:
+            if call.answered_at is not None:
+                if call.confirm and process.is_alive:
+                    was_closed = self._scope.cancelled_caught
+                    self._record.step(call, "confirmed" if was_closed else "unconfirmed")
+            elif self._scope.cancelled_caught and call.arrived_at is not None:
                 self._record.step(call, "left")
             if call in process.calls:
                 process.calls.remove(call)
             if call.ended_at is None:
                 call.ended_at = trio.current_time()
             self.ended.set()
+            self.heard.set()
+
+    async def _leave_in_time(self) -> None:
+        with trio.move_on_at(self._call.leaves_at) as in_time:
+            await self.heard.wait()
+        if in_time.cancelled_caught:
+            await self._process.thawed()
+            self._leave()
 
     async def _take_turn(self) -> None:
         try:
-            async with self._process.queue.turn(self._call.shard) as turn:
+            call = self._call
+            async with self._process.queue.turn(call.shard, confirm=call.confirm) as turn:
                 self._record.step(self._call, "chosen")
                 if self._call.leaves_when_chosen:
                     self._leave()
                 await self._answer(turn.answer_by)
+                if call.confirm:
+                    turn.answered()
+                    await trio.sleep(turn.confirm_seconds)
+                    await self._process.thawed()
         except trio.TooSlowError:
             self._record.note(f"{self._call}: too late to answer, closed")
             self._record.step(self._call, "failed")
@@ -108,9 +138,16 @@ class _Visit:
         if trio.current_time() > answer_by:
             raise trio.TooSlowError
         self._record.step(self._call, "answered")
+        self.heard.set()
+
+    def close(self) -> None:
+        """Let the server see, soon, that the client has gone."""
+        if not self.ended.is_set():
+            self._call.closed_at = trio.current_time()
+        if not self._process.ended.is_set():
+            self._process.nursery.start_soon(self.hang_up)
 
     async def hang_up(self) -> None:
-        """Let the server see, soon, that the client has gone."""
         await trio.sleep(self._random.choice((0, 0, 0.0005, 0.02)))
         await self._process.thawed()
         self._leave()

@@ -9,12 +9,17 @@ from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from operator import itemgetter
 
 from tests.exploration.record import Call, ProcessRecord, Record
+from tests.exploration.scenario import PROCESS_ENDS
 
 TOLERANCE = 1e-6
 """For floating point only: the clock is the simulation's."""
+
+NEXT = 1e-9
+"""Tells the places of calls that arrive in the same instant apart."""
 
 ADOPTION = 4.0
 """Seconds, besides a window, in which a process has adopted what Discord has told it: it finishes
@@ -22,6 +27,9 @@ the answers under way, and asks Redis, first."""
 
 CLAIM_SECONDS = 1.1
 """The longest time from the choice of a ticket to its turn: what Redis may take to answer."""
+
+MOMENT = 0.02
+"""What a process needs to choose a ticket, with a millisecond for each key that waits its turn."""
 
 HOUR = 3600.0
 
@@ -49,36 +57,69 @@ def information_lost(record: Record) -> str | None:
     return None
 
 
+def is_claim_lost(record: Record, call: Call) -> bool:
+    """Tell whether the claim of a confirmed ticket is not known any more: an exemption, too.
+
+    The process that had it has ended, and it had only its own memory, or Redis has lost data since.
+    """
+    at, ended_at = call.answered_at or 0, call.process.ended_at
+    until = at + record.scenario.confirm_seconds + record.scenario.unconfirmed_window
+    if ended_at is None or ended_at >= until:
+        return False
+    return record.scenario.store == "memory" or any(at < lost < until for lost, _ in record.losses)
+
+
+def next_release(record: Record, call: Call) -> float:
+    """Return the earliest time at which the key of an answered call may have its next release."""
+    scenario, at = record.scenario, call.answered_at or 0
+    if not call.confirm:
+        return at + scenario.unconfirmed_window
+    latest = at + scenario.confirm_seconds + scenario.unconfirmed_window
+    if call.closed_at is not None:
+        return min(max(at, call.closed_at) + scenario.window, latest)
+    return at + scenario.unconfirmed_window if is_claim_lost(record, call) else latest
+
+
 def never_early(record: Record) -> str | None:
-    """Rule 1: answers of one key, by Discord's keys, are a window apart."""
-    window = record.scenario.window
-    answers = record.answers
+    """Rule 1: neither two answers of one key, by Discord's keys, nor two IDENTIFYs are early."""
+    scenario, answers = record.scenario, record.answers
+    longest = scenario.confirm_seconds + scenario.unconfirmed_window
     for index, later in enumerate(answers):
         at = later.answered_at or 0
-        told = later.process.keys_at(at, at - window - ADOPTION)
+        told = later.process.keys_at(at, at - scenario.window - ADOPTION)
         if not told:
             return f"{later} was answered at {at:.6f}, but Discord's limits were not known"
         for earlier in reversed(answers[:index]):
-            gap = at - (earlier.answered_at or 0)
-            if gap >= window - TOLERANCE:
+            if at - (earlier.answered_at or 0) >= longest:
                 break
-            if _share_a_key(earlier, later, told):
+            if not _share_a_key(earlier, later, told):
+                continue
+            both = f"{earlier} and {later} have the same key of {told}"
+            if at < next_release(record, earlier) - TOLERANCE:
                 return (
-                    f"{earlier} was answered at {earlier.answered_at:.6f} and {later} at {at:.6f}, "
-                    f"after {gap:.6f} s of a window of {window} s; both have the same key of {told}"
+                    f"{both}, but were answered at {earlier.answered_at:.6f} and {at:.6f} and not "
+                    f"from {next_release(record, earlier):.6f} on"
+                )
+            if earlier.identified_at is None or later.identified_at is None:
+                continue
+            gap = later.identified_at - earlier.identified_at
+            if gap < scenario.window - TOLERANCE and not is_claim_lost(record, earlier):
+                return (
+                    f"{both}, but identified at {earlier.identified_at:.6f} and {gap:.6f} s later"
                 )
     return None
 
 
 def within_cap(record: Record) -> str | None:
     """Section 2: at most MAX_CONCURRENCY releases in any one window, over all keys."""
-    cap, window, answers = record.scenario.max_concurrency, record.scenario.window, record.answers
+    cap, answers = record.scenario.max_concurrency, record.answers
     if not record.scenario.has_token or not cap:
         return None
-    for first, beyond in zip(answers, answers[cap:], strict=False):
-        gap = (beyond.answered_at or 0) - (first.answered_at or 0)
-        if gap < window - TOLERANCE:
-            return f"{first} to {beyond}: {cap + 1} releases in {gap:.6f} s, MAX_CONCURRENCY={cap}"
+    for index, beyond in enumerate(answers):
+        at = beyond.answered_at or 0
+        under_way = [one for one in answers[:index] if at < next_release(record, one) - TOLERANCE]
+        if len(under_way) >= cap:
+            return f"{beyond} was answered at {at:.6f}, within the windows of {under_way}"
     return None
 
 
@@ -92,30 +133,67 @@ def place_kept(record: Record) -> str | None:
     return next((why for why, is_kept in _overtaken(record) if is_kept), None)
 
 
+def oldest_first(record: Record) -> str | None:
+    """Section 2: within MAX_CONCURRENCY the oldest ticket whose key is open is released first."""
+    scenario = record.scenario
+    if scenario.store == "redis" or not scenario.has_token or not scenario.max_concurrency:
+        return None
+    return _younger_first(record, 0.0, MOMENT, lambda call, other: call.process is other.process)
+
+
 def oldest_replica_first(record: Record) -> str | None:
     """Section 5: oldest first over all replicas, give or take one window, without faults."""
-    window = record.scenario.window
-    for call in record.answers:
-        if (call.chosen_at or 0) < record.settled_at:
+    scenario = record.scenario
+    if scenario.store == "memory":
+        return None
+    is_capped = scenario.has_token and scenario.max_concurrency is not None
+
+    def compete(call: Call, other: Call) -> bool:
+        told = call.process.keys_told[-1:] + other.process.keys_told[-1:]
+        return is_capped or (
+            call.process is not other.process
+            and _share_a_key(call, other, {keys for _, keys in told})
+        )
+
+    slack = scenario.window + _delay_of_redis(record)
+    return _younger_first(record, record.calm_since, slack, compete)
+
+
+def _younger_first(
+    record: Record, since: float, slack: float, compete: Callable[[Call, Call], bool]
+) -> str | None:
+    """Find a ticket that was chosen though an older one was free to start, too.
+
+    Args:
+      record: of the run.
+      since: whom to look at: those that were chosen later.
+      slack: by how much it has to be older, and for how long its key has to have been open.
+      compete: whether two calls want the same slot.
+    """
+    if _budget_may_be_spent(record):
+        return None
+    for call in record.calls:
+        at = call.chosen_at
+        if at is None or at < since:
             continue
         first_came = min(
-            one.sent_at for one in record.calls if one.shard == call.shard and one.arrived_at
+            one.arrived_at
+            for one in record.calls
+            if one.arrived_at is not None
+            and (one is call or (one.shard == call.shard and call.shard is not None))
         )
         for other in record.calls:
-            if other.process is call.process or other.arrived_at is None:
-                continue
-            still_waits = (other.ended_at or record.ended_at) > (call.answered_at or 0)
-            is_older = other.arrived_at < first_came - window - CLAIM_SECONDS
-            told = call.process.keys_told[-1:] + other.process.keys_told[-1:]
-            same_key = told and _share_a_key(call, other, {keys for _, keys in told})
             if (
-                is_older
-                and still_waits
-                and same_key
-                and other.chosen_at is None
-                and not _may_be_held(record, other, call.chosen_at or 0)
+                other.arrived_at is not None
+                and other.arrived_at < first_came - slack
+                and (other.chosen_at is None or other.chosen_at > at)
+                and (other.ended_at is None or other.ended_at > at)
+                and (other.shard is None or other.shard != call.shard)
+                and compete(call, other)
+                and not _may_be_held(record, other, at)
+                and _key_opens(record, other, at, but=call) < at - slack
             ):
-                return f"{call} was chosen at {call.chosen_at:.6f}, before {other}, which is older"
+                return f"{call} was chosen at {at:.6f}, before {other}, which is older"
     return None
 
 
@@ -145,14 +223,22 @@ def crash_loops_slowed(record: Record) -> str | None:
             continue
         at = call.answered_at or 0
         recent = [one for one in starts[call.shard] if at - (one.answered_at or 0) < HOUR]
-        excess = len(recent) - free
-        if excess >= 0:
-            delay = min(15 * 2**excess, 600)
-            gap = at - (recent[-1].answered_at or 0)
-            if gap < delay * (1 - DRIFT) - TOLERANCE:
+        if recent:
+            delay = loop_delay(free, len(recent))
+            gap = at - max(map(_counts_from, recent))
+            # A start that Redis has lost is restored with the error of a way there and back.
+            error = TOLERANCE + (4 * record.scenario.latency if record.losses else 0)
+            if gap < delay * (1 - DRIFT) - error:
                 return f"{call}: start {len(recent) + 1} after {gap:.6f} s instead of {delay} s"
         starts[call.shard].append(call)
     return None
+
+
+def _counts_from(call: Call) -> float:
+    """Return when a start counts at the earliest."""
+    if call.confirmed_at is not None and call.identified_at is not None:
+        return call.identified_at
+    return call.answered_at or 0
 
 
 def nobody_forgotten(record: Record) -> str | None:
@@ -165,29 +251,122 @@ def nobody_forgotten(record: Record) -> str | None:
 
 
 def slots_used(record: Record) -> str | None:
-    """Rule 10: no key stays unused for windows while somebody waits who could be released."""
+    """Rule 10: while a client waits that can be released, its key is used as soon as it opens."""
     scenario = record.scenario
-    lease = scenario.window + min(scenario.window, 1) + 0.5
-    cap = scenario.max_concurrency if scenario.has_token else None
-    for call in record.answers:
-        since = max(call.arrived_at or 0, record.settled_at)
-        waited = (call.answered_at or 0) - since
-        if waited <= 0 or _may_be_held(record, call, call.answered_at or 0):
+    if _budget_may_be_spent(record):
+        return None
+    slack = MOMENT if scenario.store == "memory" else _delay_of_redis(record)
+    calm_since = 0.0 if set(scenario.faults) <= {*PROCESS_ENDS} else record.calm_since
+    for call in record.calls:
+        at = call.chosen_at
+        if at is None or at <= calm_since:
             continue
-        if call.process.ended_at is not None and call.process.ended_at < record.ended_at:
+        free_at = _shard_is_free(record, call, at)
+        if free_at is None:
             continue
-        told = {keys for _, keys in call.process.keys_told[-1:]}
-        between = [
-            one
-            for one in record.answers
-            if since - lease <= (one.answered_at or 0) < (call.answered_at or 0)
-        ]
-        ahead = sum(_share_a_key(one, call, told) for one in between)
-        needed = (ahead + 1) * lease + (len(between) // cap + 1 if cap else 0) * lease
-        unused = (waited - needed) / lease
-        if unused > 1 and not _budget_may_be_spent(record):
-            return f"{call}: {unused:.1f} windows unused while it waited for {waited:.3f} s"
+        due = max(
+            calm_since,
+            call.arrived_at or 0,
+            _late_process_forgotten(record, at),
+            _key_opens(record, call, at),
+            _queue_opens(record, call, at),
+            free_at,
+        )
+        if at > due + slack:
+            return f"{call} was chosen at {at:.6f}, but could have been at {due:.6f}"
     return None
+
+
+def _delay_of_redis(record: Record) -> float:
+    """Return the most that Redis, its clock and other replicas may delay a release by."""
+    scenario = record.scenario
+    glances = 2 * min(scenario.window / 20, 0.05)
+    longest = scenario.confirm_seconds + scenario.lease
+    return glances + scenario.window / 10 + 12 * scenario.latency + 4 * DRIFT * longest + MOMENT
+
+
+def _closed_until(record: Record, call: Call) -> float:
+    """Return until when a call that was chosen keeps its key at most, while nothing fails."""
+    scenario = record.scenario
+    if call.answered_at is None:
+        return call.ended_at or 0
+    if not call.confirm:
+        return call.answered_at + scenario.unconfirmed_window
+    if call.confirmed_at is not None:
+        return call.confirmed_at + scenario.window
+    return call.answered_at + scenario.confirm_seconds + scenario.unconfirmed_window
+
+
+def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None) -> float:
+    """Return when the key of a call opens at the latest, by what was released before a time."""
+    scenario, process = record.scenario, call.process
+    opens = process.started_at
+    if process.hold_on_start:
+        opens += scenario.unconfirmed_window if scenario.store == "memory" else scenario.lease
+    if scenario.has_token:
+        opens = max(opens, process.keys_told[0][0] if process.keys_told else at)
+    told = process.keys_at(at, at - scenario.window - ADOPTION)
+    for one in record.calls:
+        if one is not call and one is not but and one.chosen_at is not None:
+            is_related = any(_share_a_key(one, call, {keys}) for keys in told)
+            if one.chosen_at <= at and is_related:
+                opens = max(opens, _closed_until(record, one))
+    return opens
+
+
+def _late_process_forgotten(record: Record, at: float) -> float:
+    """Return until when the end of a process may delay the others (section 5)."""
+    scenario = record.scenario
+    delay = 2 * scenario.window + scenario.margin
+    return max(
+        (
+            process.ended_at + delay + (scenario.confirm_seconds if scenario.confirming else 0)
+            for process in record.processes
+            if scenario.store == "redis" and process.ended_at is not None and process.ended_at < at
+        ),
+        default=0.0,
+    )
+
+
+def _queue_opens(record: Record, call: Call, at: float) -> float:
+    """Return when the releases of all keys are fewer than MAX_CONCURRENCY, at the latest."""
+    scenario = record.scenario
+    if not scenario.has_token or not scenario.max_concurrency:
+        return 0.0
+    ends = sorted(
+        _closed_until(record, one)
+        for one in record.calls
+        if one is not call and one.chosen_at is not None and one.chosen_at <= at
+    )
+    cap = scenario.max_concurrency
+    return ends[-cap] if len(ends) >= cap else 0.0
+
+
+def _shard_is_free(record: Record, call: Call, at: float) -> float | None:
+    """Return until when the loop guard holds a call; None if that is not certain."""
+    scenario = record.scenario
+    if not _may_be_held(record, call, at):
+        return 0.0
+    if scenario.faults:
+        return None
+    own = [one for one in record.calls if one.shard == call.shard and one is not call]
+    chosen = [one for one in own if one.chosen_at is not None and one.chosen_at <= at]
+    if any(one.answered_at is None for one in chosen):
+        return None
+    starts = [_started_at(record, one) for one in chosen]
+    return max(starts, default=0.0) + loop_delay(scenario.loop_free_starts, len(starts))
+
+
+def _started_at(record: Record, call: Call) -> float:
+    """Return when a start counts, at the latest."""
+    if not call.confirm:
+        return call.answered_at or 0
+    return call.confirmed_at or (call.answered_at or 0) + record.scenario.confirm_seconds
+
+
+def loop_delay(free: int, starts: int) -> float:
+    """Return how long after its last start a shard has to wait, by its starts in an hour."""
+    return min(15.0 * 2 ** (starts - free), 600.0) if 0 < free <= starts else 0.0
 
 
 def seen_during_the_run(name: str) -> Invariant:
@@ -204,6 +383,7 @@ INVARIANTS: dict[str, Invariant] = {
     "within-cap": within_cap,
     "first-come": first_come_first_served,
     "place-kept": place_kept,
+    "oldest-first": oldest_first,
     "oldest-replica-first": oldest_replica_first,
     "budget": budget_kept,
     "crash-loop": crash_loops_slowed,
@@ -274,9 +454,11 @@ def _overtaken_at(record: Record, process: ProcessRecord) -> Iterator[tuple[str,
     standing: dict[Call, _Standing] = {}
     # By shard, the first arrival and the expiry of each place that nobody has.
     empty = defaultdict[int, list[tuple[float, float]]](list)
-    for now, step, call in process.steps:
+    places = count()
+    steps = (one for one in process.steps if one[1] not in {"confirmed", "unconfirmed"})
+    for now, step, call in steps:
         if step == "arrived":
-            standing[call] = _Standing(call, now, now)
+            standing[call] = _Standing(call, now + NEXT * next(places), now)
             if call.shard is not None:
                 kept = [place for place in empty[call.shard] if place[1] > now]
                 if kept:

@@ -152,6 +152,8 @@ class Process:
             settings.session_start_limit,
             settings.loop_free_starts,
             settings.max_concurrency if settings.discord_token else None,
+            settings.margin_seconds,
+            settings.confirm_seconds,
         )
         if self.run_record.scenario.store == "memory":
             return MemoryStore(rules)
@@ -200,6 +202,8 @@ def settings_of(scenario: Scenario, *, hold_on_start: bool) -> Settings:
     """Return the settings of a process."""
     return Settings(
         window_seconds=scenario.window,
+        margin_seconds=scenario.margin,
+        confirm_seconds=scenario.confirm_seconds,
         hold_on_start=hold_on_start,
         place_seconds=scenario.place_seconds,
         max_concurrency=scenario.max_concurrency if scenario.has_token else scenario.keys,

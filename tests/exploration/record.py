@@ -10,7 +10,7 @@ import trio
 
 from tests.exploration.scenario import Scenario
 
-Step = Literal["arrived", "chosen", "answered", "left", "failed"]
+Step = Literal["arrived", "chosen", "answered", "left", "failed", "confirmed", "unconfirmed"]
 
 
 @dataclass(eq=False)
@@ -20,8 +20,12 @@ class Call:
     number: int
     shard: int | None
     client: int
+    confirm: bool
+    """Whether the client says when it has identified, by closing the response."""
     process: ProcessRecord
     leaves_when_chosen: bool
+    leaves_at: float
+    """When the process sees it leave, if it still waits then; infinite where it stays."""
     sent_at: float
     arrived_at: float | None = None
     chosen_at: float | None = None
@@ -29,6 +33,12 @@ class Call:
     """When the answer was on the wire."""
     ended_at: float | None = None
     """When its client left, or its connection was closed, or its answer was out."""
+    identified_at: float | None = None
+    """When Discord counted its session start."""
+    closed_at: float | None = None
+    """When its client closed the response to a confirmed ticket."""
+    confirmed_at: float | None = None
+    """When the process saw that."""
     failure: str | None = None
     """What went wrong in the server, if the request is held because of that."""
 
@@ -98,6 +108,11 @@ class Record:
     """Calls that were still connected when the run gave up on them."""
     ended_at: float = 0.0
 
+    @property
+    def calm_since(self) -> float:
+        """From when on no fault can delay anybody: without faults, from the start."""
+        return self.settled_at if self.scenario.faults else 0.0
+
     def note(self, line: str) -> None:
         self.lines.append(f"{trio.current_time():12.6f}  {line}")
 
@@ -112,6 +127,10 @@ class Record:
             call.arrived_at = now
         elif step == "chosen":
             call.chosen_at = now
+        elif step == "confirmed":
+            call.confirmed_at = now
+        elif step == "unconfirmed":
+            pass
         else:
             call.ended_at = now
             if step == "answered":

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 PROCESS_FAULTS = ("kill", "freeze", "stop")
+PROCESS_ENDS = ("kill", "stop")
 REDIS_FAULTS = (
     "reset",
     "lost-request",
@@ -24,7 +25,7 @@ REDIS_FAULTS = (
     "set-clock",
 )
 DISCORD_FAULTS = ("max-concurrency", "budget", "discord-down")
-CHOICES = ("clock-rate", "cap", "tight-budget", "loop-guard", "places", "hang-ups")
+CHOICES = ("clock-rate", "cap", "tight-budget", "loop-guard", "places", "hang-ups", "confirm")
 """What is no fault, but can be left out of the scenarios like one."""
 
 ALL_KINDS = (*PROCESS_FAULTS, *REDIS_FAULTS, *DISCORD_FAULTS, *CHOICES)
@@ -43,6 +44,10 @@ class Scenario:
     max_concurrency: int | None
     """The cap of all keys together; None without one."""
     window: float
+    margin: float
+    confirm_seconds: float
+    confirming: float
+    """The share of clients that ask for confirmed tickets."""
     place_seconds: float
     loop_free_starts: int
     session_start_limit: int | None
@@ -59,6 +64,16 @@ class Scenario:
     fault_seconds: float
     faults: tuple[str, ...]
 
+    @property
+    def unconfirmed_window(self) -> float:
+        """Seconds from an answer that is not confirmed to the next release of its key."""
+        return self.window + self.margin
+
+    @property
+    def lease(self) -> float:
+        """The longest time for which a ticket keeps its key, unless its shard is identifying."""
+        return self.unconfirmed_window + min(self.window, 1) + 0.5
+
     def __str__(self) -> str:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
@@ -71,6 +86,8 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
       without: the kinds of fault, or of :data:`CHOICES`, that must not be in it.
     """
     source = random.Random(f"scenario {seed}")
+    own = random.Random(f"confirmed tickets {seed}")
+    only = own.choices((None, (), PROCESS_ENDS), (8, 1, 1))[0]
     store: Literal["memory", "redis"] = source.choices(("memory", "redis"), (3, 7))[0]
     has_token = source.random() < 0.5
     keys = source.choice((1, 1, 2, 3, 4, 16))
@@ -84,6 +101,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
         *(DISCORD_FAULTS if has_token else ()),
     )
     faults = tuple(kind for kind in possible if source.random() < 0.3 and kind not in without)
+    confirming = own.choice((0.0, 0.5, 0.5, 1.0))
     place_seconds = source.choice((0.0, 2.0, 10.0, 30.0))
     loop_free_starts = source.choice((0, 1, 2, 5))
     return Scenario(
@@ -94,6 +112,9 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
         keys=keys,
         max_concurrency=None if "cap" in without else cap,
         window=window,
+        margin=own.choice((0.0, 0.25, 0.25, 0.5)),
+        confirm_seconds=own.uniform(2, 15),
+        confirming=0.0 if "confirm" in without else confirming,
         place_seconds=0.0 if "places" in without else place_seconds,
         loop_free_starts=0 if "loop-guard" in without else loop_free_starts,
         session_start_limit=None if "tight-budget" in without else limit,
@@ -106,5 +127,5 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
         clients=source.randint(2, 10),
         hang_ups=source.random() < 0.8 and "hang-ups" not in without,
         fault_seconds=window * source.uniform(4, 14),
-        faults=faults,
+        faults=faults if only is None else tuple(kind for kind in only if kind not in without),
     )

@@ -1,0 +1,441 @@
+"""Mutation proof: small faults of the server, each of which the simulation has to find.
+
+``python -m tests.mutants`` applies each one to a copy of the package and runs the simulation there,
+until a seed breaks an invariant that holds without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from threading import Timer
+
+from tests.exploration import wire_run
+from tests.exploration.invariants import broken
+from tests.exploration.run import explore
+
+ROOT = Path(__file__).parent.parent
+
+BROKEN = re.compile(r"^seed (\d+): ([\w-]+): ")
+"""How a run reports a broken invariant."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    Args:
+      file: where it is, in the package.
+      old: what is there, exactly once.
+      new: what stands there instead.
+      why: what goes wrong.
+    """
+
+    file: str
+    old: str
+    new: str
+    why: str
+
+    @property
+    def is_of_http(self) -> bool:
+        return self.file.startswith("web/")
+
+    def apply(self, package: Path) -> bool:
+        """Write it into a copy of the package, and tell whether its place was found."""
+        path = package / self.file
+        text = path.read_text()
+        path.write_text(text.replace(self.old, self.new))
+        return text.count(self.old) == 1
+
+
+MUTANTS = (
+    Mutant(
+        "queue/queue.py",
+        "self._list(self._places.leave(ticket))",
+        "self._places.leave(ticket)",
+        "a client that has left stands in its lane for ever",
+    ),
+    Mutant(
+        "queue/queue.py",
+        "ticket.refuse_unread_slot()",
+        "pass",
+        "the slot of a client that leaves as it is chosen is lost",
+    ),
+    Mutant(
+        "queue/queue.py",
+        "            if answer is None:\n                await self.store.give_back(claim)",
+        "            if answer is None:\n                pass",
+        "an unused claim stays claimed",
+    ),
+    Mutant(
+        "queue/queue.py",
+        '            if place.state == "chosen":\n                place.state = "waiting"',
+        '            if False:\n                place.state = "waiting"',
+        "a place whose client left as it was chosen is lost",
+    ),
+    Mutant(
+        "queue/queue.py",
+        "        lane.claim_soon()\n\n    async def _claim_for_first",
+        "\n    async def _claim_for_first",
+        "a key is not claimed again after a release",
+    ),
+    Mutant(
+        "queue/queue.py",
+        "            lane.opens_at = min(lane.opens_at, trio.current_time())\n"
+        "            lane.claim_soon()\n",
+        "            lane.opens_at = min(lane.opens_at, trio.current_time())\n",
+        "no lane hears that a session start is free again",
+    ),
+    Mutant(
+        "queue/queue.py",
+        "at = answer.at + self._confirm_seconds",
+        "at = answer.at",
+        "a shard that is not confirmed is taken to have identified at once",
+    ),
+    Mutant(
+        "queue/queue.py",
+        "ticket.confirm != claim.confirm",
+        "False",
+        "a confirmed ticket gets the short claim of an ordinary one",
+    ),
+    Mutant(
+        "queue/queue.py",
+        "at, confirmed = await answer.outcome.receive(), True",
+        "at, confirmed = answer.at, True",
+        "the window of a confirmed ticket starts at its answer",
+    ),
+    Mutant(
+        "queue/queue.py",
+        "            self._list(place)\n            if not was_known",
+        "            if not was_known",
+        "places are in no lane when the number of keys has changed",
+    ),
+    Mutant(
+        "queue/lane.py",
+        "return self.waiting.peekitem(0)[1] if self.waiting else None",
+        "return self.waiting.peekitem(-1)[1] if self.waiting else None",
+        "last come, first served",
+    ),
+    Mutant(
+        "queue/queue.py",
+        "place.held_until = trio.current_time() + seconds",
+        "place.held_until = trio.current_time() + 2 * seconds",
+        "a shard is held twice as long as the store says",
+    ),
+    Mutant(
+        "queue/places.py",
+        "            if last is not place and last.ticket is not None:",
+        "            if False:",
+        "a client of the shard loses its place with another one that leaves",
+    ),
+    Mutant(
+        "queue/places.py",
+        "            last.expires_at = trio.current_time() + self._seconds",
+        "            last.expires_at = trio.current_time() + self._seconds / 2",
+        "a place is kept for half of its time",
+    ),
+    Mutant(
+        "queue/gate.py",
+        "lane = min(self._waiting, key=_oldest)",
+        "lane = max(self._waiting, key=_oldest)",
+        "within MAX_CONCURRENCY the youngest ticket goes first",
+    ),
+    Mutant(
+        "store/memory.py",
+        "until = at + (self.rules.window if confirmed else self.rules.unconfirmed_window)",
+        "until = at + self.rules.window",
+        "the margin is left out in memory",
+    ),
+    Mutant(
+        "store/memory.py",
+        "        self._windows.open(claim)\n        self._pace.give_back()",
+        "        self._windows.open(claim)",
+        "an unused claim counts against MAX_CONCURRENCY for ever",
+    ),
+    Mutant(
+        "store/memory.py",
+        "now + rules.unconfirmed_window if rules.hold else now",
+        "now",
+        "no hold on start",
+    ),
+    Mutant(
+        "store/windows.py",
+        "% math.gcd(number, self._max_concurrency) == 0",
+        "% number == 0",
+        "keys of another number of keys are taken for others",
+    ),
+    Mutant(
+        "store/windows.py",
+        "            self._former[self._max_concurrency, key] = until",
+        "            pass",
+        "windows are forgotten when the number of keys changes",
+    ),
+    Mutant(
+        "store/pace.py",
+        "len(self._over_at) + self._claimed < self._most",
+        "len(self._over_at) < self._most",
+        "claims under way do not count against MAX_CONCURRENCY",
+    ),
+    Mutant(
+        "store/budget.py",
+        "seen.remaining <= self._claimed",
+        "seen.remaining < self._claimed",
+        "one session start too many",
+    ),
+    Mutant(
+        "store/budget.py",
+        "self._starts[0] + self._in_flight <= allowance.asked_at",
+        "self._starts[0] <= allowance.asked_at",
+        "starts that Discord has not counted yet are forgotten",
+    ),
+    Mutant(
+        "store/loop_guard.py",
+        "        if excess < 0 or",
+        "        if excess <= 0 or",
+        "a shard has one free start too many",
+    ),
+    Mutant(
+        "store/redis/__init__.py",
+        "        for claim, until in self._identifying.items():",
+        "        for claim, until in ():",
+        "claims of identifying shards are not restored after a loss of data",
+    ),
+    Mutant(
+        "store/redis/__init__.py",
+        "            self._doubtful.append(claim)\n",
+        "            pass\n",
+        "a claim whose reply was lost keeps the key closed",
+    ),
+    Mutant(
+        "store/redis/__init__.py",
+        "lease = self._confirm_lease if confirm else self._claim_lease",
+        "lease = self._claim_lease",
+        "the claim of a confirmed ticket ends before its shard has identified",
+    ),
+    Mutant(
+        "store/redis/__init__.py",
+        "ago = math.floor((trio.current_time() - at) * (1 - DRIFT) * MICROSECONDS)",
+        "ago = math.floor((trio.current_time() - at + 0.01) * MICROSECONDS)",
+        "windows in Redis start 10 ms too early",
+    ),
+    Mutant(
+        "store/redis/__init__.py",
+        "        if asked_at < self._trusted_at:",
+        "        if False:",
+        "a server that may have missed leases is trusted at once",
+    ),
+    Mutant(
+        "store/redis/__init__.py",
+        "return max(trio.current_time() + self._hold, restored_at)",
+        "return trio.current_time() + self._hold",
+        "other replicas may not have restored their session starts",
+    ),
+    Mutant(
+        "store/redis/__init__.py",
+        '            link.give_up("its data is gone")',
+        "            self._since = answer.since",
+        "a loss of data is overlooked",
+    ),
+    Mutant(
+        "store/redis/clock.py",
+        "    return seconds * (1 + DRIFT)",
+        "    return seconds",
+        "windows are too short on a fast clock",
+    ),
+    Mutant(
+        "store/redis/clock.py",
+        "        return self._least <= self._most",
+        "        return True",
+        "a clock that was set is not noticed",
+    ),
+    Mutant(
+        "store/redis/decisions.lua",
+        "        latest, closing = until_when, other .. ':' .. its_key",
+        "        latest, closing = latest, other .. ':' .. its_key",
+        "windows of another number of keys do not count",
+    ),
+    Mutant(
+        "store/redis/decisions.lua",
+        "    and now >= tonumber(last) -- otherwise the clock was set back",
+        "",
+        "a clock that was set back is not noticed by the script",
+    ),
+    Mutant(
+        "store/redis/decisions.lua",
+        "  return math.min(wait, glance)\nend",
+        "  return 0\nend",
+        "an older ticket of another replica does not go first",
+    ),
+    Mutant(
+        "store/redis/decisions.lua",
+        "    and (seen_since ~= since or tonumber(seen_here or 0) >= seen_at)",
+        "",
+        "an older copy of the data is taken for the last one",
+    ),
+    Mutant(
+        "store/redis/decisions.lua",
+        "  local excess = number - free_starts",
+        "  local excess = number - free_starts - 1",
+        "a shard has one free start too many in Redis",
+    ),
+    Mutant(
+        "store/redis/decisions.lua",
+        "    until_when = math.max(until_when, tonumber(closed_until or 0))",
+        "",
+        "a late start of a window shortens the next one",
+    ),
+    Mutant(
+        "store/redis/decisions.lua",
+        "    set_release(token, now + its_lease, '?' .. useless_at)\n",
+        "",
+        "claims under way do not count against MAX_CONCURRENCY in Redis",
+    ),
+    Mutant(
+        "store/redis/decisions.lua",
+        "  uncount_start(token)",
+        "",
+        "a claim that was given back counts as a session start",
+    ),
+    Mutant(
+        "web/tickets.py",
+        '        self._is_http_1 = scope["http_version"] != "2"',
+        "        self._is_http_1 = True",
+        "an answer of HTTP/2 does not end",
+    ),
+    Mutant(
+        "web/hypercorn_fixes.py",
+        "            self._here.cancel()",
+        "            pass",
+        "a client that has left still gets a slot",
+    ),
+    Mutant(
+        "web/hypercorn_fixes.py",
+        "                self.connection.send_data(stream_id, data, end_stream=ends)\n"
+        "                await self._flush()\n",
+        "                self.connection.send_data(stream_id, data, end_stream=ends)\n",
+        "an answer of HTTP/2 waits in memory",
+    ),
+    Mutant(
+        "web/hypercorn_fixes.py",
+        "            self.task_group.spawn(self._handle_events)",
+        "            pass",
+        "a request that comes behind one that stalls is never read",
+    ),
+)
+
+
+Broken = tuple[int, str]
+"""A seed, and the invariant that it breaks."""
+
+
+class Simulation:
+    """The simulation of a copy of the package.
+
+    Args:
+      mutant: what to change in the copy.
+      of_http: whether to run the clients of HTTP, or those that call the queue.
+    """
+
+    def __init__(self, mutant: Mutant, *, of_http: bool) -> None:
+        self._mutant = mutant
+        self._of_http = of_http
+
+    def run(self, seeds: int, seconds: float) -> Iterator[Broken]:
+        """Yield what is broken, while there is time."""
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            for part in ("gateway_queue", "tests"):
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / part, root / part, ignore=ignored)
+            if not self._mutant.apply(root / "gateway_queue"):
+                raise LookupError(f"{self._mutant.file} does not have {self._mutant.old!r} once")
+            with self._process(root, seeds) as process:
+                end = Timer(seconds, _kill, [process])
+                end.start()
+                assert process.stdout is not None
+                try:
+                    for line in process.stdout:
+                        if found := BROKEN.match(line):
+                            yield int(found[1]), found[2]
+                finally:
+                    end.cancel()
+                    _kill(process)
+
+    def _process(self, root: Path, seeds: int) -> subprocess.Popen[str]:
+        module = ["tests.exploration", "--go-on", "--seeds", str(seeds)]
+        if self._of_http:
+            module = ["tests.exploration.wire_run", "0", str(seeds)]
+        return subprocess.Popen(
+            [sys.executable, "-u", "-m", *module],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@cache
+def _broken_anyway(seed: int, *, of_http: bool) -> frozenset[str]:
+    """Return the invariants that a seed breaks without a mutant."""
+    if of_http:
+        return frozenset(name for name, _ in wire_run.explore(seed).wrong)
+    return frozenset(broken(explore(seed)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try mutants, print which are caught, and return the exit status."""
+    options = _parser().parse_args(arguments)
+    chosen = [MUTANTS[number] for number in options.only or range(len(MUTANTS))]
+    survivors = 0
+    for mutant in chosen:
+        started_at, caught = time.monotonic(), "SURVIVES"
+        for seed, name in Simulation(mutant, of_http=mutant.is_of_http).run(
+            options.seeds, options.seconds
+        ):
+            if name not in _broken_anyway(seed, of_http=mutant.is_of_http):
+                caught = f"{name} at {seed + 1} seeds"
+                break
+        survivors += caught == "SURVIVES"
+        seconds = time.monotonic() - started_at
+        number = MUTANTS.index(mutant)
+        print(
+            f"{number:2}  {mutant.file:24} {caught:36} {seconds:3.0f} s  {mutant.why}", flush=True
+        )
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants are caught")
+    return int(survivors > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants",
+        description="Applies small faults to copies of the package, and runs the simulation on "
+        "each until an invariant breaks. All of them take about 15 minutes on 2 cores. The exit "
+        "status is 1 if a fault is not found.",
+    )
+    add = parser.add_argument
+    add("--only", type=int, nargs="+", metavar="NUMBER", help="of the mutants in the list, from 0")
+    add("--seeds", type=int, default=400, metavar="N", help="seeds for each mutant (400)")
+    add("--seconds", type=float, default=90, metavar="S", help="time for each mutant (90)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
