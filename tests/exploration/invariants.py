@@ -152,6 +152,20 @@ def oldest_replica_first(record: Record) -> str | None:
     )
 
 
+def _place_since(record: Record, call: Call) -> float:
+    """Return since when a call has had its place, at the earliest."""
+    here_since = call.arrived_at or 0
+    if call.shard is None or not record.scenario.place_seconds:
+        return here_since
+    return min(
+        one.arrived_at
+        for one in record.calls
+        if one.arrived_at is not None
+        and one.shard == call.shard
+        and (one.answered_at is None or one.answered_at >= here_since)
+    )
+
+
 def _younger_first(
     record: Record, since: float, slack: float, is_compared: Callable[[Call, Call], bool]
 ) -> str | None:
@@ -179,12 +193,7 @@ def _younger_first(
         at = call.chosen_at
         if at is None or at < since:
             continue
-        first_came = min(
-            one.arrived_at
-            for one in record.calls
-            if one.arrived_at is not None
-            and (one is call or (one.shard == call.shard and call.shard is not None))
-        )
+        first_came = _place_since(record, call)
         for other in record.calls:
             if (
                 other.arrived_at is not None
