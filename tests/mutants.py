@@ -184,8 +184,8 @@ MUTANTS = (
     Mutant(
         "store/windows.py",
         "% math.gcd(number, self._max_concurrency) == 0",
-        "% number == 0",
-        "keys of another number of keys are taken for others",
+        "% math.gcd(number, self._max_concurrency) != 0",
+        "windows of another number of keys count for the wrong keys",
     ),
     Mutant(
         "store/windows.py",
@@ -207,9 +207,9 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/decisions.lua",
-        "word(asked_at - in_flight)",
-        "word(asked_at)",
-        "starts that Discord has not counted yet are forgotten",
+        "total >= 0 and used >= total then",
+        "total >= 0 and used > total then",
+        "one session start too many in Redis",
     ),
     Mutant(
         "store/loop_guard.py",
@@ -260,10 +260,11 @@ MUTANTS = (
         "a loss of data is overlooked",
     ),
     Mutant(
-        "store/redis/clock.py",
-        "        return self._most - self._former_least[0][0]",
-        "        return 0.0",
-        "a clock that was set by a few ms makes a release early",
+        "store/redis/__init__.py",
+        "wait = asked_at + answer.wait / MICROSECONDS - trio.current_time()",
+        "wait = asked_at + answer.wait / MICROSECONDS - trio.current_time() + 1",
+        "a replica asks a second late whether a key is open",
+        is_calm=True,
     ),
     Mutant(
         "store/redis/clock.py",
