@@ -146,42 +146,54 @@ def oldest_replica_first(record: Record) -> str | None:
     scenario = record.scenario
     if scenario.store == "memory":
         return None
-    is_capped = scenario.has_token and scenario.max_concurrency is not None
-
-    def compete(call: Call, other: Call) -> bool:
-        told = call.process.keys_told[-1:] + other.process.keys_told[-1:]
-        return is_capped or (
-            call.process is not other.process
-            and _share_a_key(call, other, {keys for _, keys in told})
-        )
-
     slack = scenario.window + _delay_of_redis(record)
-    return _younger_first(record, record.calm_since, slack, compete)
+    return _younger_first(
+        record, record.calm_since, slack, lambda call, other: call.process is not other.process
+    )
+
+
+def _place_since(record: Record, call: Call) -> float:
+    """Return since when a call has had its place, at the earliest."""
+    here_since = call.arrived_at or 0
+    if call.shard is None or not record.scenario.place_seconds:
+        return here_since
+    return min(
+        one.arrived_at
+        for one in record.calls
+        if one.arrived_at is not None
+        and one.shard == call.shard
+        and (one.answered_at is None or one.answered_at >= here_since)
+    )
 
 
 def _younger_first(
-    record: Record, since: float, slack: float, compete: Callable[[Call, Call], bool]
+    record: Record, since: float, slack: float, is_compared: Callable[[Call, Call], bool]
 ) -> str | None:
     """Find a ticket that was chosen though an older one was free to start, too.
 
     Args:
       record: of the run.
       since: whom to look at: those that were chosen later.
-      slack: by how much it has to be older, and for how long its key has to have been open.
-      compete: whether two calls want the same slot.
+      slack: by how much it has to be older, and for how long its key has to have been open, if it
+        has another one.
+      is_compared: chooses the pairs of calls to look at.
     """
     if _budget_may_be_spent(record):
         return None
+    is_capped = record.scenario.has_token and record.scenario.max_concurrency is not None
+
+    def compete(call: Call, other: Call, at: float) -> bool:
+        adopted = at - record.scenario.window - ADOPTION
+        told = call.process.keys_at(at, adopted) | other.process.keys_at(at, adopted)
+        if _share_a_key(call, other, told):
+            return True
+        return is_capped and _key_opens(record, other, at, but=call) < at - slack
+
     for call in record.calls:
         at = call.chosen_at
         if at is None or at < since:
             continue
-        first_came = min(
-            one.arrived_at
-            for one in record.calls
-            if one.arrived_at is not None
-            and (one is call or (one.shard == call.shard and call.shard is not None))
-        )
+        first_came = _place_since(record, call)
         for other in record.calls:
             if (
                 other.arrived_at is not None
@@ -189,9 +201,9 @@ def _younger_first(
                 and (other.chosen_at is None or other.chosen_at > at)
                 and (other.ended_at is None or other.ended_at > at)
                 and (other.shard is None or other.shard != call.shard)
-                and compete(call, other)
+                and is_compared(call, other)
                 and not _may_be_held(record, other, at)
-                and _key_opens(record, other, at, but=call) < at - slack
+                and compete(call, other, at)
             ):
                 return f"{call} was chosen at {at:.6f}, before {other}, which is older"
     return None

@@ -87,7 +87,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
     """
     source = random.Random(f"scenario {seed}")
     own = random.Random(f"confirmed tickets {seed}")
-    only = own.choices((None, (), PROCESS_ENDS), (8, 1, 1))[0]
+    only = own.choices((None, (), PROCESS_ENDS, ("max-concurrency",)), (7, 1, 1, 1))[0]
     store: Literal["memory", "redis"] = source.choices(("memory", "redis"), (3, 7))[0]
     has_token = source.random() < 0.5
     keys = source.choice((1, 1, 2, 3, 4, 16))
