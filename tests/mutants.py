@@ -335,10 +335,13 @@ MUTANTS = (
     ),
     Mutant(
         "web/hypercorn_fixes.py",
-        "                self.connection.send_data(stream_id, data, end_stream=ends)\n"
+        "            with trio.CancelScope(deadline=buffer.send_by):\n"
+        "                await self._flush()\n"
+        "            await buffer.pop(len(data))\n",
+        "            await buffer.pop(len(data))\n"
+        "            with trio.CancelScope(deadline=buffer.send_by):\n"
         "                await self._flush()\n",
-        "                self.connection.send_data(stream_id, data, end_stream=ends)\n",
-        "an answer of HTTP/2 waits in memory",
+        "a window starts before the answer of HTTP/2 is written",
     ),
     Mutant(
         "web/hypercorn_fixes.py",

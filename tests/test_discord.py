@@ -293,8 +293,8 @@ def test_max_concurrency_above_discords_limits_nothing() -> None:
 
 def test_at_the_end_of_the_budget_tickets_are_held_until_the_reset() -> None:
     with playing(remaining=5, reset_after=3000) as discord:
-        start = time.monotonic()
         with serving_with(discord) as server:
+            start = time.monotonic()
             clients = [server.ask(shard) for shard in range(9)]
             first = first_answers(clients[:5], 5)
             assert max(answer.at for _, answer in first) < start + 2

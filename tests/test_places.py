@@ -292,6 +292,7 @@ async def test_100_000_who_come_and_go_leave_nothing_behind(autojump_clock: Mock
         for number in range(50_000):
             await visit(queue, 0)
             await visit(queue, number)
+        await wait_all_tasks_blocked()
         assert sum(len(lane.away) for lane in queue.lanes.values()) == 50_000
         await trio.sleep(KEPT + 1)
         gc.collect()
