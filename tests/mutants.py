@@ -305,12 +305,6 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/decisions.lua",
-        "    until_when = math.max(until_when, tonumber(closed_until or 0))",
-        "",
-        "a late start of a window shortens the next one",
-    ),
-    Mutant(
-        "store/redis/decisions.lua",
         "    set_release(token, now + its_lease, '?' .. useless_at)\n",
         "",
         "claims under way do not count against MAX_CONCURRENCY in Redis",

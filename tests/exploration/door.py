@@ -101,6 +101,7 @@ class _Visit:
         with trio.move_on_at(self._call.leaves_at) as in_time:
             await self.heard.wait()
         if in_time.cancelled_caught:
+            self._call.closed_at = trio.current_time()
             await self._process.thawed()
             self._leave()
 

@@ -317,7 +317,8 @@ def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None
         opens += scenario.unconfirmed_window if scenario.store == "memory" else scenario.lease
     if scenario.has_token:
         opens = max(opens, process.keys_told[0][0] if process.keys_told else at)
-    told = process.keys_at(at, at - scenario.window - ADOPTION)
+    longest = scenario.confirm_seconds + scenario.unconfirmed_window
+    told = process.keys_at(at, at - longest - ADOPTION)
     for one in record.calls:
         if one is not call and one is not but and one.chosen_at is not None:
             is_related = any(_share_a_key(one, call, {keys}) for keys in told)
