@@ -219,7 +219,7 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/__init__.py",
-        "        for claim, until in self._identifying.items():",
+        "        for claim, until in tuple(self._identifying.items()):",
         "        for claim, until in ():",
         "claims of identifying shards are not restored after a loss of data",
     ),

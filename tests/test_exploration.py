@@ -16,7 +16,29 @@ from tests.exploration.run import explore
 
 ROOT = Path(__file__).parent.parent
 
-FIXED_SEEDS = (0, 1, 2, 3, 5, 7, 13, 24, 27, 32, 64, 91, 129, 267, 271, 305, 350, 399, 474)
+FIXED_SEEDS = (
+    0,
+    1,
+    2,
+    3,
+    5,
+    7,
+    13,
+    24,
+    27,
+    32,
+    64,
+    91,
+    129,
+    267,
+    271,
+    305,
+    350,
+    399,
+    474,
+    200237,
+    300188,
+)
 """Add each seed that has found a fault."""
 
 SECONDS = 30.0

@@ -257,12 +257,17 @@ class Queue:
                 await self._claim(lane)
             elif has_claimed and not lane.waiting:
                 has_claimed = False
-                await self.store.withdraw(lane.rate_limit_key)
+                await self._withdraw(lane)
             else:
                 await lane.wait(self._claim_at(lane))
         if self.lanes.get(lane.rate_limit_key) is lane:
             del self.lanes[lane.rate_limit_key]
         if has_claimed:
+            await self._withdraw(lane)
+
+    async def _withdraw(self, lane: Lane) -> None:
+        """Make way for other replicas. Cancelled, it could break the claim of another lane."""
+        with trio.CancelScope(shield=True):
             await self.store.withdraw(lane.rate_limit_key)
 
     def _claim_at(self, lane: Lane) -> float:

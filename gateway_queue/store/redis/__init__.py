@@ -222,7 +222,9 @@ class RedisStore:
             await self._hand_over(self._allowance)
         await self._restore(also_of_others=self._since != self._complete_since)
         self._complete_since = self._since
-        for claim, until in self._identifying.items():
+        for claim, until in tuple(self._identifying.items()):
+            if claim not in self._identifying:
+                continue  # its shard has identified meanwhile
             left = _microseconds(longest_there(max(0.0, until - trio.current_time())))
             await self._ask("restore_claim", *_words(claim), left)
 
