@@ -59,6 +59,11 @@ class Place:
         self.ticket = ticket
         ticket.place = self
 
+    def unlist(self) -> None:
+        """Take the place out of its lane, if it is in one."""
+        if self.lane is not None:
+            self.lane.remove(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Identifying:
@@ -84,7 +89,7 @@ class Lane:
         """When to claim next: when the key opens, or earlier if something has changed."""
         self.identifying: Identifying | None = None
         self.waiting: SortedDict[int, Place] = SortedDict()
-        # The one whose time comes first in front.
+        # In the order of the times at which a hold or an empty place ends.
         self.held: SortedDict[tuple[float, int], Place] = SortedDict()
         self.away: SortedDict[tuple[float, int], Place] = SortedDict()
         self._changed = trio.Event()
@@ -119,7 +124,7 @@ class Lane:
             self.claim_soon()  # this shard may have to be held where the former first one had not
 
     def remove(self, place: Place) -> None:
-        """List a place no more."""
+        """Take a place out of the lane."""
         match place.state:
             case "away":
                 del self.away[place.expires_at, place.number]

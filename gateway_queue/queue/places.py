@@ -58,8 +58,7 @@ class Places:
 
     def end(self, place: Place, state: Literal["released", "gone"]) -> None:
         """Forget a place."""
-        if place.lane is not None:
-            place.lane.remove(place)
+        place.unlist()
         place.state = state
         if places := self._of_shard.get(shard := self._key(place.shard)):
             del places[bisect_left(places, place.number, key=lambda one: one.number)]

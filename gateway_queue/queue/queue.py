@@ -122,7 +122,7 @@ class Queue:
             (place for lane in self.lanes.values() for place in lane), key=lambda one: one.number
         )
         for place in places:
-            self._unlist(place)
+            place.unlist()
         self.store.regroup(number)
         self.max_concurrency = number
         for place in places:
@@ -221,7 +221,7 @@ class Queue:
         """Put a place into the lane of its key, in its state of now; an empty one may be gone."""
         if place.state == "chosen":
             return  # its dispatcher will, when it has heard of the answer
-        self._unlist(place)
+        place.unlist()
         if place.ticket is None and place.expires_at <= trio.current_time():
             self._places.end(place, "gone")
             return
@@ -231,10 +231,6 @@ class Queue:
             if self._dispatchers is not None:
                 self._dispatchers.start_soon(self._dispatch, self.lanes[key])
         self.lanes[key].add(place)
-
-    def _unlist(self, place: Place) -> None:
-        if place.lane is not None:
-            place.lane.remove(place)
 
     def _warn_if_unkeyed(self, ticket: Ticket) -> None:
         if ticket.shard is None and (self.max_concurrency or 0) > 1:
@@ -332,7 +328,7 @@ class Queue:
             return
         log.warning("held: the shard starts too often", shard=place.shard, wait=round(seconds, 3))
         self._metrics.loop_held.inc()
-        self._unlist(place)
+        place.unlist()
         place.held_until = trio.current_time() + seconds
         self._list(place)
 
@@ -345,7 +341,7 @@ class Queue:
         ticket = place.ticket
         if place.state != "waiting" or ticket is None or ticket.confirm != claim.confirm:
             return None
-        self._unlist(place)
+        place.unlist()
         place.state = "chosen"
         send, outcome = trio.open_memory_channel[float](2)
         ticket.offer(Slot(claim, send))

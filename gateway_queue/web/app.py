@@ -101,15 +101,7 @@ class GatewayQueue(QuartTrio):
     def _open_store(self) -> WindowStore:
         """Return the store of these settings, which lives as long as the app serves."""
         settings = self._settings
-        rules = Rules(
-            settings.window_seconds,
-            settings.hold_on_start,
-            settings.session_start_limit,
-            settings.loop_free_starts,
-            _releases_per_window(settings),
-            settings.margin_seconds,
-            settings.confirm_seconds,
-        )
+        rules = rules_of(settings)
         if settings.redis_url is None:
             return MemoryStore(rules)
         # Not at the top, for most servers run alone, and it takes a while.
@@ -222,13 +214,21 @@ def _known_max_concurrency(settings: Settings) -> int | None:
     return 1 if settings.max_concurrency is None else settings.max_concurrency
 
 
-def _releases_per_window(settings: Settings) -> int | None:
-    """Return the most releases in one window over all keys, None if only the keys limit them.
+def rules_of(settings: Settings) -> Rules:
+    """Return what a store has to hold to by these settings.
 
-    With a token the keys are Discord's: fewer keys would let shards of one of Discord's keys go at
-    the same time.
+    With a token the rate limit keys are Discord's, and MAX_CONCURRENCY limits the releases of all
+    keys: fewer keys would release shards of one of Discord's keys at the same time.
     """
-    return None if settings.discord_token is None else settings.max_concurrency or None
+    return Rules(
+        window=settings.window_seconds,
+        hold=settings.hold_on_start,
+        session_start_limit=settings.session_start_limit,
+        loop_free_starts=settings.loop_free_starts,
+        releases_per_window=settings.max_concurrency or None if settings.discord_token else None,
+        margin=settings.margin_seconds,
+        confirm_seconds=settings.confirm_seconds,
+    )
 
 
 async def healthz() -> dict[str, str]:

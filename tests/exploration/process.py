@@ -13,9 +13,10 @@ from gateway_queue.limits import Limits
 from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue, status
 from gateway_queue.settings import Settings
-from gateway_queue.store import Rules, WindowStore
+from gateway_queue.store import WindowStore
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.store.redis import RedisStore
+from gateway_queue.web.app import rules_of
 from tests.exploration.discord import SimulatedDiscord
 from tests.exploration.record import Call, ProcessRecord, Record
 from tests.exploration.redis_server import SimulatedPool, SimulatedRedis
@@ -146,15 +147,7 @@ class Process:
             self.ended.set()
 
     def _open_store(self, settings: Settings) -> WindowStore:
-        rules = Rules(
-            settings.window_seconds,
-            settings.hold_on_start,
-            settings.session_start_limit,
-            settings.loop_free_starts,
-            settings.max_concurrency if settings.discord_token else None,
-            settings.margin_seconds,
-            settings.confirm_seconds,
-        )
+        rules = rules_of(settings)
         if self.run_record.scenario.store == "memory":
             return MemoryStore(rules)
         url = f"redis://{self.record.number}"
