@@ -146,9 +146,8 @@ class _Run:
             return False
         if scenario.store == "redis" and any(one.was_killed for one in self._record.processes):
             return True  # what such a process had claimed may be used, and counts
-        if self._record.losses or any(one.ended_at for one in self._record.processes):
-            # Known: a claim that another replica has seen and restores after its owner has given it
-            # back stays counted, and so does one whose process was stopped before it could.
+        if any(one.ended_at for one in self._record.processes):
+            # A claim of a process that was stopped while Redis was away stays counted.
             return any(one.queue.store.session_starts().spent for one in self._fleet.alive)
         return scenario.session_start_limit <= len(self._record.answers)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
-from typing import Any, Literal, NamedTuple, NoReturn
+from itertools import count, islice
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 from uuid import uuid4
 
 import structlog
@@ -51,8 +51,10 @@ the session starts that it knows."""
 KEPT_STARTS = 10_000
 """More than any bot may start between two answers of Discord."""
 
-RESTORED_AT_ONCE = 500
+STARTS_AT_ONCE = 500
 """Session starts in one command: a long one would make the other replicas wait."""
+
+T = TypeVar("T")
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -140,6 +142,8 @@ class RedisStore:
         self._trusted_at = math.inf
         # Claims that nobody has used, though they may have been granted.
         self._doubtful: list[Claim] = []
+        # The tokens of claims that will not be used, the last ones: see _uncount_restored.
+        self._unused: dict[str, None] = {}
         # Those whose shards are identifying, and until when their leases last, here.
         self._identifying: dict[Claim, float] = {}
         # The times of the day's session starts by token, also those of other replicas.
@@ -232,10 +236,9 @@ class RedisStore:
         starts = [
             (token, self._clock.at_latest(at))
             for token, at in self._starts.items()
-            if also_of_others or token.startswith(self._replica)
+            if also_of_others or self._is_own(token)
         ]
-        for first in range(0, len(starts), RESTORED_AT_ONCE):
-            part = starts[first : first + RESTORED_AT_ONCE]
+        for part in _parts(starts):
             await self._ask("restore", *(word for start in part for word in start))
 
     async def _look(self) -> None:
@@ -245,20 +248,34 @@ class RedisStore:
         """
         looked_at = self._looked_at
         answer, starts = await self._ask("look", looked_at)
-        seen = {
+        listed = {
             token.decode(): self._clock.when(int(at))
             for token, at in zip(starts[::2], starts[1::2], strict=True)
-            if not token.startswith(self._replica.encode())
         }
+        seen = {token: at for token, at in listed.items() if not self._is_own(token)}
         if self._since == self._complete_since:
             since = self._clock.when(looked_at) + self._clock.longest_step()
             for token, at in list(self._starts.items()):
-                if at > since and token not in seen and not token.startswith(self._replica):
+                if at > since and token not in seen and not self._is_own(token):
                     del self._starts[token]
         for token, at in seen.items():
             self._remember_start(token, at)
         if trio.current_time() >= self._trusted_at:  # until then, replicas may restore older ones
             self._looked_at = answer.now - _microseconds(2 * self._lease)
+        await self._uncount(token for token in listed if token in self._unused)
+
+    def _is_own(self, token: str) -> bool:
+        return token.startswith(self._replica)
+
+    async def _uncount(self, unused: Iterable[str]) -> None:
+        """Uncount claims that another replica has restored after this one gave them back."""
+        for part in _parts(unused):
+            await self._ask("uncount", *part)
+
+    def _remember_unused(self, claim: Claim) -> None:
+        self._unused[claim.token] = None
+        if len(self._unused) > KEPT_STARTS:
+            del self._unused[next(iter(self._unused))]
 
     @contextmanager
     def _doubting(self, claim: Claim) -> Iterator[None]:
@@ -267,6 +284,7 @@ class RedisStore:
             yield
         except (Unreachable, trio.Cancelled):
             self._doubtful.append(claim)
+            self._remember_unused(claim)
             raise
 
     async def _settle_doubtful(self) -> None:
@@ -362,6 +380,7 @@ class RedisStore:
 
     async def give_back(self, claim: Claim) -> None:
         self._identifying.pop(claim, None)
+        self._remember_unused(claim)
         with suppress(Unreachable), self._doubting(claim):
             await self._ask("give_back", *_words(claim))
 
@@ -401,6 +420,12 @@ class RedisStore:
             self._clock.at(allowance.resets_at),
             self._clock.at(allowance.asked_at),
         )
+
+
+def _parts(items: Iterable[T]) -> Iterator[list[T]]:
+    rest = iter(items)
+    while part := list(islice(rest, STARTS_AT_ONCE)):
+        yield part
 
 
 def _words(claim: Claim) -> tuple[str | int, ...]:

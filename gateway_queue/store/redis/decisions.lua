@@ -525,4 +525,12 @@ function commands.restore()
   return answer(GRANTED, 0)
 end
 
+-- Uncounts starts that were restored, though their claims were given back.
+function commands.uncount()
+  for i = FIRST_ARGUMENT, #ARGV do
+    uncount_start(ARGV[i])
+  end
+  return answer(GRANTED, 0)
+end
+
 return commands[command](unpack(ARGV, FIRST_ARGUMENT, math.min(#ARGV, FIRST_ARGUMENT + 6)))

@@ -70,6 +70,7 @@ class Snapshot:
     """Why nobody can be released, if so."""
     conditions: list[Condition]
     window: float
+    """With the margin: between two releases that are not confirmed."""
     max_concurrency: int | None
     waiting: int
     held: int
@@ -94,7 +95,7 @@ def take(
     queue: Queue, limits: Limits | None, settings: Settings, not_ready: str | None
 ) -> Snapshot:
     """Look at the queue, at a cost that does not grow with the length of its lines."""
-    now, window = trio.current_time(), settings.window_seconds
+    now, window = trio.current_time(), queue.store.rules.unconfirmed_window
     number = min(queue.max_concurrency or 1, KEYS_MAX)
     most = min(max(TICKETS_MAX // number, TICKETS_OF_KEY_MIN), TICKETS_OF_KEY_MAX)
     shown = [lane for lane in lanes(queue, most) if lane.rate_limit_key < number]
