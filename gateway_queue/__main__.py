@@ -16,8 +16,8 @@ from hypercorn.config import Config
 from hypercorn.trio import serve
 
 from gateway_queue import __version__, app
-from gateway_queue.listener import listen
-from gateway_queue.process import refuse
+from gateway_queue.serving.listener import listen
+from gateway_queue.serving.process import exit_with_usage_error
 from gateway_queue.settings import BadSetting, describe
 
 GRACE_SECONDS = 1.0
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         listeners = listen(host, port, config.backlog)
     except BadSetting as error:
-        refuse(error)
+        exit_with_usage_error(error)
     except OSError as error:
         sys.exit(f"cannot listen on {host}:{port}: {error.strerror}")
     config.bind = [f"fd://{listener.detach()}" for listener in listeners]

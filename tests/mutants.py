@@ -322,13 +322,13 @@ MUTANTS = (
         "an answer of HTTP/2 does not end",
     ),
     Mutant(
-        "web/hypercorn_fixes.py",
+        "serving/hypercorn/requests.py",
         "            self._here.cancel()",
         "            pass",
         "a client that has left still gets a slot",
     ),
     Mutant(
-        "web/hypercorn_fixes.py",
+        "serving/hypercorn/http2.py",
         "            with trio.CancelScope(deadline=buffer.send_by):\n"
         "                await self._flush()\n"
         "            await buffer.pop(len(data))\n",
@@ -338,7 +338,7 @@ MUTANTS = (
         "a window starts before the answer of HTTP/2 is written",
     ),
     Mutant(
-        "web/hypercorn_fixes.py",
+        "serving/hypercorn/http1.py",
         "            self.task_group.spawn(self._handle_events)",
         "            pass",
         "a request that comes behind one that stalls is never read",

@@ -19,9 +19,9 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from gateway_queue.discord import BadToken, Discord, SessionStartLimit, Unavailable
-from gateway_queue.limits import Limits
-from gateway_queue.queue import Queue, status
+from gateway_queue.discord.api import BadToken, Discord, SessionStartLimit, Unavailable
+from gateway_queue.discord.limits import Limits
+from gateway_queue.queue import Queue, overview
 from gateway_queue.settings import Settings
 from gateway_queue.store import Allowance
 from gateway_queue.store.loop_guard import LoopGuard
@@ -396,7 +396,7 @@ async def test_when_the_day_is_spent_all_wait_for_the_reset_and_go_on_at_the_usu
             assert len(history.releases) == 10
             assert queue.store.session_starts().spent
             assert len(named(logged, "spent, tickets are held")) == 1
-            (lane,) = status.lanes(queue)
+            (lane,) = overview.lanes(queue)
             assert lane.opens_in == pytest.approx(HOUR + WINDOW - 20 * WINDOW)
             for _ in range(10):
                 day.identify()
@@ -548,7 +548,9 @@ async def test_each_is_released_when_its_eta_says(
         for shard in range(50):
             nursery.start_soon(history.ask, shard)
             await wait_all_tasks_blocked()
-        etas = {ticket.shard: ticket.eta for lane in status.lanes(queue) for ticket in lane.tickets}
+        etas = {
+            ticket.shard: ticket.eta for lane in overview.lanes(queue) for ticket in lane.tickets
+        }
     released = {shard: at for at, shard, _ in history.releases}
     assert len(etas) == 50
     for named, eta in etas.items():
@@ -604,7 +606,7 @@ async def test_others_pass_a_shard_that_is_held(autojump_clock: MockClock, guard
             nursery.start_soon(history.ask, shard)
             await wait_all_tasks_blocked()
         if guard:
-            (lane,) = status.lanes(queue)
+            (lane,) = overview.lanes(queue)
             assert [t.state for t in lane.tickets] == ["held"] + ["waiting"] * 29
             assert lane.tickets[0].shard == 7
             assert lane.tickets[0].eta == pytest.approx(120 - 7)
@@ -624,7 +626,7 @@ async def test_who_is_held_may_leave_and_nothing_stays(autojump_clock: MockClock
         with trio.move_on_after(3):
             await starts_of_one_shard(queue, 1)
         assert len(queue) == 0
-        assert status.lanes(queue) == []
+        assert overview.lanes(queue) == []
         await wait_all_tasks_blocked()
         assert not queue.lanes
         assert trio.current_time() == 3
@@ -638,7 +640,7 @@ async def test_who_is_held_moves_with_the_keys(autojump_clock: MockClock) -> Non
         await wait_all_tasks_blocked()
         queue.set_max_concurrency(4)
         await wait_all_tasks_blocked()
-        (lane,) = status.lanes(queue)
+        (lane,) = overview.lanes(queue)
         assert lane.rate_limit_key == 3
     assert history.releases == [(15.0, 7, 4)]
 

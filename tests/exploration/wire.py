@@ -23,6 +23,7 @@ from hypercorn.typing import ASGIFramework, ConnectionState, LifespanState
 
 from gateway_queue import server
 from gateway_queue.__main__ import GRACE_SECONDS
+from gateway_queue.serving.hypercorn import install
 from gateway_queue.settings import Settings
 from gateway_queue.web import app
 from gateway_queue.web.app import GatewayQueue
@@ -45,6 +46,7 @@ class WireReplica:
     """
 
     def __init__(self, settings: Settings) -> None:
+        install()
         self.app = GatewayQueue(lambda: settings, self._refuse)
         self.refused: str | None = None
         """Why it could not serve, if so."""

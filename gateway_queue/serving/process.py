@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from gateway_queue import logs
+from gateway_queue.observing import logs
+from gateway_queue.serving import event_loop, hypercorn
 from gateway_queue.settings import BadSetting, Settings
 
 EXIT_USAGE = 2
@@ -28,10 +29,10 @@ def load_settings() -> Settings:
     try:
         return Settings.from_environ(os.environ)
     except BadSetting as error:
-        refuse(error)
+        exit_with_usage_error(error)
 
 
-def refuse(error: BadSetting) -> NoReturn:
+def exit_with_usage_error(error: BadSetting) -> NoReturn:
     """End the process with one line on stderr."""
     print(error, file=sys.stderr)
     sys.exit(EXIT_USAGE)
@@ -49,6 +50,11 @@ def prepare() -> Settings:
             "its own: run hypercorn with --workers 1, or let them share theirs with REDIS_URL"
         )
     logs.configure(settings)
+    try:
+        hypercorn.install()
+    except hypercorn.UnknownHypercorn as error:
+        refuse_to_serve(str(error))
+    event_loop.install()
     _raise_open_files_limit()
     _tune_garbage_collector()
     return settings

@@ -7,7 +7,7 @@ from dataclasses import replace
 import structlog
 import trio
 
-from gateway_queue.discord import BadToken, Discord, SessionStartLimit, Unavailable
+from gateway_queue.discord.api import BadToken, Discord, SessionStartLimit, Unavailable
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
 from gateway_queue.store import IN_FLIGHT_WINDOWS, Allowance
