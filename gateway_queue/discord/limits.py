@@ -53,14 +53,21 @@ class Limits:
                 continue
             log.debug("Discord's limits", **vars(limit))
             await self._adopt(limit, asked_at)
-            reset_after = max(NEAREST_RESET, limit.reset_after)
-            await trio.sleep(min(self._settings.discord_refresh_seconds, reset_after))
+            wait = min(
+                self._settings.discord_refresh_seconds, max(NEAREST_RESET, limit.reset_after)
+            )
+            if asked_at < landed_at:  # the figure may be without starts that are in flight
+                wait = min(wait, max(0.0, landed_at - trio.current_time()))
+            await trio.sleep(wait)
 
     def _may_be_spent(self, limit: SessionStartLimit) -> bool:
-        """Tell whether starts that a process before this one has released may be the last ones."""
+        """Tell whether too few starts are left until those in flight are in Discord's figure.
+
+        An earlier process may have released as many in this time as this one may.
+        """
         if not self._settings.hold_on_start or self._settings.session_start_limit == 0:
             return False
-        return limit.remaining <= IN_FLIGHT_WINDOWS * limit.max_concurrency
+        return limit.remaining <= 2 * IN_FLIGHT_WINDOWS * limit.max_concurrency
 
     async def _ask_until_answered(self) -> tuple[float, SessionStartLimit]:
         delay = FIRST_RETRY
