@@ -432,7 +432,7 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
   if verdict == KEY_CLOSED then
     set_head(field, came_at, now + wait)
   elseif verdict == GRANTED then
-    drop_head(field)
+    set_head(field, came_at, now) -- if this claim is given back, this replica claims again at once
   end
   if most_releases > 0 then
     if verdict == QUEUE_CLOSED then
