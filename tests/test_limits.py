@@ -23,7 +23,7 @@ from gateway_queue.discord.api import BadToken, Discord, SessionStartLimit, Unav
 from gateway_queue.discord.limits import Limits
 from gateway_queue.queue import Queue, overview
 from gateway_queue.settings import Settings
-from gateway_queue.store import Allowance
+from gateway_queue.store import DiscordBudget
 from gateway_queue.store.loop_guard import LoopGuard
 from tests.running import TOLERANCE, WINDOW, on_mock_clock, running, stopwatch
 
@@ -435,12 +435,12 @@ async def test_discords_figure_counts_when_others_start_sessions_too(
 async def test_an_own_limit_under_discords_holds_the_difference_back(
     autojump_clock: MockClock,
 ) -> None:
-    day = Day(total=100, resets=HOUR, identified=[0.0] * 30)
+    day = Day(total=100, resets=HOUR, identified=[0.0] * 20)
     async with running(keys=None) as queue, trio.open_nursery() as follower:
         follower.start_soon(following(day, queue, session_start_limit=40).run)
         await wait_all_tasks_blocked()
         starts = queue.store.session_starts()
-        assert (starts.total, starts.remaining) == (40, 10)
+        assert (starts.total, starts.remaining) == (40, 20)
         follower.cancel_scope.cancel()
 
 
@@ -538,7 +538,7 @@ async def test_a_token_that_is_no_good_later_changes_nothing(
 async def test_a_reset_is_believed_when_discord_does_not_answer(autojump_clock: MockClock) -> None:
     day = Day(total=1, resets=HOUR, faults=[True] * 10_000)
     async with running(keys=None) as queue:
-        await queue.allow(Allowance(total=1, remaining=0, resets_at=HOUR, asked_at=0.0))
+        await queue.update_budget(DiscordBudget(total=1, remaining=0, resets_at=HOUR, asked_at=0.0))
         async with trio.open_nursery() as follower:
             follower.start_soon(following(day, queue).run)
             queue.set_max_concurrency(1)
@@ -554,7 +554,9 @@ async def test_each_is_released_when_its_eta_says(
     """50 tickets over 4 keys; with a budget for 20, the others go on from the reset."""
     async with running(keys=4, hold=True) as queue, trio.open_nursery() as nursery:
         if left is not None:
-            await queue.allow(Allowance(total=100, remaining=left, resets_at=HOUR, asked_at=0))
+            await queue.update_budget(
+                DiscordBudget(total=100, remaining=left, resets_at=HOUR, asked_at=0)
+            )
         history = History(queue)
         for shard in range(50):
             nursery.start_soon(history.ask, shard)

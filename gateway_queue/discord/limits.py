@@ -10,7 +10,7 @@ import trio
 from gateway_queue.discord.api import BadToken, Discord, SessionStartLimit, Unavailable
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
-from gateway_queue.store import IN_FLIGHT_WINDOWS, Allowance
+from gateway_queue.store import IN_FLIGHT_WINDOWS, DiscordBudget
 
 FIRST_RETRY, LONGEST_RETRY = 1.0, 60.0
 """Seconds between two tries, each time twice as many, unless Discord asks for more."""
@@ -90,7 +90,9 @@ class Limits:
 
     async def _adopt(self, limit: SessionStartLimit, asked_at: float) -> None:
         resets_at = trio.current_time() + limit.reset_after
-        await self._queue.allow(Allowance(limit.total, limit.remaining, resets_at, asked_at))
+        await self._queue.update_budget(
+            DiscordBudget(limit.total, limit.remaining, resets_at, asked_at)
+        )
         if limit.max_concurrency == self._queue.max_concurrency:
             return
         log.info("Discord session limits", **vars(limit))

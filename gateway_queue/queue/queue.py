@@ -26,7 +26,7 @@ from gateway_queue.queue.gate import Gate
 from gateway_queue.queue.lane import Identifying, Lane, Place
 from gateway_queue.queue.places import Places
 from gateway_queue.queue.ticket import NotAnswered, Slot, Ticket, Turn
-from gateway_queue.store import Allowance, Claim, Refusal, WindowStore
+from gateway_queue.store import Claim, DiscordBudget, Refusal, WindowStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +118,9 @@ class Queue:
             if not was_known and place.ticket is not None:
                 self._report_if_unkeyed(place.ticket)
 
-    async def allow(self, allowance: Allowance) -> None:
+    async def update_budget(self, budget: DiscordBudget) -> None:
         """Take over Discord's figures for the day's session starts."""
-        await self.store.allow(allowance)
+        await self.store.update_budget(budget)
         self._claim_anew()
         self._report(StartsChanged(self.store.session_starts()))
 

@@ -43,9 +43,9 @@ def prepare() -> Settings:
     try:
         settings = Settings.from_environ(os.environ)
     except BadSetting as error:
-        refuse_to_serve(str(error))
+        exit_unable_to_serve(str(error))
     if settings.redis_url is None and not _is_sole_worker():
-        refuse_to_serve(
+        exit_unable_to_serve(
             "a second worker would release twice as fast as the limit, for each has windows of "
             "its own: run hypercorn with --workers 1, or let them share theirs with REDIS_URL"
         )
@@ -53,14 +53,14 @@ def prepare() -> Settings:
     try:
         hypercorn.install()
     except hypercorn.UnknownHypercorn as error:
-        refuse_to_serve(str(error))
+        exit_unable_to_serve(str(error))
     event_loop.install()
     _raise_open_files_limit()
     _tune_garbage_collector()
     return settings
 
 
-def refuse_to_serve(line: str) -> NoReturn:
+def exit_unable_to_serve(line: str) -> NoReturn:
     """End the server, whoever has started it, with one line on stderr.
 
     Hypercorn has no place for an app that will not start: it goes on without the app, or prints

@@ -46,18 +46,18 @@ class GatewayQueue(QuartTrio):
 
     Args:
       prepare: makes the process ready at that moment, and returns its settings.
-      refuse: ends the process, with one line that says why it cannot serve.
+      fail: ends the process, with one line that says why it cannot serve.
     """
 
     service: Service
 
-    def __init__(self, prepare: Callable[[], Settings], refuse: Callable[[str], NoReturn]) -> None:
+    def __init__(self, prepare: Callable[[], Settings], fail: Callable[[str], NoReturn]) -> None:
         super().__init__("gateway_queue", static_folder=None)
         self.config["MAX_CONTENT_LENGTH"] = 0  # bodies are dropped, not kept
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
         self.json.sort_keys = False  # type: ignore[attr-defined]
         self._prepare = prepare
-        self._refuse = refuse
+        self._fail = fail
         self.before_serving(self._start)
         self.add_url_rule("/healthz", view_func=healthz)
         self.add_url_rule("/readyz", view_func=self._readyz)
@@ -80,7 +80,7 @@ class GatewayQueue(QuartTrio):
         try:
             await self.service.run(task_status=task_status)
         except* BadToken:
-            self._refuse(
+            self._fail(
                 "DISCORD_TOKEN: got one that Discord refuses (401 Unauthorized), "
                 "takes the token of a bot"
             )
@@ -141,7 +141,7 @@ class GatewayQueue(QuartTrio):
             await super().asgi_app(scope, receive, send)
         except Exception:
             log.exception("the queue has failed")
-            self._refuse("the queue has failed, see the log")
+            self._fail("the queue has failed, see the log")
 
     def _is_for_endpoint(self, path: str, scope: HTTPScope) -> bool:
         """Tell whether one of Quart's routes answers, as it does whoever has the right to ask."""

@@ -207,7 +207,7 @@ def settings_of(scenario: Scenario, *, hold_on_start: bool) -> Settings:
 
 
 def connections_to(processes: Callable[[int], Process]) -> Callable[[str], Any]:
-    """Return what stands in for :func:`gateway_queue.store.redis.link.connections`."""
+    """Return what stands in for :func:`gateway_queue.store.redis.connection.connections`."""
     return lambda url: processes(int(url.removeprefix("redis://"))).pool()
 
 

@@ -14,8 +14,7 @@ import trio
 from trio._core import _run
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from gateway_queue.store import redis as redis_store
-from gateway_queue.store.redis import link
+from gateway_queue.store.redis import store as redis_store
 from tests.exploration.clients import Client
 from tests.exploration.discord import SimulatedDiscord
 from tests.exploration.door import DirectDoor
@@ -95,9 +94,7 @@ class _Run:
             self._fleet = Fleet(nursery, self._record, self._redis, self._discord)
             connections = connections_to(self._fleet.processes.__getitem__)
             with ExitStack() as stack:
-                for module in (redis_store, link):
-                    if hasattr(module, "connections"):
-                        stack.enter_context(patch.object(module, "connections", connections))
+                stack.enter_context(patch.object(redis_store, "connections", connections))
                 await self._play(nursery)
             nursery.cancel_scope.cancel()
 

@@ -492,7 +492,7 @@ function commands.withdraw(number, key)
   return answer(GRANTED, 0)
 end
 
-function commands.allow(total, remaining, resets_at, asked_at)
+function commands.update_budget(total, remaining, resets_at, asked_at)
   local known = tonumber(redis.call('HGET', state, 'asked_at') or 0)
   if tonumber(asked_at) >= known then
     redis.call('HSET', state, 'total', total, 'remaining', remaining,
