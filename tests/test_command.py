@@ -80,6 +80,17 @@ def test_a_signal_ends_it_without_an_answer(way: str, number: signal.Signals) ->
             server.connect()
 
 
+def test_it_ends_its_tasks_when_it_stops() -> None:
+    """The function of the command returns, unless so many wait that this would take too long."""
+    code = "from gateway_queue.__main__ import main; main([]); print('returned')"
+    with serving(sys.executable, "-c", code, WINDOW_SECONDS=3600) as server:
+        [server.connect() for _ in range(100)]
+        server.settle()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert server.lines[-1] == "returned"
+
+
 def test_it_stops_within_2_seconds_with_10_000_waiting() -> None:
     allow_10_000_connections()
     with serving(WINDOW_SECONDS=3600) as server:

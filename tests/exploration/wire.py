@@ -134,8 +134,7 @@ class WireReplica:
         self.accepts = False
         with trio.move_on_after(GRACE_SECONDS):
             await self.app.queue.close()
-        self.kill()
-        await self.ended.wait()
+        await self.stop_hypercorn()
 
     async def stop_hypercorn(self) -> None:
         """End it as SIGTERM ends Hypercorn's command."""

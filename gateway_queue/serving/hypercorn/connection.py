@@ -63,6 +63,13 @@ class Connection(TCPServer):
         except* Exception as errors:  # noqa: BLE001
             log.warning("connection closed after an error", error=repr(errors.exceptions))
 
+    async def _close(self) -> None:
+        """Close at once when the server stops: two more waits take a third of the time."""
+        if trio.current_effective_deadline() == -math.inf:
+            self._transport.socket.close()
+        else:
+            await super()._close()
+
     async def _read_data(self) -> None:
         """Read until the client leaves, however long it stalls: without a timeout for each read."""
         try:
