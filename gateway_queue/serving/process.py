@@ -40,6 +40,17 @@ def exit_with_usage_error(error: BadSetting) -> NoReturn:
 
 def prepare() -> Settings:
     """Make this process ready to serve, whoever has started it, and read its settings."""
+    settings = prepare_process()
+    try:
+        hypercorn.install()
+    except hypercorn.UnknownHypercorn as error:
+        exit_unable_to_serve(str(error))
+    event_loop.install()
+    return settings
+
+
+def prepare_process() -> Settings:
+    """Do so, except for what is changed in Hypercorn and trio."""
     try:
         settings = Settings.from_environ(os.environ)
     except BadSetting as error:
@@ -50,11 +61,6 @@ def prepare() -> Settings:
             "its own: run hypercorn with --workers 1, or let them share theirs with REDIS_URL"
         )
     logs.configure(settings)
-    try:
-        hypercorn.install()
-    except hypercorn.UnknownHypercorn as error:
-        exit_unable_to_serve(str(error))
-    event_loop.install()
     _raise_open_files_limit()
     _tune_garbage_collector()
     return settings

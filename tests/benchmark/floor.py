@@ -14,7 +14,7 @@ from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, Scope
 
 from gateway_queue import server
 from gateway_queue.serving.listener import listen
-from gateway_queue.serving.process import prepare
+from gateway_queue.serving.process import prepare_process
 from tests.harness import GO
 
 
@@ -22,7 +22,7 @@ async def app(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     """Stall every request; with ``MAX_CONCURRENCY=0``, answer it at once."""
     if scope["type"] != "http":
         await receive()
-        prepare()
+        prepare_process()
         await send({"type": "lifespan.startup.complete"})
         return
     if server.settings.max_concurrency != 0:

@@ -5,6 +5,7 @@ Each returns an explanation of what is wrong, or None. Times are true times.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -321,7 +322,8 @@ def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None
     told = process.keys_at(at, at - longest - ADOPTION)
     for one in record.calls:
         if one is not call and one is not but and one.chosen_at is not None:
-            is_related = any(_share_a_key(one, call, {keys}) for keys in told)
+            # Some other shard may have the one key by one number, and the other key by another one.
+            is_related = any(_share_a_key(one, call, {math.gcd(a, b)}) for a in told for b in told)
             if one.chosen_at <= at and is_related:
                 opens = max(opens, _closed_until(record, one))
     return opens
