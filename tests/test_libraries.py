@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sysconfig
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import trio
 
 from tests.fake_discord.gateway import Gateway, enforcing
-from tests.harness import PATIENCE, environ, eventually, free_port, serving
+from tests.harness import PATIENCE, eventually, free_port, serving
 from tests.libraries import (
     DISCORD_JS,
     DISCORD_PY,
@@ -114,48 +111,6 @@ def test_a_shell_script_asks_again_until_it_is_its_turn() -> None:
     finally:
         shell.kill()
         shell.wait()
-
-
-GO_PROGRAM = """package main
-
-import (
-	"context"
-	"fmt"
-	"net/http"
-	"os"
-	"time"
-)
-
-RECIPE
-
-func main() {
-	patience, _ := time.ParseDuration(os.Args[1])
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	fmt.Println(HTTPQueue{}.Wait(ctx, 3))
-}
-"""
-
-
-def test_a_go_program_asks_again_until_it_is_its_turn_or_it_stops(tmp_path: Path) -> None:
-    """The recipe for disgo needs nothing of it."""
-    port = free_port()
-    (tmp_path / "main.go").write_text(GO_PROGRAM.replace("RECIPE", recipe("disgo", port)))
-    with TemporaryDirectory() as cache:
-        go = str(Path(sysconfig.get_path("purelib"), "go", "bin", "go"))
-        build = [go, "build", "-o", "wait", "main.go"]
-        variables = environ(GOCACHE=cache, GOTOOLCHAIN="local", CGO_ENABLED=0)
-        subprocess.run(build, cwd=tmp_path, env=variables, check=True)
-    program = str(tmp_path / "wait")
-    with (
-        subprocess.Popen([program, "1m"], stdout=subprocess.PIPE, text=True) as waiting,
-        serving(PORT=port, WINDOW_SECONDS=0.1),
-    ):
-        assert waiting.communicate(timeout=PATIENCE)[0] == "<nil>\n"
-    with serving(PORT=port, WINDOW_SECONDS=3600) as server:
-        stopped = subprocess.run([program, "500ms"], stdout=subprocess.PIPE, text=True, check=True)
-        assert stopped.stdout == "context deadline exceeded\n"
-        eventually(lambda: server.status()["abandoned"] == 1)
 
 
 @pytest.mark.parametrize("name", ["discord.js", "discordeno"])
