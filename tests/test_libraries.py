@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -221,16 +221,16 @@ class Process:
     gateway: Gateway
     queue: Server
 
-    def reconnect_all(self) -> None:
-        """Let Discord ask all its shards to connect again."""
-        trio.from_thread.run(self.gateway.reconnect_all, trio_token=self.gateway.trio_token)
+    def let_discord(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Run a method of the gateway."""
+        trio.from_thread.run(act, trio_token=self.gateway.trio_token)
 
 
 @pytest.mark.parametrize("name", FLEETS)
 def test_a_shard_whose_connection_ends_leaves_the_queue(name: str) -> None:
     with one_process(FLEETS[name]) as process:
         eventually(lambda: process.queue.status()["waiting"] >= KEYS)
-        process.reconnect_all()
+        process.let_discord(process.gateway.close_all)
         eventually(lambda: process.queue.status()["abandoned"] >= KEYS)
         eventually(lambda: process.queue.status()["waiting"] >= KEYS)
         assert process.gateway.identifies == []
@@ -241,8 +241,9 @@ def test_shards_resume_while_others_wait(name: str) -> None:
     with one_process(FLEETS[name], hold=False) as process:
         eventually(lambda: len(process.gateway.shards_up) == KEYS)
         eventually(lambda: process.queue.status()["waiting"] == SHARDS // PROCESSES - KEYS)
-        process.reconnect_all()
+        process.let_discord(process.gateway.reconnect_all)
         eventually(lambda: process.gateway.resumed == KEYS)
+        eventually(lambda: process.queue.status()["abandoned"] == SHARDS // PROCESSES - KEYS)
         assert len(process.gateway.identifies) == KEYS
 
 

@@ -79,7 +79,7 @@ class _Queue:
             except TimeoutError:
                 continue
             except aiohttp.ClientError as error:
-                reason = repr(error)
+                reason = str(error)
             log.warning("Shard %s asks the queue again in %s s: %s", shard_id, delay, reason)
             await asyncio.sleep(delay)
             delay = min(2 * delay, _LONGEST_DELAY)

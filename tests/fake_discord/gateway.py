@@ -49,6 +49,7 @@ class Op(IntEnum):
 class Close(IntEnum):
     """Why the gateway closes a connection."""
 
+    UNKNOWN_ERROR = 4000
     NOT_AUTHENTICATED = 4003
     AUTHENTICATION_FAILED = 4004
     ALREADY_AUTHENTICATED = 4005
@@ -143,6 +144,11 @@ class Gateway:
         for link in list(self._links):
             with suppress(ConnectionClosed):
                 await link.send(Op.RECONNECT)
+
+    async def close_all(self) -> None:
+        """Close every connection; sessions can be resumed."""
+        for link in list(self._links):
+            await link.socket.aclose(Close.UNKNOWN_ERROR)
 
     async def _accept(self, request: WebSocketRequest) -> None:
         query = parse_qs(urlsplit(request.path).query)
