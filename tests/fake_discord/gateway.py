@@ -190,7 +190,7 @@ class Gateway:
 
     async def _identify(self, link: _Link, data: Any) -> None:
         now = time.monotonic()
-        shard, count = data["shard"]
+        shard, count = data.get("shard", (0, 1))
         if data["token"].removeprefix("Bot ") != TOKEN:
             await link.socket.aclose(Close.AUTHENTICATION_FAILED)
             return

