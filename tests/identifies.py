@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.fake_discord.gateway import Gateway, enforcing
 from tests.fake_discord.latency import Latency
-from tests.harness import eventually, free_port, serving
+from tests.harness import Server, eventually, free_port, serving
 from tests.libraries import (
     DISCORD_JS,
     DISCORD_PY,
@@ -31,8 +30,9 @@ PATIENCE = 300.0
 
 FROM_READY = {"counts_from_ready": True, "seconds_to_ready": 0.3}
 
-LIBRARIES = (DISCORD_PY, HIKARI, DISCORD_JS, DISCORDENO)
-"""One for each process."""
+FIRST, OTHERS = HIKARI, (DISCORD_PY, DISCORD_JS, DISCORDENO)
+"""A library for each process. hikari connects ``KEYS`` shards and pauses for 5 s when they are up.
+So it comes first: otherwise its pause would fall into the last windows."""
 
 BUSY_PYTHON = """
 import asyncio, time
@@ -99,16 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     print(f"| | {' | '.join(options.ways)} |", "|" + " --- |" * (len(options.ways) + 1), sep="\n")
     for name in options.conditions:
-        with ThreadPoolExecutor(options.parallel) as threads:
-            cells = threads.map(
-                lambda way, name=name: _measure(CONDITIONS[name], WAYS[way], options.window),
-                options.ways,
-            )
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        cells = [_measure(CONDITIONS[name], WAYS[way], options.window) for way in options.ways]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
-    names = ", ".join(library.name for library in LIBRARIES)
+    names = ", ".join(library.name for library in (FIRST, *OTHERS))
     parser = argparse.ArgumentParser(
         prog="scripts/measure-identifies",
         description=f"Starts {SHARDS} shards on {KEYS} rate limit keys ({names}; a process each) "
@@ -120,7 +116,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), metavar="NAME")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
     add("--window", type=float, default=5.0, help="seconds, of the server and of the stand-in")
-    add("--parallel", type=int, default=1, help="number of cells of a row at the same time")
     return parser
 
 
@@ -136,21 +131,30 @@ def _measure(conditions: Conditions, way: Way, window: float) -> str:
         variables = gateway.discord.variables(
             PORT=port, WINDOW_SECONDS=window, MARGIN_SECONDS=way.margin * window / 5
         )
-        stack.enter_context(serving(**variables))
-        for number, library in enumerate(_fleet(conditions)):
+        queue = stack.enter_context(serving(**variables))
+
+        def start(number: int, library: Library) -> None:
+            library = _busy(library, conditions.busy)
             bots = running_bots(library, gateway, port, confirm=way.confirm)
             stack.enter_context(bots).start(number)
+
+        start(0, FIRST)
+        eventually(lambda: _asked(queue) >= KEYS)
+        for number, library in enumerate(OTHERS, 1):
+            start(number, library)
         eventually(lambda: len(gateway.shards_up) == SHARDS, PATIENCE)
     return _cell(gateway)
 
 
-def _fleet(conditions: Conditions) -> Iterator[Library]:
-    for library in LIBRARIES:
-        yield library if conditions.busy is None else _busy(library, conditions.busy)
+def _asked(queue: Server) -> int:
+    status = queue.status()
+    return int(status["waiting"]) + int(status["released"])
 
 
-def _busy(library: Library, seconds: float) -> Library:
-    """Let a bot compute for some time, pause for as long, and so on."""
+def _busy(library: Library, seconds: float | None) -> Library:
+    """Let a bot compute for some time, pause for as long, and so on, if it is to."""
+    if seconds is None:
+        return library
     if library.name not in START_BUSY:
         return replace(library, start=BUSY_NODE.format(slice=seconds) + library.start)
     start = library.start.replace("bot.run", START_BUSY[library.name])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ import trio
 
 from tests.fake_discord.gateway import Gateway, enforcing
 from tests.fake_discord.latency import Latency
-from tests.harness import PATIENCE, Server, eventually, free_port, serving
+from tests.harness import GO, PATIENCE, Server, eventually, free_port, serving
 from tests.libraries import (
     DISCORD_JS,
     DISCORD_PY,
@@ -268,3 +270,68 @@ bot.run"""
     ):
         bots.start(0)
         eventually(lambda: len(gateway.shards_up) == SHARDS // PROCESSES)
+
+
+def with_one_shard(library: Library, head: str = "") -> Library:
+    """Return a library whose first process has one shard, after some other text."""
+    return replace(library, start=head + library.start.replace("_ids=shards", "_ids=shards[:1]"))
+
+
+def next_request(listener: socket.socket) -> socket.socket:
+    """Wait for the next request to a queue that the test plays, and return its connection."""
+    connection, _ = listener.accept()
+    assert connection.recv(65536).startswith(b"POST /?shard=0&confirm=true HTTP/1.1\r\n")
+    return connection
+
+
+@contextmanager
+def one_shard_asking(library: Library) -> Iterator[tuple[socket.socket, Gateway]]:
+    """Let a shard ask a queue that the test plays."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        with (
+            enforcing(WINDOW) as gateway,
+            running_bots(library, gateway, listener.getsockname()[1]) as bots,
+        ):
+            bots.start(0)
+            yield listener, gateway
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+MESSAGE = b"%x\r\n%s\r\n" % (len(GO), GO)
+ERRORS = {
+    "no answer": b"",
+    "503": b"HTTP/1.1 503 Busy\r\ncontent-length: 2\r\n\r\n{}",
+    "no message": HEAD,
+    "an empty message": HEAD + b"0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("name", FLEETS)
+def test_a_shard_asks_again_a_second_after_an_error_and_confirms(name: str, error: str) -> None:
+    with one_shard_asking(with_one_shard(FLEETS[name])) as (listener, gateway):
+        with next_request(listener) as first:
+            first.sendall(ERRORS[error])
+        failed = time.monotonic()
+        with next_request(listener) as second:
+            assert time.monotonic() - failed > 0.9
+            assert gateway.identifies == []
+            second.sendall(HEAD + MESSAGE)
+            assert second.recv(1) == b""
+            assert gateway.shards_up == {0}
+
+
+def test_a_shard_on_discord_py_asks_again_at_once_after_its_own_timeout() -> None:
+    shorten = """
+import aiohttp
+discord_py._TIMEOUT = aiohttp.ClientTimeout(total=None, sock_read=0.1)
+"""
+    with one_shard_asking(with_one_shard(DISCORD_PY, shorten)) as (listener, _):
+        first = next_request(listener)
+        asked = time.monotonic()
+        connections = [first, *(next_request(listener) for _ in range(4))]
+        waited = time.monotonic() - asked
+        for connection in connections:
+            connection.close()
+    assert waited < 15, "four errors would take 1 + 2 + 4 + 8 s"

@@ -85,7 +85,8 @@ class _Queue:
             delay = min(2 * delay, _LONGEST_DELAY)
 
     async def _ask(self, session: aiohttp.ClientSession, shard_id: int) -> aiohttp.ClientResponse:
-        return await session.get(self._url, params={"shard": shard_id, "confirm": "true"})
+        # aiohttp and proxies send a GET once more if its connection closes without an answer.
+        return await session.post(self._url, params={"shard": shard_id, "confirm": "true"})
 
 
 _Base: Any = object
