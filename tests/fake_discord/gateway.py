@@ -147,8 +147,9 @@ class Gateway:
 
     async def close_all(self) -> None:
         """Close every connection; sessions can be resumed."""
-        for link in list(self._links):
-            await link.socket.aclose(Close.UNKNOWN_ERROR)
+        async with trio.open_nursery() as nursery:
+            for link in self._links:
+                nursery.start_soon(link.socket.aclose, Close.UNKNOWN_ERROR)
 
     async def _accept(self, request: WebSocketRequest) -> None:
         query = parse_qs(urlsplit(request.path).query)
