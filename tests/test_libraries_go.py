@@ -17,7 +17,6 @@ PROGRAM = """package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"sync"
