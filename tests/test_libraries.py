@@ -26,8 +26,10 @@ from tests.libraries import (
     PROCESSES,
     SHARDS,
     Library,
+    all_are_confirmed,
     recipe,
     running_bots,
+    waiting_shards,
 )
 
 WINDOW = 0.5
@@ -71,15 +73,17 @@ def test_no_shard_gets_an_invalid_session(name: str) -> None:
             queue.signal(signal.SIGKILL)
             queue.wait()
         with serving(**variables) as queue:
-            eventually(lambda: queue.status()["waiting"] > 0)
-            bots.kill(3)
-            bots.start(3)
+            eventually(lambda: bool(waiting_shards(queue)))
+            number = waiting_shards(queue)[0] * PROCESSES // SHARDS
+            bots.kill(number)
+            bots.start(number)
             wait_until_all_are_up(gateway)
 
             bots.kill_all()
             eventually(lambda: not gateway.shards_up)
             bots.start_all()
             wait_until_all_are_up(gateway)
+            eventually(lambda: all_are_confirmed(queue))
 
             before = len(gateway.identifies)
             trio.from_thread.run(gateway.reconnect_all, trio_token=gateway.trio_token)
@@ -191,21 +195,21 @@ class Process:
 @pytest.mark.parametrize("name", FLEETS)
 def test_a_shard_whose_connection_ends_leaves_the_queue(name: str) -> None:
     with one_process(FLEETS[name]) as process:
-        eventually(lambda: process.queue.status()["waiting"] >= KEYS)
+        eventually(lambda: process.queue.status()["waiting"] >= KEYS, LONG)
         process.let_discord(process.gateway.close_all)
-        eventually(lambda: process.queue.status()["abandoned"] >= KEYS)
-        eventually(lambda: process.queue.status()["waiting"] >= KEYS)
+        eventually(lambda: process.queue.status()["abandoned"] >= KEYS, LONG)
+        eventually(lambda: process.queue.status()["waiting"] >= KEYS, LONG)
         assert process.gateway.identifies == []
 
 
 @pytest.mark.parametrize("name", FLEETS)
 def test_shards_resume_while_others_wait(name: str) -> None:
     with one_process(FLEETS[name], hold=False) as process:
-        eventually(lambda: len(process.gateway.shards_up) == KEYS)
-        eventually(lambda: process.queue.status()["waiting"] == SHARDS // PROCESSES - KEYS)
+        eventually(lambda: len(process.gateway.shards_up) == KEYS, LONG)
+        eventually(lambda: process.queue.status()["waiting"] == SHARDS // PROCESSES - KEYS, LONG)
         process.let_discord(process.gateway.reconnect_all)
-        eventually(lambda: process.gateway.resumed == KEYS)
-        eventually(lambda: process.queue.status()["abandoned"] == SHARDS // PROCESSES - KEYS)
+        eventually(lambda: process.gateway.resumed == KEYS, LONG)
+        eventually(lambda: process.queue.status()["abandoned"] == SHARDS // PROCESSES - KEYS, LONG)
         assert len(process.gateway.identifies) == KEYS
 
 
@@ -222,10 +226,10 @@ DEAD_AFTER = {
 @pytest.mark.parametrize("name", DEAD_AFTER)
 def test_dead_connections_are_found_while_shards_wait_and_later(name: str) -> None:
     with one_process(DEAD_AFTER[name], hold=False, heartbeat_interval=1.0) as process:
-        eventually(lambda: process.queue.status()["waiting"] == SHARDS // PROCESSES - KEYS)
+        eventually(lambda: process.queue.status()["waiting"] == SHARDS // PROCESSES - KEYS, LONG)
         process.gateway.acknowledges = False
-        eventually(lambda: process.gateway.resumed >= KEYS)
-        eventually(lambda: process.queue.status()["abandoned"] >= SHARDS // PROCESSES - KEYS)
+        eventually(lambda: process.gateway.resumed >= KEYS, LONG)
+        eventually(lambda: process.queue.status()["abandoned"] >= SHARDS // PROCESSES - KEYS, LONG)
 
 
 CHANGE_PRESENCE = """

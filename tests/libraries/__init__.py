@@ -64,6 +64,25 @@ def identifying(queue: Server) -> list[int]:
     return [lane["identifying"]["shard"] for lane in lanes if lane["identifying"]]
 
 
+def waiting_shards(queue: Server) -> list[int]:
+    """Return the shards whose clients wait."""
+    tickets = (ticket for lane in queue.status()["lanes"] for ticket in lane["tickets"])
+    return [ticket["shard"] for ticket in tickets if ticket["state"] == "waiting"]
+
+
+def metric(queue: Server, name: str) -> float:
+    """Return one value of the queue's metrics."""
+    found = re.search(rf"(?m)^{name} (\S+)$", queue.get("/metrics").body.decode())
+    assert found, name
+    return float(found[1])
+
+
+def all_are_confirmed(queue: Server) -> bool:
+    """Tell whether each release was for a confirmed ticket, and its response has been closed."""
+    confirmed = metric(queue, "gateway_queue_identify_seconds_count")
+    return confirmed == queue.status()["released"] and confirmed > 0
+
+
 @dataclass(frozen=True)
 class Library:
     """How to run a bot on a library, as text of its language. Variables say the rest."""
