@@ -7,7 +7,7 @@ when it is imported, as no other does.
 
 import logging
 
-from gateway_queue.process import load_settings
+from gateway_queue.serving.process import load_settings
 
 settings = load_settings()
 

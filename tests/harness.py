@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from gateway_queue.settings import Settings
 
 PATIENCE = 20.0
@@ -95,6 +97,11 @@ class Server:
     def peak_memory(self) -> int:
         """Return the most memory that it has had resident, in bytes."""
         return self._status("VmHWM") * 1024
+
+    def cpu_seconds(self) -> float:
+        """Return how much CPU time it has used."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
 
     def voluntary_switches(self) -> int:
         """Return how often it has gone to sleep."""

@@ -9,7 +9,7 @@ from typing import Any
 import trio
 from trio.testing import MockClock
 
-from gateway_queue.metrics import Metrics
+from gateway_queue.observing.event_log import EventLog
 from gateway_queue.queue import Queue
 from gateway_queue.store import Claim, Refusal, Rules
 from gateway_queue.store.memory import MemoryStore
@@ -64,7 +64,12 @@ async def running(
 ) -> AsyncIterator[Queue]:
     """Run a queue until the end of the context, and close it then."""
     store = store_type(Rules(WINDOW, hold, session_start_limit, loop_free_starts))
-    queue = Queue(store, Metrics(), max_concurrency=keys, place_seconds=place_seconds)
+    queue = Queue(
+        store,
+        max_concurrency=keys,
+        place_seconds=place_seconds,
+        observers=[EventLog().observe],
+    )
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)
         yield queue

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import gateway_queue
-from gateway_queue.listener import listen
+from gateway_queue.serving.listener import listen
 from gateway_queue.settings import BadSetting, Settings
 from tests.harness import (
     GO,
@@ -80,6 +80,17 @@ def test_a_signal_ends_it_without_an_answer(way: str, number: signal.Signals) ->
             server.connect()
 
 
+def test_it_ends_its_tasks_when_it_stops() -> None:
+    """The function of the command returns, unless so many wait that this would take too long."""
+    code = "from gateway_queue.__main__ import main; main([]); print('returned')"
+    with serving(sys.executable, "-c", code, WINDOW_SECONDS=3600) as server:
+        [server.connect() for _ in range(100)]
+        server.settle()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert server.lines[-1] == "returned"
+
+
 def test_it_stops_within_2_seconds_with_10_000_waiting() -> None:
     allow_10_000_connections()
     with serving(WINDOW_SECONDS=3600) as server:
@@ -132,7 +143,7 @@ def test_two_servers_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> N
 def test_a_worker_holds_its_name_until_it_ends(tmp_path: Path) -> None:
     """Also where the system has no abstract sockets."""
     code = (
-        "import sys, time; from pathlib import Path; from gateway_queue import process; "
+        "import sys, time; from pathlib import Path; from gateway_queue.serving import process; "
         "print(process.hold_socket(sys.argv[1]), process.hold_file(Path(sys.argv[1])), flush=True);"
         "time.sleep(float(sys.argv[2]))"
     )
@@ -298,7 +309,7 @@ def test_a_bad_value_does_not_end_a_program_that_starts_the_queue_and_a_bot(
 @pytest.mark.parametrize("change", ["del tcp_server.TaskGroup", "tcp_server.TaskGroup = int"])
 def test_an_unknown_version_of_hypercorn_is_refused(change: str) -> None:
     code = (
-        "from hypercorn.trio import tcp_server; import gateway_queue.web.hypercorn_fixes; "
+        "from hypercorn.trio import tcp_server; import gateway_queue.serving.hypercorn; "
         f"{change}; from gateway_queue.__main__ import main; main([])"
     )
     refused = run(sys.executable, "-c", code, PORT=0)
@@ -403,14 +414,10 @@ def test_idle_it_neither_wakes_up_nor_grows() -> None:
 
 
 def test_the_first_connection_is_accepted_within_a_second() -> None:
-    """The fastest of five starts, for a machine may be busy."""
-    times = []
-    for _ in range(5):
-        start = time.monotonic()
-        with serving() as server:
-            server.settle()
-            times.append(time.monotonic() - start)
-    assert min(times) < 1
+    """In CPU time, which other programs on the machine do not change; a start waits for nothing."""
+    with serving() as server:
+        server.settle()
+        assert server.cpu_seconds() < 1
 
 
 def test_the_open_files_limit_is_raised() -> None:

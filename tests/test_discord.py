@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway_queue.discord import Unavailable, connect
+from gateway_queue.discord.api import Unavailable, connect
 from tests.fake_discord import TOKEN, FakeDiscord, Trick, after, answer, playing, raw
 from tests.harness import SLACK, Server, environ, eventually, first_answers, installed, serving
 

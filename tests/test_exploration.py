@@ -38,6 +38,7 @@ FIXED_SEEDS = (
     474,
     200237,
     300188,
+    800205,
 )
 """Add each seed that has found a fault."""
 

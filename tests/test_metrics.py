@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.registry import CollectorRegistry
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from gateway_queue.metrics import Metrics
+from gateway_queue.observing.metrics import Metrics
 from gateway_queue.queue import Queue
 from gateway_queue.store import Rules
 from gateway_queue.store.memory import MemoryStore
@@ -112,7 +112,7 @@ async def test_lateness_counts_from_when_the_window_is_open_and_somebody_waits(
 ) -> None:
     metrics = Metrics()
     store = MemoryStore(Rules(WINDOW, hold=True))
-    queue = Queue(store, metrics, max_concurrency=1, place_seconds=30)
+    queue = Queue(store, max_concurrency=1, place_seconds=30, observers=[metrics.observe])
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)
         await trio.sleep(idle)

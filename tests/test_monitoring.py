@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from tests.harness import eventually, serving
 
-MONITORING = files("gateway_queue") / "monitoring"
+MONITORING = files("gateway_queue.observing") / "monitoring"
 METRIC = re.compile(r"\b(?:gateway_queue|process)_\w+")
 
 

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from gateway_queue.metrics import Metrics
 from gateway_queue.queue import Queue
 from gateway_queue.store import Rules
 from gateway_queue.store.memory import MemoryStore
@@ -177,9 +176,8 @@ def test_restarts_release_nobody_early_and_lose_nobody_who_asks_again(
     async def serve(lifetime: float) -> None:
         """Be one process: killed without warning when its lifetime is over."""
         answered = {release.client for release in releases}
-        queue = Queue(
-            MemoryStore(Rules(WINDOW, hold=True)), Metrics(), max_concurrency=keys, place_seconds=0
-        )
+        store = MemoryStore(Rules(WINDOW, hold=True))
+        queue = Queue(store, max_concurrency=keys, place_seconds=0)
         with trio.move_on_after(lifetime):
             async with trio.open_nursery() as nursery:
                 await nursery.start(queue.run)

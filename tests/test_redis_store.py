@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from gateway_queue.store import Allowance, Claim, Refusal, Rules
+from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules
 from gateway_queue.store.memory import MemoryStore
-from gateway_queue.store.redis import LOOK_SECONDS, RESTORE_SECONDS, RedisStore, link
+from gateway_queue.store.redis import RedisStore, connection
 from gateway_queue.store.redis.clock import DRIFT, ServerClock
+from gateway_queue.store.redis.store import LOOK_SECONDS, RESTORE_SECONDS
 from tests.harness import PATIENCE, free_port
 from tests.redis_server import Proxy, RedisServer, redis_server
 from tests.running import WINDOW
@@ -115,6 +116,7 @@ async def test_a_claim_that_is_given_back_opens_the_key_at_once(redis: RedisServ
     async with pair(redis.url, rules) as (one, other):
         for _ in range(3):
             await one.give_back(await claimed(one, shard=4))
+        await one.withdraw(0)
         assert isinstance(await other.claim(0, 4, trio.current_time()), Claim)
         assert other.session_starts().remaining == 9
 
@@ -540,7 +542,7 @@ def test_a_step_that_is_shorter_than_the_way_is_bounded() -> None:
 @pytest.fixture
 def clock_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the server decide by a clock that the test sets."""
-    script = link.SCRIPT.read_text()
+    script = connection.SCRIPT.read_text()
     for original, replacement in (
         ("redis.call('TIME')", "redis.call('HMGET', 'clock', 'seconds', 'micros')"),
         ("redis.call('PEXPIRE', key, math.ceil(after / 1000))", ""),  # it goes by the true clock
@@ -548,7 +550,7 @@ def clock_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert script.count(original) == 1
         script = script.replace(original, replacement)
     (tmp_path / "script.lua").write_text(script)
-    monkeypatch.setattr(link, "SCRIPT", tmp_path / "script.lua")
+    monkeypatch.setattr(connection, "SCRIPT", tmp_path / "script.lua")
 
 
 def set_clock(redis: RedisServer, seconds: float) -> None:
@@ -708,9 +710,9 @@ def test_it_decides_as_the_store_in_memory_does(
                     await wait_all_tasks_blocked()
                 elif act == "allow":
                     now = trio.current_time()
-                    allowance = Allowance(12, int(value or 0), now + 6000, now)
-                    await memory.allow(allowance)
-                    await store.allow(allowance)
+                    budget = DiscordBudget(12, int(value or 0), now + 6000, now)
+                    await memory.update_budget(budget)
+                    await store.update_budget(budget)
                 else:
                     await compare(memory, store, value, act == "release")
 

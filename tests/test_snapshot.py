@@ -12,10 +12,11 @@ import trio
 from trio.testing import MockClock
 
 from gateway_queue.queue import Queue
-from gateway_queue.queue.status import lanes
+from gateway_queue.queue.overview import lanes
+from gateway_queue.service import Service
 from gateway_queue.settings import Settings
-from gateway_queue.web.dashboard.snapshot import KEYS_MAX, TICKETS_MAX, Snapshot, take
-from tests.running import TOLERANCE, WINDOW, running
+from gateway_queue.web.dashboard.snapshot import KEYS_MAX, TICKETS_MAX, take
+from tests.running import TOLERANCE, WINDOW
 
 
 async def wait_for_turn(queue: Queue, shard: int) -> None:
@@ -24,20 +25,27 @@ async def wait_for_turn(queue: Queue, shard: int) -> None:
 
 
 @asynccontextmanager
-async def with_waiters(number: int, keys: int, **options: Any) -> AsyncIterator[Queue]:
-    """Run a queue in which so many wait; shard 1 has been released twice and asks again."""
-    async with running(keys=keys, place_seconds=600, **options) as queue, trio.open_nursery() as us:
+async def with_waiters(number: int, keys: int, **options: Any) -> AsyncIterator[Service]:
+    """Run a service in which so many wait; shard 1 has been released twice and asks again."""
+    settings = Settings(
+        window_seconds=WINDOW,
+        margin_seconds=0,
+        hold_on_start=False,
+        max_concurrency=keys,
+        place_seconds=600,
+        **{"session_start_limit": None, "loop_free_starts": 0, **options},
+    )
+    service = Service(settings)
+    async with trio.open_nursery() as nursery, trio.open_nursery() as us:
+        await nursery.start(service.run)
         for _ in range(2):
-            await wait_for_turn(queue, 1)
+            await wait_for_turn(service.queue, 1)
         for shard in [1, *range(keys, keys + number - 1)]:
-            us.start_soon(wait_for_turn, queue, shard)
+            us.start_soon(wait_for_turn, service.queue, shard)
             await trio.sleep(0.001)
-        yield queue
+        yield service
         us.cancel_scope.cancel()
-
-
-def snapshot(queue: Queue) -> Snapshot:
-    return take(queue, None, Settings(window_seconds=WINDOW), None)
+        nursery.cancel_scope.cancel()
 
 
 async def leave(queue: Queue, *shards: int) -> None:
@@ -52,9 +60,9 @@ async def leave(queue: Queue, *shards: int) -> None:
 async def test_the_foremost_are_those_of_the_whole_line(
     autojump_clock: MockClock, most: int
 ) -> None:
-    async with with_waiters(60, keys=4, loop_free_starts=1) as queue:
-        await leave(queue, *range(1000, 1010))
-        whole, foremost = lanes(queue), lanes(queue, most)
+    async with with_waiters(60, keys=4, loop_free_starts=1) as service:
+        await leave(service.queue, *range(1000, 1010))
+        whole, foremost = lanes(service.queue), lanes(service.queue, most)
         assert {ticket.state for lane in whole for ticket in lane.tickets} == {
             "waiting",
             "held",
@@ -68,40 +76,40 @@ async def test_the_foremost_are_those_of_the_whole_line(
 
 
 async def test_when_the_next_and_the_last_one_go(autojump_clock: MockClock) -> None:
-    async with with_waiters(50, keys=3) as queue:
-        seen = snapshot(queue)
-        etas = [ticket.eta for lane in lanes(queue) for ticket in lane.tickets]
+    async with with_waiters(50, keys=3) as service:
+        seen = take(service)
+        etas = [ticket.eta for lane in lanes(service.queue) for ticket in lane.tickets]
         assert seen.next_release == pytest.approx(min(etas), abs=TOLERANCE)
         assert seen.last_release == pytest.approx(max(etas), abs=TOLERANCE)
         await trio.sleep(seen.last_release - WINDOW / 2)
-        assert snapshot(queue).waiting > 0
+        assert take(service).waiting > 0
         await trio.sleep(WINDOW)
-        done = snapshot(queue)
+        done = take(service)
         assert (done.waiting, done.next_release, done.last_release) == (0, math.inf, math.inf)
 
 
 async def test_the_last_one_is_not_known_to_go_today(autojump_clock: MockClock) -> None:
-    async with with_waiters(10, keys=1, session_start_limit=11) as queue:
-        assert snapshot(queue).last_release == math.inf
+    async with with_waiters(10, keys=1, session_start_limit=11) as service:
+        assert take(service).last_release == math.inf
 
 
 async def test_a_snapshot_has_bounds(autojump_clock: MockClock) -> None:
-    async with with_waiters(1000, keys=2 * KEYS_MAX) as queue:
-        seen = snapshot(queue)
-        assert seen.waiting == len(queue) > 6 * KEYS_MAX
+    async with with_waiters(1000, keys=2 * KEYS_MAX) as service:
+        seen = take(service)
+        assert seen.waiting == len(service.queue) > 6 * KEYS_MAX
         assert [key.rate_limit_key for key in seen.keys] == list(range(KEYS_MAX))
         assert sum(len(lane.tickets) for lane in seen.lanes) <= 2 * TICKETS_MAX
 
 
 async def test_the_timeline_ends_where_it_says(autojump_clock: MockClock) -> None:
-    async with with_waiters(50, keys=1) as queue:
+    async with with_waiters(50, keys=1) as service:
         await trio.sleep(10 * WINDOW + 1)
-        (key,) = snapshot(queue).keys
+        (key,) = take(service).keys
         assert len(key.released) == 12
         assert key.released[-1] == pytest.approx(-1, abs=0.1)
         assert key.expected[0] == pytest.approx(WINDOW - 1, abs=0.1)
         assert len(key.expected) == 6
         await trio.sleep(35 * WINDOW)
-        (key,) = snapshot(queue).keys
+        (key,) = take(service).keys
         assert key.released[0] == pytest.approx(-29 * WINDOW - 1, abs=0.1)
         assert len(key.released) == 30

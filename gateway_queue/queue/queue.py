@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import structlog
 import trio
 
-from gateway_queue.metrics import Metrics
-from gateway_queue.queue.budget_alarm import BudgetAlarm
+from gateway_queue.queue.events import (
+    Abandoned,
+    Event,
+    Held,
+    Identified,
+    NotConfirmed,
+    Observer,
+    Released,
+    ReleasedAtOnce,
+    SlotTooLate,
+    StartsChanged,
+    Unkeyed,
+)
 from gateway_queue.queue.gate import Gate
 from gateway_queue.queue.lane import Identifying, Lane, Place
 from gateway_queue.queue.places import Places
 from gateway_queue.queue.ticket import NotAnswered, Slot, Ticket, Turn
-from gateway_queue.store import Allowance, Claim, Refusal, WindowStore
-
-RECENT_MAX = 2_000
-"""Releases to remember for the dashboard: the last 3 minutes of 55 keys."""
-
-log = structlog.stdlib.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A ticket that had its turn. Times are in seconds."""
-
-    shard: int | None
-    rate_limit_key: int
-    at: float
-    """When the answer was out, on :func:`trio.current_time`."""
-    waited: float
-    lateness: float
-    """Since the window was open, the client here, and the shard free to start."""
+from gateway_queue.store import Claim, DiscordBudget, Refusal, WindowStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,35 +45,32 @@ class Queue:
 
     Args:
       store: what is known of earlier releases.
-      metrics: where to count what happens.
       max_concurrency: number of rate limit keys; 0 releases every ticket at once, and while it is
         None no ticket is released.
       place_seconds: how long the place of a named shard is kept after its client has left.
+      observers: what to tell of releases and of whatever else happens.
     """
 
     def __init__(
         self,
         store: WindowStore,
-        metrics: Metrics,
         *,
         max_concurrency: int | None,
         place_seconds: float,
+        observers: Iterable[Observer] = (),
     ) -> None:
         self.store = store
         self._confirm_seconds = store.rules.confirm_seconds
-        self._metrics = metrics
+        self._observers = tuple(observers)
         self.max_concurrency = max_concurrency
         if max_concurrency is not None:
             store.regroup(max_concurrency)
         self.released = 0
         self.abandoned = 0
         """Clients that left without their turn."""
-        self.recent = deque[Release](maxlen=RECENT_MAX)
-        """The last releases, except those with ``max_concurrency`` 0."""
         self.lanes: dict[int, Lane] = {}
         self._places = Places(place_seconds)
         self._gate = None if store.rules.releases_per_window is None else Gate()
-        self._budget_alarm = BudgetAlarm()
         self._dispatchers: trio.Nursery | None = None
         self._open = trio.CancelScope()
         self._closed = trio.Event()
@@ -128,13 +116,13 @@ class Queue:
         for place in places:
             self._list(place)
             if not was_known and place.ticket is not None:
-                self._warn_if_unkeyed(place.ticket)
+                self._report_if_unkeyed(place.ticket)
 
-    async def allow(self, allowance: Allowance) -> None:
+    async def update_budget(self, budget: DiscordBudget) -> None:
         """Take over Discord's figures for the day's session starts."""
-        await self.store.allow(allowance)
+        await self.store.update_budget(budget)
         self._claim_anew()
-        self._budget_alarm.check(self.store.session_starts())
+        self._report(StartsChanged(self.store.session_starts()))
 
     def key(self, shard: int | None) -> int:
         """Return the rate limit key of a shard.
@@ -142,6 +130,10 @@ class Queue:
         https://discord.com/developers/docs/events/gateway#sharding-max-concurrency
         """
         return (shard or 0) % (self.max_concurrency or 1)
+
+    def _report(self, event: Event) -> None:
+        for observe in self._observers:
+            observe(event)
 
     # --- a ticket's way: all of this runs in the task of its request ------------------------------
 
@@ -163,10 +155,10 @@ class Queue:
         if self.max_concurrency == 0:
             yield Turn(math.inf, self._confirm_seconds, lambda: None)
             self.released += 1
-            self._metrics.released.labels(0).inc()
+            self._report(ReleasedAtOnce())
             return
         ticket = Ticket(shard, confirm=confirm)
-        self._warn_if_unkeyed(ticket)
+        self._report_if_unkeyed(ticket)
         self._list(self._places.take(ticket))
         has_answer = False
 
@@ -201,7 +193,7 @@ class Queue:
             slot = await ticket.slot()
             if trio.current_time() <= slot.claim.begin_by:
                 return slot
-            log.warning("the store is too slow to release tickets")
+            self._report(SlotTooLate())
             slot.outcome.close()
 
     def _end(self, ticket: Ticket, slot: Slot) -> None:
@@ -213,7 +205,7 @@ class Queue:
     def _leave(self, ticket: Ticket) -> None:
         """Leave the queue without an answer. A named shard's place stays for a while."""
         self.abandoned += 1
-        self._metrics.abandoned.inc()
+        self._report(Abandoned(ticket.shard))
         self._list(self._places.leave(ticket))
         ticket.refuse_unread_slot()
 
@@ -232,12 +224,9 @@ class Queue:
                 self._dispatchers.start_soon(self._dispatch, self.lanes[key])
         self.lanes[key].add(place)
 
-    def _warn_if_unkeyed(self, ticket: Ticket) -> None:
-        if ticket.shard is None and (self.max_concurrency or 0) > 1:
-            log.warning(
-                "request without ?shard=, treated as shard 0", max_concurrency=self.max_concurrency
-            )
-            self._metrics.unkeyed.inc()
+    def _report_if_unkeyed(self, ticket: Ticket) -> None:
+        if ticket.shard is None and self.max_concurrency and self.max_concurrency > 1:
+            self._report(Unkeyed(self.max_concurrency))
 
     # --- a lane's way: all of this runs in the task of its dispatcher -----------------------------
 
@@ -286,7 +275,7 @@ class Queue:
                 await self.store.give_back(claim)
                 self._claim_anew()
         if answer is not None:
-            self._report(lane, place, answer)
+            self._report_release(lane, place, answer)
             await self._start_window(lane, claim, answer)
         lane.claim_soon()
 
@@ -326,8 +315,7 @@ class Queue:
         """Let a shard that starts too often wait; its place stays where it is."""
         if place.state != "waiting":
             return
-        log.warning("held: the shard starts too often", shard=place.shard, wait=round(seconds, 3))
-        self._metrics.loop_held.inc()
+        self._report(Held(place.shard, seconds))
         place.unlist()
         place.held_until = trio.current_time() + seconds
         self._list(place)
@@ -365,41 +353,26 @@ class Queue:
                 at = answer.at + self._confirm_seconds
             finally:
                 lane.identifying = None
-            self._report_identify(claim, at - answer.at, confirmed=confirmed)
+            if confirmed:
+                self._report(Identified(claim.shard, at - answer.at))
+            else:
+                self._report(NotConfirmed(claim.shard, self._confirm_seconds))
         with trio.CancelScope(shield=True):
             await self.store.start_window(claim, at, confirmed=confirmed)
-        self._budget_alarm.check(self.store.session_starts())
+        self._report(StartsChanged(self.store.session_starts()))
 
-    def _report_identify(self, claim: Claim, seconds: float, *, confirmed: bool) -> None:
-        """Report how long a shard with a confirmed ticket took to identify."""
-        if confirmed:
-            log.debug("identified", shard=claim.shard, identify_seconds=round(seconds, 3))
-            self._metrics.identify.observe(seconds)
-        else:
-            log.warning("not confirmed", shard=claim.shard, confirm_seconds=self._confirm_seconds)
-            self._metrics.unconfirmed.inc()
-
-    def _report(self, lane: Lane, place: Place, answer: Answer) -> None:
-        """Report a release."""
+    def _report_release(self, lane: Lane, place: Place, answer: Answer) -> None:
         due = max(lane.opens_at, answer.ticket.here_since, place.held_until)
-        release = Release(
-            shard=place.shard,
-            rate_limit_key=lane.rate_limit_key,
-            at=answer.at,
-            waited=answer.at - place.joined_at,
-            lateness=answer.at - due,
+        self._report(
+            Released(
+                shard=place.shard,
+                rate_limit_key=lane.rate_limit_key,
+                at=answer.at,
+                waited=answer.at - place.joined_at,
+                lateness=answer.at - due,
+                still_waiting=len(lane),
+            )
         )
-        log.info(
-            "released",
-            shard=release.shard,
-            rate_limit_key=release.rate_limit_key,
-            waited=round(release.waited, 3),
-            still_waiting=len(lane),
-        )
-        self.recent.append(release)
-        self._metrics.lateness.observe(release.lateness)
-        self._metrics.wait.observe(release.waited)
-        self._metrics.released.labels(release.rate_limit_key).inc()
 
     def _claim_anew(self) -> None:
         """Let all dispatchers claim again: a session start may be left that was not before."""

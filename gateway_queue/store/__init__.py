@@ -80,7 +80,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Allowance:
+class DiscordBudget:
     """The session starts that Discord grants, as it has said at some time.
 
     Times are of :func:`trio.current_time`.
@@ -162,7 +162,11 @@ class WindowStore(Protocol):
         """
 
     async def give_back(self, claim: Claim) -> None:
-        """Open a claimed key again: nobody was there to be released."""
+        """Open a claimed key again, because no client was answered.
+
+        The caller claims the key again or withdraws: for a moment, its older tickets keep their
+        place before those of other replicas.
+        """
 
     async def withdraw(self, key: int) -> None:
         """Make way for the other replicas: nobody waits here any more for a key."""
@@ -174,7 +178,7 @@ class WindowStore(Protocol):
         that one.
         """
 
-    async def allow(self, allowance: Allowance) -> None:
+    async def update_budget(self, budget: DiscordBudget) -> None:
         """Take over what Discord says of the day's session starts."""
 
     def session_starts(self) -> SessionStarts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-from gateway_queue.store import IN_FLIGHT_WINDOWS, USUAL_TOTAL, Allowance, SessionStarts, Source
+from gateway_queue.store import IN_FLIGHT_WINDOWS, USUAL_TOTAL, DiscordBudget, SessionStarts, Source
 
 DAY = 24 * 60 * 60.0
 """Seconds in which a bot has its session starts:
@@ -29,7 +29,7 @@ class Budget:
         self._in_flight = IN_FLIGHT_WINDOWS * window
         self._enforced = limit != 0
         self._configured = limit or None
-        self._allowance: Allowance | None = None
+        self._discord_budget: DiscordBudget | None = None
         self._claimed = 0
         # Where nothing is enforced, there is no need to count to more than the last warning.
         self._starts = deque[float](maxlen=self._configured or USUAL_TOTAL)
@@ -51,15 +51,15 @@ class Budget:
         self._claimed -= 1
         self._starts.append(at)
 
-    def allow(self, allowance: Allowance) -> None:
+    def update_budget(self, budget: DiscordBudget) -> None:
         """Take over Discord's figures. Starts that they may be without stay counted."""
-        self._allowance = allowance
-        self._starts = deque(self._starts, maxlen=max(1, allowance.total))
+        self._discord_budget = budget
+        self._starts = deque(self._starts, maxlen=max(1, budget.total))
 
     def seen_at(self, now: float) -> SessionStarts:
         """Tell how many starts are used, at a time that never goes back."""
-        if self._allowance is not None:
-            return self._seen_with(self._allowance, now)
+        if self._discord_budget is not None:
+            return self._seen_with(self._discord_budget, now)
         while self._starts and self._starts[0] + DAY <= now:
             self._starts.popleft()
         resets_in = self._starts[0] + DAY - now if self._starts else DAY
@@ -73,23 +73,23 @@ class Budget:
             source=source,
         )
 
-    def _seen_with(self, allowance: Allowance, now: float) -> SessionStarts:
-        while now >= allowance.resets_at + self._window:
-            allowance = replace(
-                allowance,
-                remaining=allowance.total,
-                resets_at=allowance.resets_at + DAY,
-                asked_at=allowance.resets_at,
+    def _seen_with(self, budget: DiscordBudget, now: float) -> SessionStarts:
+        while now >= budget.resets_at + self._window:
+            budget = replace(
+                budget,
+                remaining=budget.total,
+                resets_at=budget.resets_at + DAY,
+                asked_at=budget.resets_at,
             )
-        self._allowance = allowance
-        while self._starts and self._starts[0] + self._in_flight <= allowance.asked_at:
+        self._discord_budget = budget
+        while self._starts and self._starts[0] + self._in_flight <= budget.asked_at:
             self._starts.popleft()
-        used = allowance.total - allowance.remaining + len(self._starts)
+        used = budget.total - budget.remaining + len(self._starts)
         return SessionStarts(
             used=used,
-            total=allowance.total,
+            total=budget.total,
             enforced=self._enforced,
-            resets_in=max(0.0, allowance.resets_at - now),
-            resumes_in=allowance.resets_at + self._window - now,
+            resets_in=max(0.0, budget.resets_at - now),
+            resumes_in=budget.resets_at + self._window - now,
             source="discord",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from gateway_queue.store import Allowance, Claim, Refusal, Rules, SessionStarts
+from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules, SessionStarts
 from gateway_queue.store.budget import Budget
 from gateway_queue.store.loop_guard import LoopGuard
 from gateway_queue.store.pace import Pace
@@ -70,8 +70,8 @@ class MemoryStore:
         self._windows.regroup(max_concurrency, trio.current_time())
         self._max_concurrency = max_concurrency
 
-    async def allow(self, allowance: Allowance) -> None:
-        self._budget.allow(allowance)
+    async def update_budget(self, budget: DiscordBudget) -> None:
+        self._budget.update_budget(budget)
 
     def session_starts(self) -> SessionStarts:
         return self._budget.seen_at(trio.current_time())

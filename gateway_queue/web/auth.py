@@ -8,12 +8,12 @@ import hmac
 from collections.abc import Iterable
 from http import HTTPStatus
 
-from gateway_queue.web.problems import Refused
+from gateway_queue.web.problems import RequestError
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-class Unauthorized(Refused):
+class Unauthorized(RequestError):
     """A request without the token, or with a wrong one."""
 
     status = HTTPStatus.UNAUTHORIZED

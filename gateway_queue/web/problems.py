@@ -9,7 +9,7 @@ from typing import ClassVar
 CONTENT_TYPE = "application/problem+json"
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that gets an error at once; the message says why to the client."""
 
     status: ClassVar[HTTPStatus]

@@ -6,13 +6,13 @@ import re
 from http import HTTPStatus
 from urllib.parse import parse_qsl
 
-from gateway_queue.web.problems import Refused
+from gateway_queue.web.problems import RequestError
 
 SHARD_MAX = 2**31 - 1
 """Shard ids are 32-bit in every library that we know; more is a mistake of the caller."""
 
 
-class BadParameter(Refused):
+class BadParameter(RequestError):
     """A parameter of a ticket request is not valid."""
 
     status = HTTPStatus.BAD_REQUEST

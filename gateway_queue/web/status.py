@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from gateway_queue.about import __version__
-from gateway_queue.queue import Queue, status
+from gateway_queue.queue import Queue, overview
+from gateway_queue.service import Service
 from gateway_queue.settings import Settings
 
 
@@ -15,9 +16,9 @@ def store_name(settings: Settings) -> str:
     return "memory" if settings.redis_url is None else "redis"
 
 
-def status_document(queue: Queue, settings: Settings) -> dict[str, Any]:
-    """Describe the queue and everybody in it."""
-    lanes = status.lanes(queue)
+def status_document(service: Service) -> dict[str, Any]:
+    """Describe the queue and all tickets in it."""
+    queue, settings = service.queue, service.settings
     return {
         "version": __version__,
         "window_seconds": settings.window_seconds,
@@ -27,11 +28,11 @@ def status_document(queue: Queue, settings: Settings) -> dict[str, Any]:
         "released": queue.released,
         "abandoned": queue.abandoned,
         "session_starts": _session_starts(queue),
-        "lanes": [_lane(lane) for lane in lanes],
+        "lanes": [_lane(lane) for lane in overview.lanes(queue)],
     }
 
 
-def _lane(lane: status.LaneStatus) -> dict[str, Any]:
+def _lane(lane: overview.LaneStatus) -> dict[str, Any]:
     # Not dataclasses.asdict(), which takes four times as long: releases wait for it.
     tickets = [_json_object(vars(ticket)) for ticket in lane.tickets]
     identifying = None

@@ -23,7 +23,7 @@ from hypercorn.typing import (
 
 from gateway_queue.queue.ticket import NotAnswered, Turn
 from gateway_queue.web.auth import Guard
-from gateway_queue.web.problems import CONTENT_TYPE, Refused, problem
+from gateway_queue.web.problems import CONTENT_TYPE, RequestError, problem
 from gateway_queue.web.query import asked_for
 
 log = structlog.stdlib.get_logger(__name__)
@@ -91,7 +91,7 @@ class TicketRequest:
         try:
             self._guard.check(self._scope["headers"])
             shard, confirm = asked_for(self._scope["query_string"])
-        except Refused as refused:
+        except RequestError as refused:
             log.warning("refused", status=refused.status.value, detail=str(refused))
             document = problem(refused.status, str(refused))
             headers = ((b"content-type", CONTENT_TYPE.encode()), *refused.headers)

@@ -13,8 +13,8 @@ from hypercorn.trio import serve
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, Scope
 
 from gateway_queue import server
-from gateway_queue.listener import listen
-from gateway_queue.process import prepare
+from gateway_queue.serving.listener import listen
+from gateway_queue.serving.process import prepare
 from tests.harness import GO
 
 

@@ -6,7 +6,7 @@ import random
 
 import trio
 
-from gateway_queue.discord import SessionStartLimit, Unavailable
+from gateway_queue.discord.api import SessionStartLimit, Unavailable
 from tests.exploration.record import Call, Overspending, Record
 
 DAY = 24 * 60 * 60.0

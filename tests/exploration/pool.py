@@ -71,7 +71,7 @@ def _try_http(seed: int, choice: Choice) -> Outcome:
 
 def try_seeds(seeds: Iterable[int], choice: Choice) -> Iterator[Outcome]:
     """Run seeds on all cores; the outcomes come in the order of the seeds."""
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(cores, context, _prepare) as pool:
         pending = deque[Future[Outcome]]()

@@ -8,23 +8,19 @@ from typing import Any, cast
 import trio
 from trio._core._run import CancelStatus
 
-from gateway_queue.discord import Discord, SessionStartLimit
-from gateway_queue.limits import Limits
-from gateway_queue.metrics import Metrics
-from gateway_queue.queue import Queue, status
+from gateway_queue.discord.api import Discord, SessionStartLimit
+from gateway_queue.discord.limits import Limits
+from gateway_queue.observing.event_log import EventLog
+from gateway_queue.queue import Queue, overview
+from gateway_queue.service import rules_of
 from gateway_queue.settings import Settings
 from gateway_queue.store import WindowStore
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.store.redis import RedisStore
-from gateway_queue.web.app import rules_of
 from tests.exploration.discord import SimulatedDiscord
 from tests.exploration.record import Call, ProcessRecord, Record
 from tests.exploration.redis_server import SimulatedPool, SimulatedRedis
 from tests.exploration.scenario import Scenario
-
-METRICS = Metrics()
-"""One for all processes: it is not looked at, and takes long to make."""
-
 
 STOP_SECONDS = 3.0
 """The longest that a process may take to stop: 2 s by the contract, and the answers under way."""
@@ -131,7 +127,10 @@ class Process:
                 store = self._open_store(settings)
                 keys = None if scenario.has_token else scenario.keys
                 self.queue = Queue(
-                    store, METRICS, max_concurrency=keys, place_seconds=settings.place_seconds
+                    store,
+                    max_concurrency=keys,
+                    place_seconds=settings.place_seconds,
+                    observers=[EventLog().observe],
                 )
                 await self.nursery.start(self.queue.run)
                 if scenario.has_token:
@@ -158,7 +157,7 @@ class Process:
     def leftovers(self) -> list[str]:
         """List what is still in the queue, when all have left."""
         left = [f"len(queue) is {len(self.queue)}"] if len(self.queue) else []
-        lanes = status.lanes(self.queue)
+        lanes = overview.lanes(self.queue)
         return [*left, *(f"the status has {lane}" for lane in lanes)]
 
     def tasks(self) -> list[str]:
@@ -208,7 +207,7 @@ def settings_of(scenario: Scenario, *, hold_on_start: bool) -> Settings:
 
 
 def connections_to(processes: Callable[[int], Process]) -> Callable[[str], Any]:
-    """Return what stands in for :func:`gateway_queue.store.redis.link.connections`."""
+    """Return what stands in for :func:`gateway_queue.store.redis.connection.connections`."""
     return lambda url: processes(int(url.removeprefix("redis://"))).pool()
 
 

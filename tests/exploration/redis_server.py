@@ -156,7 +156,7 @@ class SimulatedRedis:
 
 
 class Connection:
-    """What coredis's pool hands out, as far as :class:`~gateway_queue.store.redis.link.Link` goes.
+    """What coredis's pool hands out, as far as the store's own ``Connection`` uses it.
 
     Each way delivers in order. What was lost on a way holds up what comes after it, as in TCP.
     """

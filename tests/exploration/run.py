@@ -14,8 +14,7 @@ import trio
 from trio._core import _run
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from gateway_queue.store import redis as redis_store
-from gateway_queue.store.redis import link
+from gateway_queue.store.redis import store as redis_store
 from tests.exploration.clients import Client
 from tests.exploration.discord import SimulatedDiscord
 from tests.exploration.door import DirectDoor
@@ -95,9 +94,7 @@ class _Run:
             self._fleet = Fleet(nursery, self._record, self._redis, self._discord)
             connections = connections_to(self._fleet.processes.__getitem__)
             with ExitStack() as stack:
-                for module in (redis_store, link):
-                    if hasattr(module, "connections"):
-                        stack.enter_context(patch.object(module, "connections", connections))
+                stack.enter_context(patch.object(redis_store, "connections", connections))
                 await self._play(nursery)
             nursery.cancel_scope.cancel()
 
@@ -146,9 +143,8 @@ class _Run:
             return False
         if scenario.store == "redis" and any(one.was_killed for one in self._record.processes):
             return True  # what such a process had claimed may be used, and counts
-        if self._record.losses or any(one.ended_at for one in self._record.processes):
-            # Known: a claim that another replica has seen and restores after its owner has given it
-            # back stays counted, and so does one whose process was stopped before it could.
+        if any(one.ended_at for one in self._record.processes):
+            # A claim of a process that was stopped while Redis was away stays counted.
             return any(one.queue.store.session_starts().spent for one in self._fleet.alive)
         return scenario.session_start_limit <= len(self._record.answers)
 

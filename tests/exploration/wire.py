@@ -23,6 +23,7 @@ from hypercorn.typing import ASGIFramework, ConnectionState, LifespanState
 
 from gateway_queue import server
 from gateway_queue.__main__ import GRACE_SECONDS
+from gateway_queue.serving.hypercorn import install
 from gateway_queue.settings import Settings
 from gateway_queue.web import app
 from gateway_queue.web.app import GatewayQueue
@@ -45,6 +46,7 @@ class WireReplica:
     """
 
     def __init__(self, settings: Settings) -> None:
+        install()
         self.app = GatewayQueue(lambda: settings, self._refuse)
         self.refused: str | None = None
         """Why it could not serve, if so."""
@@ -132,8 +134,7 @@ class WireReplica:
         self.accepts = False
         with trio.move_on_after(GRACE_SECONDS):
             await self.app.queue.close()
-        self.kill()
-        await self.ended.wait()
+        await self.stop_hypercorn()
 
     async def stop_hypercorn(self) -> None:
         """End it as SIGTERM ends Hypercorn's command."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-9
 """Seconds: for floating point."""
 
-ORDERS = 2_000
+ORDERS = 20_000
 """How many orders of things of one instant are tried until a ticket counts as overtaken."""
 
 ANSWER_SECONDS = 0.8 + 1e-6
@@ -84,7 +84,9 @@ def openings(scenario: WireScenario, ticket: WireTicket) -> tuple[float, float]:
     is_whole = ticket.body_at < math.inf
     answered_at = ticket.body_at if is_whole else ticket.first_at
     if not ticket.confirm:
-        ended_at = ticket.last_at if ticket.is_answered else answered_at
+        # What is still written when the client has left does not count.
+        over_at = min(ticket.last_at, max(answered_at, ticket.left_at))
+        ended_at = over_at if ticket.is_answered else answered_at
         return (ended_at + unconfirmed,) * 2
     if not is_whole:
         return answered_at + scenario.window, math.inf

@@ -211,8 +211,10 @@ class _WireClient:
         """Send, in order, unless the connection is broken: the reader sees that."""
         cut = 0 if self.holds_back else len(data) - hold_back
         self._held_back += data[cut:]
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        try:
             self.end.put(data[:cut])
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return  # nothing arrives
         self._mark_arrivals()
 
     @property

@@ -432,7 +432,7 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
   if verdict == KEY_CLOSED then
     set_head(field, came_at, now + wait)
   elseif verdict == GRANTED then
-    drop_head(field)
+    set_head(field, came_at, now) -- if this claim is given back, this replica claims again at once
   end
   if most_releases > 0 then
     if verdict == QUEUE_CLOSED then
@@ -492,7 +492,7 @@ function commands.withdraw(number, key)
   return answer(GRANTED, 0)
 end
 
-function commands.allow(total, remaining, resets_at, asked_at)
+function commands.update_budget(total, remaining, resets_at, asked_at)
   local known = tonumber(redis.call('HGET', state, 'asked_at') or 0)
   if tonumber(asked_at) >= known then
     redis.call('HSET', state, 'total', total, 'remaining', remaining,
@@ -521,6 +521,14 @@ end
 function commands.restore()
   for i = FIRST_ARGUMENT, #ARGV, 2 do
     count_start(ARGV[i], tonumber(ARGV[i + 1]))
+  end
+  return answer(GRANTED, 0)
+end
+
+-- Uncounts starts that were restored, though their claims were given back.
+function commands.uncount()
+  for i = FIRST_ARGUMENT, #ARGV do
+    uncount_start(ARGV[i])
   end
   return answer(GRANTED, 0)
 end

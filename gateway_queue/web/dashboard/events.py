@@ -29,7 +29,7 @@ class Events:
         self._latest = b""
         self._listeners = 0
         self._arrivals = trio.lowlevel.ParkingLot()
-        self._news = trio.lowlevel.ParkingLot()
+        self._changed = trio.lowlevel.ParkingLot()
 
     async def run(self) -> NoReturn:
         """Write events, until cancelled."""
@@ -41,7 +41,7 @@ class Events:
             except Exception:
                 log.exception("cannot show the queue")  # which goes on without being seen
             else:
-                self._news.unpark_all()
+                self._changed.unpark_all()
             await trio.sleep(INTERVAL)
 
     async def listen(self) -> AsyncGenerator[bytes, None]:
@@ -50,7 +50,7 @@ class Events:
         self._arrivals.unpark_all()
         try:
             while True:
-                await self._news.park()
+                await self._changed.park()
                 yield self._latest
         finally:
             self._listeners -= 1

@@ -10,11 +10,9 @@ from statistics import median
 
 import trio
 
-from gateway_queue.limits import Limits
-from gateway_queue.queue import Queue
-from gateway_queue.queue.queue import Release
-from gateway_queue.queue.status import LaneStatus, TicketStatus, lanes
-from gateway_queue.settings import Settings
+from gateway_queue.queue.events import Released
+from gateway_queue.queue.overview import LaneStatus, TicketStatus, lanes
+from gateway_queue.service import Service
 from gateway_queue.store import SessionStarts
 from gateway_queue.web.status import store_name
 
@@ -70,6 +68,7 @@ class Snapshot:
     """Why nobody can be released, if so."""
     conditions: list[Condition]
     window: float
+    """With the margin: between two releases that are not confirmed."""
     max_concurrency: int | None
     waiting: int
     held: int
@@ -86,26 +85,25 @@ class Snapshot:
     """Those that have tickets, with the foremost ones."""
     aside: list[tuple[int, TicketStatus]]
     """Those of these that are held or away, with their rate limit keys."""
-    latest: list[tuple[float, Release]]
+    latest: list[tuple[float, Released]]
     """The last releases, the newest first, and how long ago they were."""
 
 
-def take(
-    queue: Queue, limits: Limits | None, settings: Settings, not_ready: str | None
-) -> Snapshot:
-    """Look at the queue, at a cost that does not grow with the length of its lines."""
-    now, window = trio.current_time(), settings.window_seconds
+def take(service: Service) -> Snapshot:
+    """Look at the queue, at a cost that does not grow with the number of tickets."""
+    queue = service.queue
+    now, window = trio.current_time(), queue.store.rules.unconfirmed_window
     number = min(queue.max_concurrency or 1, KEYS_MAX)
     most = min(max(TICKETS_MAX // number, TICKETS_OF_KEY_MIN), TICKETS_OF_KEY_MAX)
     shown = [lane for lane in lanes(queue, most) if lane.rate_limit_key < number]
     starts = queue.store.session_starts()
-    recent = [one for one in queue.recent if one.at > now - WINDOWS_BEHIND * window]
+    recent = [one for one in service.recent.releases if one.at > now - WINDOWS_BEHIND * window]
     late = [one.lateness for one in recent]
     keys = _keys(number, shown, recent, now, window)
     return Snapshot(
         taken_at=time.time(),
-        not_ready=not_ready,
-        conditions=[_store(queue, settings), _discord(queue, limits)],
+        not_ready=service.not_ready(),
+        conditions=[_store(service), _discord(service)],
         window=window,
         max_concurrency=queue.max_concurrency,
         waiting=len(queue),
@@ -130,7 +128,7 @@ def take(
 
 
 def _keys(
-    number: int, shown: list[LaneStatus], recent: list[Release], now: float, window: float
+    number: int, shown: list[LaneStatus], recent: list[Released], now: float, window: float
 ) -> list[KeyStatus]:
     """Describe each rate limit key, also those that nobody waits for."""
     released = defaultdict[int, list[float]](list)
@@ -154,15 +152,16 @@ def _key(lane: LaneStatus, released: list[float], window: float) -> KeyStatus:
     )
 
 
-def _store(queue: Queue, settings: Settings) -> Condition:
-    name, fault = store_name(settings), queue.store.fault
+def _store(service: Service) -> Condition:
+    name, fault = store_name(service.settings), service.queue.store.fault
     return Condition("Store", name if fault is None else f"{name}: {fault}", good=fault is None)
 
 
-def _discord(queue: Queue, limits: Limits | None) -> Condition:
+def _discord(service: Service) -> Condition:
+    limits = service.limits
     if limits is None:
         return Condition("Discord", "not asked", good=True)
-    if queue.max_concurrency is None:
+    if service.queue.max_concurrency is None:
         return Condition("Discord", "limits not known yet", good=False)
     if limits.fault is not None:
         return Condition("Discord", f"cannot be asked: {limits.fault}", good=False)

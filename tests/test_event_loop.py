@@ -10,7 +10,7 @@ from itertools import chain
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from gateway_queue import trio_fixes
+from gateway_queue.serving import event_loop
 from tests.harness import GO, serving
 
 WITH_ANOTHER_TRIO = """
@@ -26,7 +26,7 @@ main([])
 
 async def test_sockets_with_news_take_turns() -> None:
     """A task that is due meanwhile has to wait for a few of them, not for all."""
-    trio_fixes.install()
+    event_loop.install()
     woken = list[socket.socket]()
 
     async def wait(sock: socket.socket) -> None:
@@ -47,7 +47,7 @@ async def test_sockets_with_news_take_turns() -> None:
                 before = len(woken)
                 await trio.lowlevel.checkpoint()
                 # The tasks of one look run in any order, so between two steps it may be two looks.
-                assert len(woken) - before <= 2 * trio_fixes.EVENTS_AT_ONCE
+                assert len(woken) - before <= 2 * event_loop.EVENTS_AT_ONCE
 
 
 def test_a_renamed_part_of_trio_costs_one_warning() -> None:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import structlog
 import trio
 
-from gateway_queue.discord import BadToken, Discord, SessionStartLimit, Unavailable
+from gateway_queue.discord.api import BadToken, Discord, SessionStartLimit, Unavailable
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
-from gateway_queue.store import IN_FLIGHT_WINDOWS, Allowance
+from gateway_queue.store import IN_FLIGHT_WINDOWS, DiscordBudget
 
 FIRST_RETRY, LONGEST_RETRY = 1.0, 60.0
 """Seconds between two tries, each time twice as many, unless Discord asks for more."""
@@ -53,14 +53,21 @@ class Limits:
                 continue
             log.debug("Discord's limits", **vars(limit))
             await self._adopt(limit, asked_at)
-            reset_after = max(NEAREST_RESET, limit.reset_after)
-            await trio.sleep(min(self._settings.discord_refresh_seconds, reset_after))
+            wait = min(
+                self._settings.discord_refresh_seconds, max(NEAREST_RESET, limit.reset_after)
+            )
+            if asked_at < landed_at:  # the figure may be without starts that are in flight
+                wait = min(wait, max(0.0, landed_at - trio.current_time()))
+            await trio.sleep(wait)
 
     def _may_be_spent(self, limit: SessionStartLimit) -> bool:
-        """Tell whether starts that a process before this one has released may be the last ones."""
+        """Tell whether too few starts are left until those in flight are in Discord's figure.
+
+        An earlier process may have released as many in this time as this one may.
+        """
         if not self._settings.hold_on_start or self._settings.session_start_limit == 0:
             return False
-        return limit.remaining <= IN_FLIGHT_WINDOWS * limit.max_concurrency
+        return limit.remaining <= 2 * IN_FLIGHT_WINDOWS * limit.max_concurrency
 
     async def _ask_until_answered(self) -> tuple[float, SessionStartLimit]:
         delay = FIRST_RETRY
@@ -83,7 +90,9 @@ class Limits:
 
     async def _adopt(self, limit: SessionStartLimit, asked_at: float) -> None:
         resets_at = trio.current_time() + limit.reset_after
-        await self._queue.allow(Allowance(limit.total, limit.remaining, resets_at, asked_at))
+        await self._queue.update_budget(
+            DiscordBudget(limit.total, limit.remaining, resets_at, asked_at)
+        )
         if limit.max_concurrency == self._queue.max_concurrency:
             return
         log.info("Discord session limits", **vars(limit))

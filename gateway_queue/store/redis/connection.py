@@ -44,7 +44,7 @@ def connections(url: str) -> ConnectionPool[Any]:
     return ConnectionPool.from_url(url, decode_components=True)
 
 
-class Link:
+class Connection:
     """A connection, from :meth:`open` until it is lost.
 
     Args:
@@ -72,9 +72,9 @@ class Link:
             with trio.fail_after(CONNECT_SECONDS):
                 self._connection = await self._pool.get_connection()
         except trio.TooSlowError:
-            self.give_up(f"no connection within {CONNECT_SECONDS:g} s")
+            self.close(f"no connection within {CONNECT_SECONDS:g} s")
         except RedisError as error:
-            self.give_up(str(error))
+            self.close(str(error))
         self._script = await self._request(b"SCRIPT LOAD", SCRIPT.read_bytes())
 
     async def call(self, command: str, *arguments: RedisValueT) -> Any:
@@ -100,7 +100,7 @@ class Link:
         policy = fields.get("maxmemory_policy", "noeviction")
         return None if policy == "noeviction" or fields.get("maxmemory") == "0" else policy
 
-    def give_up(self, reason: str) -> NoReturn:
+    def close(self, reason: str) -> NoReturn:
         """Use it no more.
 
         Raises:
@@ -122,8 +122,8 @@ class Link:
                     command, *arguments, decode=False, disconnect_on_cancellation=True
                 )
         except trio.TooSlowError:
-            self.give_up(f"no answer within {CALL_SECONDS:g} s")
+            self.close(f"no answer within {CALL_SECONDS:g} s")
         except RedisError as error:
             if may_be_refused and isinstance(error, ResponseError):
                 raise
-            self.give_up(str(error))
+            self.close(str(error))

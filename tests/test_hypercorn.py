@@ -16,7 +16,10 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from trio.testing import wait_all_tasks_blocked
 
-from gateway_queue.web import hypercorn_fixes
+from gateway_queue.serving import hypercorn
+from gateway_queue.serving.hypercorn.http1 import HTTP1
+from gateway_queue.serving.hypercorn.http2 import HTTP2
+from gateway_queue.serving.hypercorn.requests import Requests
 from tests.harness import REQUEST
 from tests.test_http2 import GET
 
@@ -42,7 +45,7 @@ async def sent_to_client(app: Any, protocol_class: Any, request: bytes) -> list[
 
     The fake connection writes at once: it has no point where a cancelled task would be stopped.
     """
-    hypercorn_fixes.install()
+    hypercorn.install()
     events = list[Event]()
 
     async def send(event: Event) -> None:
@@ -52,7 +55,7 @@ async def sent_to_client(app: Any, protocol_class: Any, request: bytes) -> list[
 
     config = Config()
     config.errorlog = None
-    tasks = hypercorn_fixes.Requests()
+    tasks = Requests()
     async with tasks:
         protocol = protocol_class(
             *(ASGIWrapper(app), config, WorkerContext(None), tasks, ConnectionState({})),
@@ -71,7 +74,7 @@ def raw(events: list[Event]) -> bytes:
 
 @pytest.mark.parametrize("app", [end, fail, fail_in_a_group, stall])
 async def test_hypercorn_answers_no_http_1_request_for_the_app(app: Any) -> None:
-    events = await sent_to_client(app, hypercorn_fixes.HTTP1, REQUEST)
+    events = await sent_to_client(app, HTTP1, REQUEST)
     assert raw(events) == b""
     assert any(isinstance(event, Closed) for event in events) == (app is not stall)
 
@@ -82,7 +85,7 @@ async def test_hypercorn_answers_no_http_2_request_for_the_app(app: Any) -> None
     client.initiate_connection()
     for _ in range(2):
         client.send_headers(client.get_next_available_stream_id(), GET, end_stream=True)
-    events = await sent_to_client(app, hypercorn_fixes.HTTP2, client.data_to_send())
+    events = await sent_to_client(app, HTTP2, client.data_to_send())
     received = client.receive_data(raw(events))
     assert not any(isinstance(event, h2.events.ResponseReceived) for event in received)
     resets = [event.stream_id for event in received if isinstance(event, h2.events.StreamReset)]

@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from gateway_queue import logs
+from gateway_queue.observing import logs
+from gateway_queue.serving import event_loop, hypercorn
 from gateway_queue.settings import BadSetting, Settings
 
 EXIT_USAGE = 2
@@ -28,10 +29,10 @@ def load_settings() -> Settings:
     try:
         return Settings.from_environ(os.environ)
     except BadSetting as error:
-        refuse(error)
+        exit_with_usage_error(error)
 
 
-def refuse(error: BadSetting) -> NoReturn:
+def exit_with_usage_error(error: BadSetting) -> NoReturn:
     """End the process with one line on stderr."""
     print(error, file=sys.stderr)
     sys.exit(EXIT_USAGE)
@@ -42,19 +43,24 @@ def prepare() -> Settings:
     try:
         settings = Settings.from_environ(os.environ)
     except BadSetting as error:
-        refuse_to_serve(str(error))
+        exit_unable_to_serve(str(error))
     if settings.redis_url is None and not _is_sole_worker():
-        refuse_to_serve(
+        exit_unable_to_serve(
             "a second worker would release twice as fast as the limit, for each has windows of "
             "its own: run hypercorn with --workers 1, or let them share theirs with REDIS_URL"
         )
     logs.configure(settings)
+    try:
+        hypercorn.install()
+    except hypercorn.UnknownHypercorn as error:
+        exit_unable_to_serve(str(error))
+    event_loop.install()
     _raise_open_files_limit()
     _tune_garbage_collector()
     return settings
 
 
-def refuse_to_serve(line: str) -> NoReturn:
+def exit_unable_to_serve(line: str) -> NoReturn:
     """End the server, whoever has started it, with one line on stderr.
 
     Hypercorn has no place for an app that will not start: it goes on without the app, or prints

@@ -16,6 +16,17 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gateway_queue.queue.events import (
+    Abandoned,
+    Event,
+    Held,
+    Identified,
+    NotConfirmed,
+    Released,
+    ReleasedAtOnce,
+    Unkeyed,
+)
+
 WAIT_BUCKETS = (0.1, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)
 """Seconds: from "at once" over the patience of common HTTP clients to a fleet's whole start."""
 
@@ -33,31 +44,51 @@ class Metrics:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        self.released = self._counter("released", "Tickets that had their turn.", "rate_limit_key")
-        self.abandoned = self._counter("abandoned", "Clients that left without their turn.")
-        self.unkeyed = self._counter(
+        self._released = self._counter("released", "Tickets that had their turn.", "rate_limit_key")
+        self._abandoned = self._counter("abandoned", "Clients that left without their turn.")
+        self._unkeyed = self._counter(
             "unkeyed", "Tickets that named no shard though there are several rate limit keys."
         )
-        self.loop_held = self._counter(
+        self._loop_held = self._counter(
             "loop_held", "Times that a ticket was held because its shard starts too often."
         )
         self.store_errors = self._counter("store_errors", "Failures of the window store.")
-        self.wait = self._histogram(
+        self._wait = self._histogram(
             "wait_seconds", "From the first request to the answer.", WAIT_BUCKETS
         )
-        self.identify = self._histogram(
+        self._identify = self._histogram(
             "identify_seconds",
             "From the answer of a confirmed ticket to its confirmation.",
             IDENTIFY_BUCKETS,
         )
-        self.unconfirmed = self._counter(
+        self._unconfirmed = self._counter(
             "unconfirmed", "Confirmed tickets without a confirmation within CONFIRM_SECONDS."
         )
-        self.lateness = self._histogram(
+        self._lateness = self._histogram(
             "lateness_seconds",
             "From the moment in which the window was open and somebody waited to the answer.",
             LATENESS_BUCKETS,
         )
+
+    def observe(self, event: Event) -> None:
+        """Count what the queue reports."""
+        match event:
+            case Released():
+                self._lateness.observe(event.lateness)
+                self._wait.observe(event.waited)
+                self._released.labels(event.rate_limit_key).inc()
+            case ReleasedAtOnce():
+                self._released.labels(0).inc()
+            case Abandoned():
+                self._abandoned.inc()
+            case Held():
+                self._loop_held.inc()
+            case Unkeyed():
+                self._unkeyed.inc()
+            case Identified():
+                self._identify.observe(event.seconds)
+            case NotConfirmed():
+                self._unconfirmed.inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Write all metrics in the best format that an Accept header allows.

@@ -1,0 +1,1 @@
+"""What the operator sees of the queue: logs, metrics, and the last releases."""

@@ -1,0 +1,26 @@
+"""The last releases, for the dashboard."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from gateway_queue.queue.events import Event, Identified, NotConfirmed, Released
+
+RECENT_MAX = 2_000
+"""Releases to remember: the last 3 minutes of 55 keys."""
+
+
+class Recent:
+    """Remembers the last releases, except those with ``max_concurrency`` 0."""
+
+    def __init__(self) -> None:
+        self.releases = deque[Released](maxlen=RECENT_MAX)
+        self.identifies = deque[Identified | NotConfirmed](maxlen=RECENT_MAX)
+
+    def observe(self, event: Event) -> None:
+        """Take in what the queue reports."""
+        match event:
+            case Released():
+                self.releases.append(event)
+            case Identified() | NotConfirmed():
+                self.identifies.append(event)

@@ -1,0 +1,1 @@
+"""The process that serves: its command, its sockets, its event loop and its HTTP server."""

@@ -1,0 +1,80 @@
+"""Hypercorn, changed where stalled requests need it.
+
+Hypercorn has no setting for any of this, so subclasses of some of its classes take their place
+when the app starts, in every way to run it. ``.github/UPSTREAM.md`` lists what Hypercorn could
+take over.
+
+What is private or undocumented, which rule of the queue needs it, what happens without it, and
+which test notices a change of Hypercorn:
+
+==============================  ===============================  =================================
+used                            needed for                       without it; noticed by
+==============================  ===============================  =================================
+``TCPServer._read_data``,       disconnected clients leave at    a stalled client is closed by a
+``protocol_send``,              once; an answer that cannot be   read timeout, a slow reader keeps
+``send_lock``, ``idle_task``    written frees its slot           the next ticket waiting;
+                                                                 ``test_hardening``
+``TaskGroup._nursery``,         a disconnect cancels the         two tasks and a channel more for
+``_nursery_manager``,           request; 25 % less memory for a  each request; ``test_requests``,
+``spawn_app``                   waiting client                   ``test_hypercorn``
+``HTTPStream.app_send``,        a ticket is never answered by    500 for a ticket, which clients
+``state``, ``closed``           a 5xx; a client that left takes  take for a permission;
+                                no slot                          ``test_hypercorn``
+``H11Protocol.can_read``,       a disconnect behind pipelined    a vanished client takes a slot;
+``_handle_events``,             bytes is noticed; head and body  ``test_requests``, ``test_wire``
+``_maybe_recycle``,             are one packet
+``_create_stream``,
+``_send_h11_event``,
+``_send_error_response``
+``H2Protocol._send_data``,      a window starts after the        releases up to 150 ms early;
+``_flush``, ``_handle_events``  answer is written                ``test_http2``
+``_create_stream``,
+``_window_updated``,
+``stream_buffers``,
+``priority``, ``has_data``,
+``StreamBuffer._complete``,
+``_is_empty``, ``buffer``
+==============================  ===============================  =================================
+"""
+
+from __future__ import annotations
+
+import hypercorn.protocol
+import hypercorn.protocol.h2
+import hypercorn.protocol.h11
+import hypercorn.trio.run
+import hypercorn.trio.tcp_server
+
+from gateway_queue.serving.hypercorn.connection import Connection
+from gateway_queue.serving.hypercorn.http1 import HTTP1
+from gateway_queue.serving.hypercorn.http2 import HTTP2, Buffer
+from gateway_queue.serving.hypercorn.requests import Requests
+from gateway_queue.serving.hypercorn.stream import Stream
+
+
+class UnknownHypercorn(Exception):
+    """Hypercorn has another class, or none, where one of ours is to be used."""
+
+
+def install() -> None:
+    """Let Hypercorn use the classes below.
+
+    Raises:
+      UnknownHypercorn: without one of them, releases would be early or tickets be answered 500.
+    """
+    for module, name, ours in (
+        (hypercorn.trio.run, "TCPServer", Connection),
+        (hypercorn.trio.tcp_server, "TaskGroup", Requests),
+        (hypercorn.protocol, "H11Protocol", HTTP1),
+        (hypercorn.protocol, "H2Protocol", HTTP2),
+        (hypercorn.protocol.h11, "HTTPStream", Stream),
+        (hypercorn.protocol.h2, "HTTPStream", Stream),
+        (hypercorn.protocol.h2, "StreamBuffer", Buffer),
+    ):
+        theirs = getattr(module, name, None)
+        if not (isinstance(theirs, type) and issubclass(ours, theirs)):
+            raise UnknownHypercorn(
+                f"this version of Hypercorn is not supported: {module.__name__}.{name} is not a "
+                f"class that {ours.__name__} extends; install hypercorn>=0.18,<0.19"
+            )
+        setattr(module, name, ours)

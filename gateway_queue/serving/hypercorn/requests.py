@@ -1,0 +1,93 @@
+"""The tasks of a connection: one for each request."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.task_group import TaskGroup
+from hypercorn.typing import AppWrapper, ASGIReceiveEvent, ASGISendEvent, Scope
+
+from gateway_queue.serving.hypercorn.stream import ClientGone
+
+
+class Requests(TaskGroup):
+    """The tasks of a connection: one for each request, which ends when the client leaves.
+
+    Hypercorn hands the app a channel instead, on which the body comes and, in the end, the news
+    that the client has left; so a request that stalls needs a second task to listen, and a
+    nursery for both. That took a quarter of its memory, and an eighth of its CPU time.
+    """
+
+    _nursery: trio.Nursery
+    _nursery_manager: AbstractAsyncContextManager[trio.Nursery]
+
+    @property
+    def cancel_scope(self) -> trio.CancelScope:
+        return self._nursery.cancel_scope
+
+    async def spawn_app(
+        self,
+        app: AppWrapper,
+        config: Config,
+        scope: Scope,
+        send: Callable[[ASGISendEvent | None], Awaitable[None]],
+    ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
+        client = _ClientSide()
+        self._nursery.start_soon(client.serve, app, config, scope, send)
+        return client.notice
+
+    async def __aexit__(  # type: ignore[override]
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        """Pass on, as Hypercorn does not, whether the exception ends here."""
+        return await self._nursery_manager.__aexit__(kind, exception, traceback)
+
+
+class _ClientSide:
+    """The client side of one request: its body, which is discarded, and its disconnect."""
+
+    __slots__ = ("_fully_read", "_here")
+
+    def __init__(self) -> None:
+        self._here = trio.CancelScope()
+        self._fully_read = trio.Event()
+
+    async def serve(
+        self,
+        app: AppWrapper,
+        config: Config,
+        scope: Scope,
+        send: Callable[[ASGISendEvent | None], Awaitable[None]],
+    ) -> None:
+        try:
+            with self._here:
+                await app(
+                    *(scope, self._receive, send), trio.to_thread.run_sync, trio.from_thread.run
+                )
+        except* ClientGone:
+            pass
+        except* Exception:  # noqa: BLE001
+            await config.log.exception("Error in ASGI Framework")
+        await send(None)
+
+    async def notice(self, event: ASGIReceiveEvent) -> None:
+        """Take what the connection has read."""
+        if event["type"] == "http.disconnect":
+            self._here.cancel()
+        elif event["type"] == "http.request" and not event["more_body"]:
+            self._fully_read.set()
+        # The request's task goes on before the next request of its connection is looked at.
+        await trio.lowlevel.checkpoint()
+
+    async def _receive(self) -> ASGIReceiveEvent:
+        """Wait for the end of the body, and tell the app of an empty one; after that, for ever."""
+        await self._fully_read.wait()
+        self._fully_read = trio.Event()
+        return {"type": "http.request", "body": b"", "more_body": False}

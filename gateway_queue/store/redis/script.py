@@ -1,0 +1,73 @@
+"""The interface of ``decisions.lua``: what it is told with each command, and what it answers."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from gateway_queue.store import IN_FLIGHT_WINDOWS, USUAL_TOTAL, Claim, Rules
+from gateway_queue.store.budget import DAY
+from gateway_queue.store.redis.clock import MICROSECONDS, longest_there
+
+LONGEST_ANSWER = 1.0
+"""Seconds for which a claim is good, at most. If a replica dies with a claim, the others wait for
+this time and a window."""
+
+GRANTED = 0
+
+CONCERNS: dict[int, Literal["shard", "key", "queue"]] = {1: "key", 2: "shard", 3: "queue"}
+"""What a claim with another verdict has to wait for."""
+
+
+class Answer(NamedTuple):
+    """What the script returns; times are in microseconds."""
+
+    verdict: int
+    wait: int
+    """For a grant: how long the key, and the queue, has been open."""
+    now: int
+    since: int
+    used: int
+    total: int
+    resets_in: int
+    is_discords: int
+
+
+def answer_seconds(rules: Rules) -> float:
+    """Return how long a claim is good for an answer."""
+    return min(rules.window, LONGEST_ANSWER)
+
+
+def lease_seconds(rules: Rules) -> float:
+    """Return how long a key stays closed if nothing more is heard of its claim."""
+    return rules.unconfirmed_window + answer_seconds(rules)
+
+
+def script_settings(rules: Rules) -> tuple[int, ...]:
+    """Return what each command begins with."""
+    window, limit = rules.window, rules.session_start_limit
+    return (
+        # These are long enough also if the clock of the server runs faster than ours.
+        microseconds(longest_there(window)),
+        microseconds(longest_there(lease_seconds(rules))),
+        microseconds(longest_there(DAY)),
+        microseconds(longest_there(IN_FLIGHT_WINDOWS * window)),
+        # How late a replica may ask, and still go first for its older ticket.
+        microseconds(window / 10),
+        # How soon to ask again while another one answers, or should have asked.
+        microseconds(min(window / 20, 0.05)),
+        -1 if limit is None else limit,
+        USUAL_TOTAL,
+        rules.loop_free_starts,
+        rules.releases_per_window or 0,
+    )
+
+
+def words(claim: Claim) -> tuple[str | int, ...]:
+    """Name a claim as the script does."""
+    return claim.max_concurrency, claim.key, claim.token
+
+
+def microseconds(seconds: float) -> int:
+    """Round up: nothing may be early."""
+    return math.ceil(seconds * MICROSECONDS)

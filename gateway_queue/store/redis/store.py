@@ -1,0 +1,353 @@
+"""A store in Redis, which any number of replicas share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from typing import Any, NoReturn
+from uuid import uuid4
+
+import structlog
+import trio
+from coredis.pool import ConnectionPool
+
+from gateway_queue.store import (
+    IN_FLIGHT_WINDOWS,
+    Claim,
+    DiscordBudget,
+    Refusal,
+    Rules,
+    SessionStarts,
+    Source,
+)
+from gateway_queue.store.budget import DAY
+from gateway_queue.store.loop_guard import HOUR
+from gateway_queue.store.redis.clock import (
+    DRIFT,
+    MICROSECONDS,
+    ServerClock,
+    longest_here,
+    longest_there,
+)
+from gateway_queue.store.redis.connection import CALL_SECONDS, Connection, Unreachable, connections
+from gateway_queue.store.redis.script import (
+    CONCERNS,
+    GRANTED,
+    Answer,
+    answer_seconds,
+    lease_seconds,
+    microseconds,
+    script_settings,
+    words,
+)
+from gateway_queue.store.redis.starts import KnownStarts
+
+LOOK_SECONDS = 1.0
+"""How often at least to look after the connection, and the day's session starts."""
+
+FIRST_RETRY, LONGEST_RETRY = 0.1, 2.0
+"""Seconds between two tries to connect, each time twice as many."""
+
+RESTORE_SECONDS = 2 * LOOK_SECONDS + FIRST_RETRY
+"""After so long, every replica that is connected has noticed that data was lost, and has restored
+the session starts that it knows."""
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class RedisStore:
+    """A :class:`~gateway_queue.store.WindowStore` for several replicas of a server.
+
+    A claim is a lease: the answer has to be out soon after it was sent for, and the lease ends a
+    window later. So the next release is never early, even if nobody says when the answer was.
+
+    A server that was restarted, or has taken over from another one, may have missed the last
+    lease, and so may one that has lost data while the connection lived: the script notices, and its
+    data begins anew. So the answers count only when a whole lease has passed on the same
+    connection, with the same data and a clock that was not set. Each replica knows the session
+    starts of all replicas, and restores those that the server has lost.
+
+    Args:
+      url: of the server.
+      prefix: the first part of every key there.
+      rules: to hold each key for a lease from now, among others.
+      count_error: called when the server is lost, or cannot be reached.
+    """
+
+    def __init__(
+        self, url: str, prefix: str, rules: Rules, *, count_error: Callable[[], None]
+    ) -> None:
+        limit = rules.session_start_limit
+        self.rules = rules
+        self._url = url
+        self._prefix = prefix
+        self._answer_seconds = answer_seconds(rules)
+        lease = lease_seconds(rules)
+        self._in_flight = IN_FLIGHT_WINDOWS * rules.window
+        self._limit = limit
+        self._count_error = count_error
+        self._script_settings = script_settings(rules)
+        self._replica = uuid4().hex
+        self._numbers = count()
+        self._max_concurrency = 1
+        self.fault: str | None = "not connected to Redis yet"
+        self._connection: Connection | None = None
+        self._lease = longest_here(longest_there(lease))
+        self._longest_lease = self._lease + longest_here(longest_there(rules.confirm_seconds))
+        self._claim_lease = microseconds(longest_there(lease))
+        self._confirm_lease = microseconds(longest_there(lease + rules.confirm_seconds))
+        self._clock = ServerClock(self._longest_lease)
+        self._since: int | None = None
+        # Since when the data is kept that has all starts of other replicas that are known here.
+        self._complete_since: int | None = None
+        # Since when the data is kept that was seen last, and when that was, by the server's clock.
+        self._seen = (0, 0)
+        self._hold = self._lease if rules.hold else 0.0
+        self._trusted_at = math.inf
+        # Claims that nobody has used, though they may have been granted.
+        self._doubtful: list[Claim] = []
+        # Those whose shards are identifying, and until when their leases last, here.
+        self._identifying: dict[Claim, float] = {}
+        self._starts = KnownStarts(self._replica, limit)
+        self._looked_at = 0
+        self._discord_budget: DiscordBudget | None = None
+        self._known = Answer(0, 0, 0, 0, 0, limit or -1, microseconds(DAY), 0)
+        self._known_at = trio.current_time()
+
+    async def run(self) -> NoReturn:
+        """Stay connected until cancelled."""
+        delay = FIRST_RETRY
+        while True:
+            try:
+                pool = connections(self._url)
+            except (OSError, ValueError) as error:  # a certificate, or an option in the URL
+                reason = str(error)
+            else:
+                async with pool:
+                    reason = await self._use(pool)
+            if self.fault is None:
+                delay = FIRST_RETRY
+            if self.fault != reason:
+                log.warning("Redis cannot be reached, nobody is released", reason=reason)
+            self.fault = reason
+            self._count_error()
+            await trio.sleep(delay)
+            delay = min(2 * delay, LONGEST_RETRY)
+
+    async def _use(self, pool: ConnectionPool[Any]) -> str:
+        """Use one connection until it is lost, and return why."""
+        try:
+            self._clock, self._since = ServerClock(self._longest_lease), None
+            connection = Connection(pool, self._prefix)
+            await connection.open()
+            self._connection = connection
+            await self._warn_of_eviction(connection)
+            await self._catch_up()
+            self._trusted_at = self._when_to_trust()
+            self._hold = self._lease
+            self.fault = None
+            log.info("connected to Redis")
+            while True:
+                with trio.move_on_after(LOOK_SECONDS):
+                    await connection.lost.wait()
+                await self._look()
+                await self._settle_doubtful()
+        except Unreachable as error:
+            return str(error)
+        finally:
+            self._connection = None
+            self._trusted_at = math.inf
+
+    def _when_to_trust(self) -> float:
+        """Return when no lease and no start can be left that the server does not know."""
+        if not self._hold:
+            return trio.current_time()
+        restored_at = self._clock.when(self._since or 0) + RESTORE_SECONDS
+        return max(trio.current_time() + self._hold, restored_at)
+
+    async def _warn_of_eviction(self, connection: Connection) -> None:
+        policy = await connection.eviction_policy()
+        if policy is not None:
+            log.warning(
+                "Redis removes data when it is full: set its maxmemory-policy to noeviction",
+                maxmemory_policy=policy,
+            )
+
+    async def _catch_up(self) -> None:
+        """Tell a server what it may have missed.
+
+        Raises:
+          Unreachable: it is lost again.
+        """
+        self._looked_at = 0
+        await self._look()
+        await self._settle_doubtful()
+        if self._discord_budget is not None:
+            await self._hand_over(self._discord_budget)
+        await self._restore(also_of_others=self._since != self._complete_since)
+        self._complete_since = self._since
+        for claim, until in tuple(self._identifying.items()):
+            if claim not in self._identifying:
+                continue  # its shard has identified meanwhile
+            left = microseconds(longest_there(max(0.0, until - trio.current_time())))
+            await self._ask("restore_claim", *words(claim), left)
+
+    async def _restore(self, *, also_of_others: bool) -> None:
+        for part in self._starts.to_restore(also_of_others=also_of_others):
+            arguments: list[str | int] = []
+            for token, at in part:
+                arguments += token, self._clock.at_latest(at)
+            await self._ask("restore", *arguments)
+
+    async def _look(self) -> None:
+        """Learn the starts of other replicas, and notice a loss of data."""
+        looked_at = self._looked_at
+        answer, starts = await self._ask("look", looked_at)
+        listed = {
+            token.decode(): self._clock.when(int(at))
+            for token, at in zip(starts[::2], starts[1::2], strict=True)
+        }
+        since = self._clock.when(looked_at) + self._clock.longest_step()
+        self._starts.compare(listed, since if self._since == self._complete_since else None)
+        if trio.current_time() >= self._trusted_at:  # until then, replicas may restore older ones
+            self._looked_at = answer.now - microseconds(2 * self._lease)
+        for unused in self._starts.unused(listed):
+            await self._ask("uncount", *unused)
+
+    @contextmanager
+    def _doubting(self, claim: Claim) -> Iterator[None]:
+        """Give a claim back later if there is no answer, or it is not waited for."""
+        try:
+            yield
+        except (Unreachable, trio.Cancelled):
+            self._doubtful.append(claim)
+            self._starts.add_unused(claim.token)
+            raise
+
+    async def _settle_doubtful(self) -> None:
+        """Give back claims that may have been granted, until no request for one can arrive."""
+        for claim in tuple(self._doubtful):
+            asked_at = trio.current_time()
+            await self._ask("give_back", *words(claim))
+            if asked_at > claim.answer_by + CALL_SECONDS:
+                self._doubtful.remove(claim)
+
+    async def _ask(self, command: str, *arguments: str | int) -> tuple[Answer, list[bytes]]:
+        """Let the server decide.
+
+        Returns:
+          Its answer, and what follows it.
+
+        Raises:
+          Unreachable: there is no answer, or none that can be trusted.
+        """
+        connection = self._connection
+        if connection is None:
+            raise Unreachable("not connected")
+        asked_at = trio.current_time()
+        told = (self._replica, *self._seen, *self._script_settings, *arguments)
+        reply = await connection.call(command, *told)
+        answer = Answer(*reply[: len(Answer._fields)])
+        if not self._clock.agrees(answer.now, asked_at, trio.current_time()):
+            self._seen = (0, 0)
+            connection.close("its clock was set")
+        if self._since is None:
+            self._since = answer.since
+        if self._since != answer.since:
+            connection.close("its data is gone")
+        since, last = self._seen
+        # Answers that came in one go may be read in another order.
+        self._seen = answer.since, max(answer.now, last if answer.since == since else 0)
+        self._known, self._known_at = answer, asked_at
+        return answer, reply[len(Answer._fields) :]
+
+    async def claim(
+        self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
+    ) -> Claim | Refusal:
+        asked_at = trio.current_time()
+        if self._trusted_at == math.inf:
+            return Refusal(FIRST_RETRY, "key")
+        if asked_at < self._trusted_at:
+            return Refusal(self._trusted_at - asked_at, "key")
+        answer_by = asked_at + self._answer_seconds
+        claim = Claim(
+            key=key,
+            max_concurrency=self._max_concurrency,
+            shard=shard,
+            confirm=confirm,
+            begin_by=(asked_at + answer_by) / 2,
+            answer_by=answer_by,
+            token=f"{self._replica}:{next(self._numbers)}:{'' if shard is None else shard}",
+        )
+        lease = self._confirm_lease if confirm else self._claim_lease
+        times = lease, self._clock.at(came_at), self._clock.at(answer_by)
+        caution = microseconds(self._clock.longest_step())
+        try:
+            with self._doubting(claim):
+                answer, _ = await self._ask("claim", *words(claim), *times, caution)
+                if answer.verdict == GRANTED:
+                    open_for = answer.wait / MICROSECONDS
+                    await trio.sleep(max(0.0, self._clock.longest_step() - open_for))
+                    if confirm:
+                        until = asked_at + longest_here(lease / MICROSECONDS)
+                        self._identifying[claim] = until
+                    return claim
+        except Unreachable:
+            return Refusal(LOOK_SECONDS, "key")
+        wait = asked_at + answer.wait / MICROSECONDS - trio.current_time()
+        return Refusal(max(0.0, wait), CONCERNS[answer.verdict])
+
+    async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
+        self._identifying.pop(claim, None)
+        self._starts.add(claim.token, at)
+        # No more than has passed by the server's clock.
+        ago = math.floor((trio.current_time() - at) * (1 - DRIFT) * MICROSECONDS)
+        seconds = self.rules.window if confirmed else self.rules.unconfirmed_window
+        window = microseconds(longest_there(seconds))
+        with suppress(Unreachable):  # then the lease ends in time, and the start is in _starts
+            await self._ask("start_window", *words(claim), ago, window)
+
+    async def give_back(self, claim: Claim) -> None:
+        self._identifying.pop(claim, None)
+        self._starts.add_unused(claim.token)
+        with suppress(Unreachable), self._doubting(claim):
+            await self._ask("give_back", *words(claim))
+
+    async def withdraw(self, key: int) -> None:
+        with suppress(Unreachable):  # then it is forgotten soon
+            await self._ask("withdraw", self._max_concurrency, key)
+
+    def regroup(self, max_concurrency: int) -> None:
+        self._max_concurrency = max_concurrency  # the server knows all the windows that it has
+
+    async def update_budget(self, budget: DiscordBudget) -> None:
+        self._discord_budget = budget
+        # The loop guard needs them for an hour, also if they are in Discord's figure.
+        counted = min(budget.asked_at - self._in_flight, trio.current_time() - HOUR)
+        self._starts.forget_until(counted)
+        with suppress(Unreachable):  # then it catches up
+            await self._hand_over(budget)
+
+    def session_starts(self) -> SessionStarts:
+        known, now = self._known, trio.current_time()
+        source: Source | None = "configured" if self._limit else None
+        resets_in = max(0.0, self._known_at + known.resets_in / MICROSECONDS - now)
+        return SessionStarts(
+            used=known.used,
+            total=None if known.total < 0 else known.total,
+            enforced=self._limit != 0,
+            resets_in=resets_in,
+            resumes_in=resets_in + (self.rules.window if known.is_discords else 0.0),
+            source="discord" if known.is_discords else source,
+        )
+
+    async def _hand_over(self, budget: DiscordBudget) -> None:
+        await self._ask(
+            "update_budget",
+            budget.total,
+            budget.remaining,
+            self._clock.at(budget.resets_at),
+            self._clock.at(budget.asked_at),
+        )
