@@ -39,9 +39,10 @@ SLACK = 0.001
 """Seconds by which a gap may seem short to a client, for its own clock and wake-ups."""
 
 
-def asking(shard: int) -> bytes:
+def asking(shard: int, *, confirm: bool = False) -> bytes:
     """Return a request for a shard's turn."""
-    return b"GET /?shard=%d HTTP/1.1\r\nHost: queue\r\n\r\n" % shard
+    parameters = b"&confirm=true" if confirm else b""
+    return b"GET /?shard=%d%b HTTP/1.1\r\nHost: queue\r\n\r\n" % (shard, parameters)
 
 
 def installed(command: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import signal
 import socket
 import subprocess
@@ -27,9 +26,12 @@ from tests.libraries import (
     PROCESSES,
     SHARDS,
     Library,
+    all_are_confirmed,
     identifying,
+    metric,
     recipe,
     running_bots,
+    waiting_shards,
 )
 
 FLEETS = {
@@ -50,28 +52,9 @@ def wait_until_all_are_up(gateway: Gateway) -> None:
     eventually(lambda: len(gateway.shards_up) == SHARDS, LONG)
 
 
-def waiting_shards(queue: Server) -> list[int]:
-    """Return the shards whose clients wait."""
-    tickets = (ticket for lane in queue.status()["lanes"] for ticket in lane["tickets"])
-    return [ticket["shard"] for ticket in tickets if ticket["state"] == "waiting"]
-
-
 def no_shard_waits_twice(queue: Server) -> bool:
     shards = waiting_shards(queue)
     return len(shards) == len(set(shards))
-
-
-def metric(queue: Server, name: str) -> float:
-    """Return one value of the queue's metrics."""
-    found = re.search(rf"(?m)^{name} (\S+)$", queue.get("/metrics").body.decode())
-    assert found, name
-    return float(found[1])
-
-
-def all_are_confirmed(queue: Server) -> bool:
-    """Tell whether each release was for a confirmed ticket, and its response has been closed."""
-    confirmed = metric(queue, "gateway_queue_identify_seconds_count")
-    return confirmed == queue.status()["released"] and confirmed > 0
 
 
 @every_library

@@ -23,7 +23,7 @@ def simulate(*arguments: str) -> dict[str, dict[str, str]]:
 
 def test_only_the_queue_gives_no_invalid_session_and_survives_chaos(tmp_path: Path) -> None:
     picture = tmp_path / "starts.svg"
-    fleet = "--shards 96 --window 0.5 --slack 0.4 --client-timeout 1"
+    fleet = "--shards 96 --window 0.5 --client-timeout 1"
     chaos = "--crash-rate 0.2 --kill-processes 1 --kill-queue 1"
     ways = ["--ways", "no queue", "gateway-queue", "--picture", str(picture)]
     table = simulate(*fleet.split(), *chaos.split(), *ways)
@@ -35,6 +35,6 @@ def test_only_the_queue_gives_no_invalid_session_and_survives_chaos(tmp_path: Pa
 
 
 def test_replicas_that_are_killed_give_no_invalid_session() -> None:
-    fleet = "--shards 48 --window 0.5 --slack 0.4 --ways gateway-queue"
+    fleet = "--shards 48 --window 0.5 --ways gateway-queue"
     table = simulate(*fleet.split(), "--replicas", "2", "--kill-queue", "1")
     assert table["gateway-queue"]["Invalid Sessions"] == "0"

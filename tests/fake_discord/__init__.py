@@ -72,6 +72,7 @@ class FakeDiscord:
         }
         gateway = {"url": self.gateway_url, "shards": 9, "session_start_limit": limit}
         return {
+            "/gateway": {"url": self.gateway_url},
             "/gateway/bot": gateway,
             "/users/@me": USER,
             "/oauth2/applications/@me": APPLICATION,

@@ -29,6 +29,7 @@ from trio_websocket import (
 )
 
 from tests.fake_discord import TOKEN, USER, FakeDiscord, playing
+from tests.fake_discord.latency import Latency, delay
 
 
 class Op(IntEnum):
@@ -37,6 +38,7 @@ class Op(IntEnum):
     DISPATCH = 0
     HEARTBEAT = 1
     IDENTIFY = 2
+    PRESENCE_UPDATE = 3
     RESUME = 6
     RECONNECT = 7
     INVALID_SESSION = 9
@@ -47,6 +49,8 @@ class Op(IntEnum):
 class Close(IntEnum):
     """Why the gateway closes a connection."""
 
+    UNKNOWN_ERROR = 4000
+    NOT_AUTHENTICATED = 4003
     AUTHENTICATION_FAILED = 4004
     ALREADY_AUTHENTICATED = 4005
     INVALID_SHARD = 4010
@@ -80,8 +84,18 @@ class Gateway:
     """Seconds."""
     heartbeat_interval: float = 41.25
     """Seconds in which a client has to say that it is alive."""
+    counts_from_ready: bool = False
+    """Whether the window starts when READY is sent, and not when IDENTIFY arrives."""
+    seconds_to_ready: float = 0.0
+    """Seconds from the arrival of IDENTIFY until READY is sent."""
+    latency: Latency | None = None
+    """Of the network; none if None. IDENTIFYs are counted when they arrive here."""
+    acknowledges: bool = True
+    """Whether heartbeats are acknowledged. If not, connections are dead but open."""
     identifies: list[Identify] = field(default_factory=list)
     resumed: int = 0
+    presences: int = 0
+    """How many times a shard has changed its presence."""
     over_budget: int = 0
     """How many IDENTIFYs came when the day's session starts were spent."""
     trio_token: trio.lowlevel.TrioToken = field(init=False)
@@ -119,7 +133,10 @@ class Gateway:
                 handler_nursery=nursery,
             )
             server: WebSocketServer = await nursery.start(serve)
-            self.discord.gateway_url = f"ws://127.0.0.1:{server.port}"
+            port = server.port
+            if self.latency is not None:
+                port = await nursery.start(delay, self.latency, port)
+            self.discord.gateway_url = f"ws://127.0.0.1:{port}"
             task_status.started()
 
     async def reconnect_all(self) -> None:
@@ -127,6 +144,12 @@ class Gateway:
         for link in list(self._links):
             with suppress(ConnectionClosed):
                 await link.send(Op.RECONNECT)
+
+    async def close_all(self) -> None:
+        """Close every connection; sessions can be resumed."""
+        async with trio.open_nursery() as nursery:
+            for link in self._links:
+                nursery.start_soon(link.socket.aclose, Close.UNKNOWN_ERROR)
 
     async def _accept(self, request: WebSocketRequest) -> None:
         query = parse_qs(urlsplit(request.path).query)
@@ -153,17 +176,22 @@ class Gateway:
     async def _answer(self, link: _Link, op: Op, data: Any) -> None:
         match op:
             case Op.HEARTBEAT:
-                await link.send(Op.HEARTBEAT_ACK)
+                if self.acknowledges:
+                    await link.send(Op.HEARTBEAT_ACK)
             case Op.IDENTIFY if link.session is None:
                 await self._identify(link, data)
             case Op.RESUME if link.session is None:
                 await self._resume(link, data)
+            case Op.PRESENCE_UPDATE if link.session is not None:
+                self.presences += 1
+            case Op.PRESENCE_UPDATE:
+                await link.socket.aclose(Close.NOT_AUTHENTICATED)
             case _:
                 await link.socket.aclose(Close.ALREADY_AUTHENTICATED)
 
     async def _identify(self, link: _Link, data: Any) -> None:
         now = time.monotonic()
-        shard, count = data["shard"]
+        shard, count = data.get("shard", (0, 1))
         if data["token"].removeprefix("Bot ") != TOKEN:
             await link.socket.aclose(Close.AUTHENTICATION_FAILED)
             return
@@ -178,11 +206,17 @@ class Gateway:
         key = shard % self.discord.max_concurrency
         early = now < self._opens_at.get(key, -math.inf)
         self.identifies.append(Identify(shard, now, early))
+        session = _Session(f"session-{len(self.identifies)}", shard)
         if early:
             await link.send(Op.INVALID_SESSION, data=False)
             return
-        self._opens_at[key] = now + self.window
-        session = _Session(f"session-{len(self.identifies)}", shard)
+        self._opens_at[key] = math.inf if self.counts_from_ready else now + self.window
+        await trio.sleep(self.seconds_to_ready)
+        if link.socket.closed is not None:  # no READY is sent
+            self._opens_at[key] = now + self.window
+            return
+        if self.counts_from_ready:
+            self._opens_at[key] = time.monotonic() + self.window
         self._sessions[session.name] = session
         link.session = session
         await link.dispatch(
@@ -239,15 +273,19 @@ class _Link:
 
 
 @contextmanager
-def enforcing(window: float, **figures: int) -> Iterator[Gateway]:
+def enforcing(
+    window: float, *, max_concurrency: int = 1, remaining: int = 1000, **options: Any
+) -> Iterator[Gateway]:
     """Run all of the stand-in until the end of the context, in threads of this process.
 
     Args:
       window: seconds of Discord's own window.
-      figures: see :class:`~tests.fake_discord.FakeDiscord`.
+      max_concurrency: number of rate limit keys.
+      remaining: session starts that are left today.
+      options: see :class:`Gateway`.
     """
-    with playing(**figures) as discord:
-        gateway = Gateway(discord, window)
+    with playing(max_concurrency=max_concurrency, remaining=remaining) as discord:
+        gateway = Gateway(discord, window, **options)
         serving = threading.Event()
         end = trio.CancelScope()
 

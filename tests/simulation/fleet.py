@@ -84,9 +84,9 @@ class Fleet:
                 async with connecting:
                     socket = await connect_websocket_url(connection, url)
                     await socket.get_message()  # HELLO
-                await way.wait_for_turn(shard)
-                await socket.send_message(json.dumps(identify))
-                answer = json.loads(await socket.get_message())
+                async with way.turn(shard):
+                    await socket.send_message(json.dumps(identify))
+                    answer = json.loads(await socket.get_message())
                 if answer["op"] == Op.DISPATCH:
                     self.waits.append(trio.current_time() - started_at)
                     await trio.sleep_forever()

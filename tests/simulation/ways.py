@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from itertools import count
 from typing import Protocol
 
@@ -18,8 +18,8 @@ from tests.harness import GO, asking
 class Way(Protocol):
     """How the shards of one process wait."""
 
-    async def wait_for_turn(self, shard: int) -> None:
-        """Return when a shard may identify."""
+    def turn(self, shard: int) -> AbstractAsyncContextManager[None]:
+        """Make the context that begins when a shard may identify, and ends when it has."""
 
 
 class OwnPace:
@@ -36,11 +36,13 @@ class OwnPace:
         self._lines = defaultdict[int, trio.Lock](trio.Lock)
         self._opens_at = defaultdict[int, float](float)
 
-    async def wait_for_turn(self, shard: int) -> None:
+    @asynccontextmanager
+    async def turn(self, shard: int) -> AsyncIterator[None]:
         key = shard % self._keys
         async with self._lines[key]:
             await trio.sleep_until(self._opens_at[key])
             self._opens_at[key] = trio.current_time() + self._window
+        yield
 
 
 class NaiveLock:
@@ -59,7 +61,8 @@ class NaiveLock:
         self._poll_interval = 0.5 * second
         self._expires_at = defaultdict[int, float](float)
 
-    async def wait_for_turn(self, shard: int) -> None:
+    @asynccontextmanager
+    async def turn(self, shard: int) -> AsyncIterator[None]:
         key = shard % self._keys
         start = trio.current_time()
         while (expires_at := self._expires_at[key]) > trio.current_time():
@@ -67,6 +70,7 @@ class NaiveLock:
             tries = math.ceil((expires_at - start) / self._poll_interval)
             await trio.sleep_until(start + tries * self._poll_interval)
         self._expires_at[key] = trio.current_time() + self._expires_after
+        yield
 
 
 class AskQueue:
@@ -74,8 +78,8 @@ class AskQueue:
 
     Args:
       ports: where it is; if there are replicas, each shard asks one after the other.
-      patience: seconds after which a client gives up and asks again.
-      retry_after: seconds until it asks again.
+      patience: seconds after which a client gives up and asks again at once.
+      retry_after: seconds until it asks again after an error.
     """
 
     def __init__(self, ports: Sequence[int], patience: float, retry_after: float) -> None:
@@ -83,20 +87,40 @@ class AskQueue:
         self._patience = patience
         self._retry_after = retry_after
 
-    async def wait_for_turn(self, shard: int) -> None:
+    @asynccontextmanager
+    async def turn(self, shard: int) -> AsyncIterator[None]:
+        async with await self._wait(shard):
+            yield
+
+    async def _wait(self, shard: int) -> trio.SocketStream:
+        """Return the connection of the request that is answered; its close confirms."""
         for attempt in count(random.randrange(len(self._ports))):
             port = self._ports[attempt % len(self._ports)]
-            with trio.move_on_after(self._patience), suppress(OSError, trio.BrokenResourceError):
-                if await self._is_let_go(shard, port):
-                    return
-            await trio.sleep(self._retry_after)
+            with (
+                trio.move_on_after(self._patience) as asking,
+                suppress(OSError, trio.BrokenResourceError),
+            ):
+                return await _ask(shard, port)
+            if not asking.cancelled_caught:
+                await trio.sleep(self._retry_after)
+        raise AssertionError
 
-    async def _is_let_go(self, shard: int, port: int) -> bool:
-        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            await stream.send_all(asking(shard))
-            answer = b""
-            while not answer.endswith(GO):
-                if not (received := await stream.receive_some()):
-                    return False
-                answer += received
-            return True
+
+async def _ask(shard: int, port: int) -> trio.SocketStream:
+    """Return the connection when it is the shard's turn."""
+    stream = await trio.open_tcp_stream("127.0.0.1", port)
+    try:
+        await stream.send_all(asking(shard, confirm=True))
+        await _read_answer(stream)
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return stream
+
+
+async def _read_answer(stream: trio.SocketStream) -> None:
+    answer = b""
+    while GO not in answer:
+        if not (received := await stream.receive_some()):
+            raise trio.BrokenResourceError
+        answer += received
