@@ -39,6 +39,8 @@ FIXED_SEEDS = (
     200237,
     300188,
     800205,
+    830882,
+    831147,
 )
 """Add each seed that has found a fault."""
 

@@ -155,7 +155,7 @@ class Gateway:
         query = parse_qs(urlsplit(request.path).query)
         link = _Link(await request.accept(), compressed=query.get("compress") == ["zlib-stream"])
         try:
-            await link.send(Op.HELLO, {"heartbeat_interval": 1000 * self.heartbeat_interval})
+            await link.send(Op.HELLO, {"heartbeat_interval": round(1000 * self.heartbeat_interval)})
             self._links.add(link)
             while True:
                 with trio.fail_after(2 * self.heartbeat_interval):
@@ -225,6 +225,7 @@ class Gateway:
                 "v": 10,
                 "user": USER,
                 "guilds": [],
+                "private_channels": [],
                 "session_id": session.name,
                 "resume_gateway_url": self.discord.gateway_url,
                 "shard": [shard, count],

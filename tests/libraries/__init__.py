@@ -202,7 +202,6 @@ const client = new Client("", { shardConcurrency: Infinity });
 const shards = JSON.parse(process.env.SHARDS);
 client._token = `Bot ${process.env.TOKEN}`;
 client.getGateway = async () => ({ url: process.env.GATEWAY });
-client.on("rawWS", ({ t, d }) => t === "READY" && (d.private_channels = [])); // as Discord sends it
 client.options.firstShardID = shards[0];
 client.options.lastShardID = shards.at(-1);
 client.options.maxShards = Number(process.env.SHARD_COUNT);

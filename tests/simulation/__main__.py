@@ -88,7 +88,7 @@ async def _simulate(way: str, options: argparse.Namespace, progress: Progress) -
         ExitStack() as servers,
     ):
         replicas = await _serve(servers, discord, options) if way == QUEUE else []
-        gateway = Gateway(discord, options.window, heartbeat_interval=math.inf)
+        gateway = Gateway(discord, options.window, heartbeat_interval=86_400)
         ways = _ways(way, options, replicas)
         fleet = Fleet(gateway, ways, options.shards, second, _crashes(options, expected))
         began_at = time.monotonic()

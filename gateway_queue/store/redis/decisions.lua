@@ -18,6 +18,8 @@
 --   numbers              a list: until when a key of N is closed, at most
 --   releases             a list: until when a token counts against releases_per_window; with a
 --                        question mark, and when its answer has to be out, as long as it is claimed
+--   identifying          a list: the tokens of confirmed claims that are not used yet, and N:K:UNTIL, when
+--                        their leases end. Every replica restores them if this data is lost
 --   total, remaining, resets_at, asked_at
 --                        the session starts that Discord allows; not there without a token
 -- KEYS[2] PREFIX:starts  a sorted set: the day's session starts, their tokens by time
@@ -301,6 +303,16 @@ local function opens_at(number, key)
   return latest, answer_by and shortest_wait(answer_by) or math.huge
 end
 
+-- ---- confirmed claims --------------------------------------------------------------------------
+
+local function set_identifying(token, number, key, until_when)
+  local others = without(redis.call('HGET', state, 'identifying'), token, function(value)
+    return is_closed(value:match('%d+$'))
+  end)
+  store_list(state, 'identifying', until_when
+    and with(others, token, number .. ':' .. key .. ':' .. word(until_when)) or others)
+end
+
 -- ---- releases of all keys in one window -------------------------------------------------------
 
 local function set_release(token, until_when, mark)
@@ -445,7 +457,11 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
     close(number, key, now + its_lease)
     redis.call('HSET', state, 'claim:' .. field, with('', token, useless_at))
     set_release(token, now + its_lease, '?' .. useless_at)
-    count_start(token, now)
+    if tonumber(its_lease) > lease then
+      set_identifying(token, number, key, now + its_lease)
+    end
+    -- For the loop guard it counts when it is used: until then its shard has the same key.
+    redis.call('ZADD', starts, word(now), token)
   end
   return answer(verdict, wait)
 end
@@ -454,6 +470,7 @@ function commands.start_window(number, key, token, started_ago, its_window)
   local started_at = now - started_ago
   local until_when = started_at + its_window
   set_release(token, until_when, '')
+  set_identifying(token, nil)
   if is_claimed_with(number, key, token) then
     redis.call('HDEL', state, 'claim:' .. number .. ':' .. key)
   else
@@ -473,6 +490,7 @@ function commands.restore_claim(number, key, token, lease_left)
     redis.call('HSET', state, 'claim:' .. field, with('', token, word(now)))
   end
   set_release(token, until_when, '?' .. word(now))
+  set_identifying(token, number, key, until_when)
   return answer(GRANTED, 0)
 end
 
@@ -482,6 +500,7 @@ function commands.give_back(number, key, token)
     redis.call('HDEL', state, 'claim:' .. field, 'window:' .. field)
   end
   set_release(token, nil)
+  set_identifying(token, nil)
   uncount_start(token)
   return answer(GRANTED, 0)
 end
@@ -501,7 +520,8 @@ function commands.update_budget(total, remaining, resets_at, asked_at)
   return answer(GRANTED, 0)
 end
 
--- Returns in addition the starts from a time on: their tokens and times.
+-- Returns in addition the confirmed claims that are not used yet, and the starts from a time on: their
+-- tokens and times.
 function commands.look(from)
   local some = redis.call('HRANDFIELD', state, 2, 'WITHVALUES')
   for i = 1, #some, 2 do
@@ -510,6 +530,7 @@ function commands.look(from)
     end
   end
   local reply = answer(GRANTED, 0)
+  reply[#reply + 1] = redis.call('HGET', state, 'identifying') or ''
   local recent = redis.call('ZRANGEBYSCORE', starts, from, '+inf', 'WITHSCORES')
   for i = 1, #recent do
     reply[#reply + 1] = recent[i]

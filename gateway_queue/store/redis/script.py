@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from gateway_queue.store import IN_FLIGHT_WINDOWS, USUAL_TOTAL, Claim, Rules
 from gateway_queue.store.budget import DAY
-from gateway_queue.store.redis.clock import MICROSECONDS, longest_there
+from gateway_queue.store.redis.clock import MICROSECONDS, ServerClock, longest_there
 
 LONGEST_ANSWER = 1.0
 """Seconds for which a claim is good, at most. If a replica dies with a claim, the others wait for
@@ -63,9 +64,27 @@ def script_settings(rules: Rules) -> tuple[int, ...]:
     )
 
 
-def words(claim: Claim) -> tuple[str | int, ...]:
+class Lease(NamedTuple):
+    """A confirmed claim whose shard is identifying."""
+
+    max_concurrency: int
+    key: int
+    token: str
+    until: float
+    """When the lease ends (:func:`trio.current_time`)."""
+
+
+def words(claim: Claim | Lease) -> tuple[int, int, str]:
     """Name a claim as the script does."""
     return claim.max_concurrency, claim.key, claim.token
+
+
+def leases_in(listed: str, clock: ServerClock) -> Iterator[Lease]:
+    """Read the script's list of confirmed claims."""
+    for entry in listed.split():
+        token, value = entry.split("=")
+        number, key, until = map(int, value.split(":"))
+        yield Lease(number, key, token, clock.when(until))
 
 
 def microseconds(seconds: float) -> int:

@@ -36,8 +36,10 @@ from gateway_queue.store.redis.script import (
     CONCERNS,
     GRANTED,
     Answer,
+    Lease,
     answer_seconds,
     lease_seconds,
+    leases_in,
     microseconds,
     script_settings,
     words,
@@ -108,8 +110,8 @@ class RedisStore:
         self._trusted_at = math.inf
         # Claims that nobody has used, though they may have been granted.
         self._doubtful: list[Claim] = []
-        # Those whose shards are identifying, and until when their leases last, here.
-        self._identifying: dict[Claim, float] = {}
+        # The confirmed claims whose shards are identifying, by token, also those of other replicas.
+        self._identifying: dict[str, Lease] = {}
         self._starts = KnownStarts(self._replica, limit)
         self._looked_at = 0
         self._discord_budget: DiscordBudget | None = None
@@ -188,11 +190,11 @@ class RedisStore:
             await self._hand_over(self._discord_budget)
         await self._restore(also_of_others=self._since != self._complete_since)
         self._complete_since = self._since
-        for claim, until in tuple(self._identifying.items()):
-            if claim not in self._identifying:
+        for lease in tuple(self._identifying.values()):
+            if lease.token not in self._identifying:
                 continue  # its shard has identified meanwhile
-            left = microseconds(longest_there(max(0.0, until - trio.current_time())))
-            await self._ask("restore_claim", *words(claim), left)
+            left = microseconds(longest_there(max(0.0, lease.until - trio.current_time())))
+            await self._ask("restore_claim", *words(lease), left)
 
     async def _restore(self, *, also_of_others: bool) -> None:
         for part in self._starts.to_restore(also_of_others=also_of_others):
@@ -202,9 +204,10 @@ class RedisStore:
             await self._ask("restore", *arguments)
 
     async def _look(self) -> None:
-        """Learn the starts of other replicas, and notice a loss of data."""
+        """Learn the starts and confirmed claims of other replicas, and notice a loss of data."""
         looked_at = self._looked_at
-        answer, starts = await self._ask("look", looked_at)
+        answer, (identifying, *starts) = await self._ask("look", looked_at)
+        self._compare_identifying(identifying.decode())
         listed = {
             token.decode(): self._clock.when(int(at))
             for token, at in zip(starts[::2], starts[1::2], strict=True)
@@ -215,6 +218,20 @@ class RedisStore:
             self._looked_at = answer.now - microseconds(2 * self._lease)
         for unused in self._starts.unused(listed):
             await self._ask("uncount", *unused)
+
+    def _compare_identifying(self, listed: str) -> None:
+        """Take over the confirmed claims of other replicas from the server's list."""
+        for lease in tuple(self._identifying.values()):
+            if not self._is_own(lease) and (
+                self._since == self._complete_since or lease.until <= trio.current_time()
+            ):
+                del self._identifying[lease.token]
+        for lease in leases_in(listed, self._clock):
+            if not self._is_own(lease) and lease.until > trio.current_time():
+                self._identifying[lease.token] = lease
+
+    def _is_own(self, lease: Lease) -> bool:
+        return lease.token.startswith(self._replica)
 
     @contextmanager
     def _doubting(self, claim: Claim) -> Iterator[None]:
@@ -292,7 +309,7 @@ class RedisStore:
                     await trio.sleep(max(0.0, self._clock.longest_step() - open_for))
                     if confirm:
                         until = asked_at + longest_here(lease / MICROSECONDS)
-                        self._identifying[claim] = until
+                        self._identifying[claim.token] = Lease(*words(claim), until)
                     return claim
         except Unreachable:
             return Refusal(LOOK_SECONDS, "key")
@@ -300,7 +317,7 @@ class RedisStore:
         return Refusal(max(0.0, wait), CONCERNS[answer.verdict])
 
     async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
-        self._identifying.pop(claim, None)
+        self._identifying.pop(claim.token, None)
         self._starts.add(claim.token, at)
         # No more than has passed by the server's clock.
         ago = math.floor((trio.current_time() - at) * (1 - DRIFT) * MICROSECONDS)
@@ -310,7 +327,7 @@ class RedisStore:
             await self._ask("start_window", *words(claim), ago, window)
 
     async def give_back(self, claim: Claim) -> None:
-        self._identifying.pop(claim, None)
+        self._identifying.pop(claim.token, None)
         self._starts.add_unused(claim.token)
         with suppress(Unreachable), self._doubting(claim):
             await self._ask("give_back", *words(claim))
