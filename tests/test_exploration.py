@@ -41,6 +41,7 @@ FIXED_SEEDS = (
     800205,
     830882,
     831147,
+    840949,
 )
 """Add each seed that has found a fault."""
 

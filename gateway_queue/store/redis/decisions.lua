@@ -177,9 +177,10 @@ local function forget_some_shards()
   end
 end
 
--- Counts a start, or corrects the time of one that is counted already.
+-- Counts a start, or corrects the time of one that is counted already: to the later one, because a
+-- replica may restore a start without knowing when the shard identified.
 local function count_start(token, at)
-  at = math.min(at, now)
+  at = math.min(math.max(at, tonumber(redis.call('ZSCORE', starts, token) or 0)), now)
   redis.call('ZADD', starts, word(at), token)
   local shard = shard_of(token)
   if free_starts > 0 and shard ~= '' and is_recent(at) then
