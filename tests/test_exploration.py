@@ -42,6 +42,8 @@ FIXED_SEEDS = (
     830882,
     831147,
     840949,
+    842628,
+    843141,
 )
 """Add each seed that has found a fault."""
 
