@@ -49,7 +49,7 @@ class Service:
                 place_seconds=settings.place_seconds,
                 observers=(self.metrics.observe, self.recent.observe, EventLog().observe),
             )
-            self.metrics.watch(partial(gauges, self.queue))
+            self.metrics.watch(partial(gauges, self.queue, self.not_ready))
             if settings.discord_token is not None and self.queue.max_concurrency is None:
                 nursery.start_soon(self._follow_discord, settings.discord_token)
             await nursery.start(self.queue.run)
@@ -63,16 +63,20 @@ class Service:
         # Not at the top, for most servers run alone, and it takes a while.
         from gateway_queue.store.redis import RedisStore  # noqa: PLC0415
 
-        count_error = self.metrics.store_errors.inc
         store = RedisStore(
-            settings.redis_url, settings.redis_prefix, rules, count_error=count_error
+            settings.redis_url,
+            settings.redis_prefix,
+            rules,
+            count_error=self.metrics.store_errors.inc,
+            observe_round_trip=self.metrics.observe_redis_round_trip,
         )
         nursery.start_soon(store.run)
         return store
 
     async def _follow_discord(self, token: str) -> None:
         """Keep within the limits that Discord gives the bot."""
-        async with connect(token, self.settings.discord_api_url) as discord:
+        url, count_request = self.settings.discord_api_url, self.metrics.count_discord_request
+        async with connect(token, url, count_request) as discord:
             self.limits = Limits(discord, self.queue, self.settings)
             await self.limits.run()
 

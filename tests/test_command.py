@@ -158,7 +158,8 @@ def test_a_worker_holds_its_name_until_it_ends(tmp_path: Path) -> None:
 
 BAD_VALUES = {
     "PORT": ["", "abc", "-1", "65536", "80.0", "\uff15", "1_0", " 80"],
-    "WINDOW_SECONDS": ["", "0", "-1", "nan", "inf", "1e999", "1_0", "5s"],
+    "WINDOW_SECONDS": ["", "0", "-1", "nan", "inf", "1e999", "1_0", "5s", "86400.1", "1e13"],
+    "MARGIN_SECONDS": ["", "-1", "86400.1"],
     "HOLD_ON_START": ["", "maybe", "2"],
     "MAX_CONCURRENCY": ["", "-1", "1.5", "many", "1" * 20],
     "SESSION_START_LIMIT": ["", "-1", "1e3"],
@@ -256,7 +257,9 @@ def test_a_secret_is_taken_from_one_place(tmp_path: Path) -> None:
 def test_hypercorn_refuses_a_bad_value_as_well(way: str) -> None:
     refused = run(*WAYS[way], WINDOW_SECONDS="0")
     assert refused.returncode != 0
-    assert refused.stderr.splitlines() == ["WINDOW_SECONDS: got '0', takes a number over 0"]
+    assert refused.stderr.splitlines() == [
+        "WINDOW_SECONDS: got '0', takes a number over 0, at most 86400"
+    ]
 
 
 PROGRAM = """
@@ -303,7 +306,9 @@ def test_a_bad_value_does_not_end_a_program_that_starts_the_queue_and_a_bot(
     ended = run(sys.executable, str(program), *arguments, WINDOW_SECONDS="0")
     assert ended.returncode == 0
     assert ended.stdout.splitlines()[-1] == status
-    assert ended.stderr.splitlines() == ["WINDOW_SECONDS: got '0', takes a number over 0"]
+    assert ended.stderr.splitlines() == [
+        "WINDOW_SECONDS: got '0', takes a number over 0, at most 86400"
+    ]
 
 
 @pytest.mark.parametrize("change", ["del tcp_server.TaskGroup", "tcp_server.TaskGroup = int"])

@@ -76,10 +76,17 @@ class RedisStore:
       prefix: the first part of every key there.
       rules: to hold each key for a lease from now, among others.
       count_error: called when the server is lost, or cannot be reached.
+      observe_round_trip: called after each answer with the seconds that it took.
     """
 
     def __init__(
-        self, url: str, prefix: str, rules: Rules, *, count_error: Callable[[], None]
+        self,
+        url: str,
+        prefix: str,
+        rules: Rules,
+        *,
+        count_error: Callable[[], None],
+        observe_round_trip: Callable[[float], None] = lambda _: None,
     ) -> None:
         limit = rules.session_start_limit
         self.rules = rules
@@ -90,6 +97,7 @@ class RedisStore:
         self._in_flight = IN_FLIGHT_WINDOWS * rules.window
         self._limit = limit
         self._count_error = count_error
+        self._observe_round_trip = observe_round_trip
         self._script_settings = script_settings(rules)
         self._replica = uuid4().hex
         self._numbers = count()
@@ -266,8 +274,10 @@ class RedisStore:
         asked_at = trio.current_time()
         told = (self._replica, *self._seen, *self._script_settings, *arguments)
         reply = await connection.call(command, *told)
+        answered_at = trio.current_time()
+        self._observe_round_trip(answered_at - asked_at)
         answer = Answer(*reply[: len(Answer._fields)])
-        if not self._clock.agrees(answer.now, asked_at, trio.current_time()):
+        if not self._clock.agrees(answer.now, asked_at, answered_at):
             self._seen = (0, 0)
             connection.close("its clock was set")
         if self._since is None:
