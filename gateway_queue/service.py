@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import trio
@@ -12,6 +13,7 @@ from gateway_queue.observing.event_log import EventLog
 from gateway_queue.observing.gauges import gauges
 from gateway_queue.observing.metrics import Metrics
 from gateway_queue.observing.recent import Recent
+from gateway_queue.observing.starts import Starts
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
 from gateway_queue.store import Rules, WindowStore
@@ -31,6 +33,9 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.recent = Recent()
+        self.starts = Starts()
+        self.started_at = time.time()
+        """Seconds since the epoch."""
         self.limits: Limits | None = None
         """None if Discord is not asked."""
 
@@ -47,7 +52,12 @@ class Service:
                 self._open_store(nursery),
                 max_concurrency=known_max_concurrency(settings),
                 place_seconds=settings.place_seconds,
-                observers=(self.metrics.observe, self.recent.observe, EventLog().observe),
+                observers=(
+                    self.metrics.observe,
+                    self.recent.observe,
+                    self.starts.observe,
+                    EventLog().observe,
+                ),
             )
             self.metrics.watch(partial(gauges, self.queue, self.not_ready))
             if settings.discord_token is not None and self.queue.max_concurrency is None:

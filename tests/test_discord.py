@@ -51,7 +51,7 @@ def test_discord_is_asked_as_it_demands() -> None:
     assert status["max_concurrency"] == 2
     starts = status["session_starts"]
     assert 86_300 < starts.pop("resets_in") <= 86_400
-    assert starts == {"total": 1000, "remaining": 1000, "source": "discord"}
+    assert starts == {"total": 1000, "remaining": 1000, "enforced": True, "source": "discord"}
 
 
 def test_each_rate_limit_key_has_windows_of_its_own() -> None:
@@ -323,7 +323,8 @@ def test_a_limit_without_a_token() -> None:
         assert status["released"] == 3
         starts = status["session_starts"]
         assert 86_000 < starts.pop("resets_in") < 86_400
-        assert starts == {"total": 3, "remaining": 0, "source": "configured"}
+        expected = {"total": 3, "remaining": 0, "enforced": True, "source": "configured"}
+        assert starts == expected
         for ticket in status["lanes"][0]["tickets"]:
             assert ticket["eta"] > 86_000
 
@@ -377,8 +378,9 @@ def test_status_shows_who_waits_where() -> None:
         assert 0 <= second["waited"] <= first["waited"] < 20
         assert status["abandoned"] == 1
         assert list(status) == [
-            *("version", "window_seconds", "max_concurrency", "store", "waiting", "released"),
-            *("abandoned", "session_starts", "lanes"),
+            *("version", "started_at", "ready", "reason", "faults", "window_seconds"),
+            *("max_concurrency", "store", "waiting", "held", "away", "released", "abandoned"),
+            *("starts_used", "session_starts", "lanes"),
         ]
         assert status["store"] == "memory"
         assert server.get("/status").headers["cache-control"] == "no-store"

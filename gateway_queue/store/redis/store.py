@@ -13,6 +13,7 @@ import structlog
 import trio
 from coredis.pool import ConnectionPool
 
+from gateway_queue.faults import Fault, next_fault
 from gateway_queue.store import (
     IN_FLIGHT_WINDOWS,
     Claim,
@@ -102,7 +103,9 @@ class RedisStore:
         self._replica = uuid4().hex
         self._numbers = count()
         self._max_concurrency = 1
-        self.fault: str | None = "not connected to Redis yet"
+        now = trio.current_time()
+        self.fault: Fault | None = Fault("not connected to Redis yet", now, now)
+        self._is_announced = False
         self._connection: Connection | None = None
         self._lease = longest_here(longest_there(lease))
         self._longest_lease = self._lease + longest_here(longest_there(rules.confirm_seconds))
@@ -139,9 +142,12 @@ class RedisStore:
                     reason = await self._use(pool)
             if self.fault is None:
                 delay = FIRST_RETRY
-            if self.fault != reason:
-                log.warning("Redis cannot be reached, nobody is released", reason=reason)
-            self.fault = reason
+            if self.fault is None or not self._is_announced:
+                log.warning("Redis cannot be reached, no ticket is released", reason=reason)
+                self._is_announced = True
+            elif self.fault.reason != reason:
+                log.info("Redis still cannot be reached", reason=reason)
+            self.fault = next_fault(self.fault, reason, trio.current_time(), delay)
             self._count_error()
             await trio.sleep(delay)
             delay = min(2 * delay, LONGEST_RETRY)
@@ -157,8 +163,9 @@ class RedisStore:
             await self._catch_up()
             self._trusted_at = self._when_to_trust()
             self._hold = self._lease
-            self.fault = None
-            log.info("connected to Redis")
+            after = trio.current_time() - self.fault.since if self.fault else 0.0
+            self.fault, self._is_announced = None, False
+            log.info("connected to Redis", after=round(after, 3))
             while True:
                 with trio.move_on_after(LOOK_SECONDS):
                     await connection.lost.wait()
