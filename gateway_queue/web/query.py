@@ -45,7 +45,7 @@ def shard_in(query: bytes) -> int | None:
 
 
 def _shard(parameters: list[tuple[str, str]]) -> int | None:
-    return _one("shard", {_whole_number(value) for name, value in parameters if name == "shard"})
+    return _one("shard", {shard_number(value) for name, value in parameters if name == "shard"})
 
 
 def _one(name: str, values: set[int]) -> int | None:
@@ -60,7 +60,12 @@ def _switch(text: str) -> bool:
     return text == "true"
 
 
-def _whole_number(text: str) -> int:
+def shard_number(text: str) -> int:
+    """Read a shard.
+
+    Raises:
+      BadParameter: it is not a whole number from 0 to ``SHARD_MAX``.
+    """
     # Ten digits are enough for SHARD_MAX, and int() takes far more than digits.
     if not re.fullmatch("0*[0-9]{1,10}", text, re.ASCII) or int(text) > SHARD_MAX:
         raise BadParameter(f"shard must be a whole number from 0 to {SHARD_MAX}, not {text[:50]!r}")
