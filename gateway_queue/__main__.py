@@ -15,7 +15,7 @@ from hypercorn.config import Config
 from hypercorn.trio import serve
 
 from gateway_queue import __version__, app, terminal
-from gateway_queue.serving.listener import listen
+from gateway_queue.serving.listener import address, listen
 from gateway_queue.serving.process import exit_with_usage_error, load_settings
 from gateway_queue.settings import BadSetting, describe
 from gateway_queue.web.query import BadParameter, shard_number
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exit_with_usage_error(error)
     except OSError as error:
         sys.exit(f"cannot listen on {host}:{port}: {error.strerror}")
+    app.addresses = tuple(map(address, listeners))
     config.bind = [f"fd://{listener.detach()}" for listener in listeners]
     trio.run(_serve, config)
 

@@ -47,7 +47,9 @@ class Service:
             the token of the settings.
         """
         settings = self.settings
+        event_log = EventLog()
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(event_log.run)
             self.queue = Queue(
                 self._open_store(nursery),
                 max_concurrency=known_max_concurrency(settings),
@@ -56,7 +58,7 @@ class Service:
                     self.metrics.observe,
                     self.recent.observe,
                     self.starts.observe,
-                    EventLog().observe,
+                    event_log.observe,
                 ),
             )
             self.metrics.watch(partial(gauges, self.queue, self.not_ready))
@@ -100,6 +102,22 @@ class Service:
             return None
         fault = self.limits.fault if self.limits else None
         return "Discord's limits are not known yet" + (f": {fault}" if fault else "")
+
+
+def in_log(settings: Settings) -> dict[str, object]:
+    """Describe what is on and off, for the first line of the log."""
+    return {
+        "window": settings.window_seconds,
+        "margin": settings.margin_seconds,
+        "keys": "from Discord" if (keys := known_max_concurrency(settings)) is None else keys,
+        "store": settings.store_name,
+        "session_start_limit": settings.session_start_limit,
+        "hold_on_start": settings.hold_on_start,
+        "place_seconds": settings.place_seconds,
+        "loop_free_starts": settings.loop_free_starts,
+        "confirm_seconds": settings.confirm_seconds,
+        "auth_token": settings.auth_token is not None,
+    }
 
 
 def known_max_concurrency(settings: Settings) -> int | None:

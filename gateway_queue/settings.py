@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -228,6 +228,11 @@ class Settings:
         takes=f"one of {', '.join(LOG_FORMATS)}",
         about="lines to read, or one JSON object a line",
     )
+
+    @property
+    def store_name(self) -> Literal["memory", "redis"]:
+        """Say where the windows are kept."""
+        return "memory" if self.redis_url is None else "redis"
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+from gateway_queue.observing.lines import printable
 from gateway_queue.settings import Settings
 
 READY, NOT_READY = 0, 1
@@ -116,11 +117,6 @@ def look(server: Server, shard: int | None) -> tuple[str, int]:
     lines = _shard(status) if shard is not None else _queue(status)
     text = "\n".join(printable(line) for line in (_headline(status), *lines))
     return text, READY if status["ready"] else NOT_READY
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would take for a command."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def duration(seconds: float) -> str:

@@ -344,7 +344,7 @@ def test_a_shard_in_a_crash_loop_is_held_and_others_pass() -> None:
         (line,) = [line for line in server.lines if "held" in line]
         assert "warning" in line
         assert "shard=3" in line
-        assert "wait=1" in line
+        assert "held_for=1" in line
 
 
 def test_behind_a_gateway_proxy_everybody_goes_at_once() -> None:

@@ -16,7 +16,7 @@ import pytest
 import trustme
 
 from gateway_queue.settings import Settings
-from gateway_queue.terminal import duration, own_server, printable
+from gateway_queue.terminal import duration, own_server
 from tests.harness import (
     PATIENCE,
     environ,
@@ -209,4 +209,3 @@ def test_words() -> None:
     assert [duration(s) for s in (0.25, 59.9, 60, 3599, 3600, 90_000)] == [
         *("0.2 s", "59.9 s", "1 min", "59 min", "1 h 00 min", "25 h 00 min")
     ]
-    assert printable("ü\u202e\r") == r"ü\u202e\r"

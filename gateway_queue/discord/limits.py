@@ -57,7 +57,7 @@ class Limits:
                 )
                 await trio.sleep_until(landed_at)
                 continue
-            log.debug("Discord's limits", **vars(limit))
+            log.debug("Discord session limits", **_in_log(limit))
             await self._adopt(limit, asked_at)
             wait = min(
                 self._settings.discord_refresh_seconds, max(NEAREST_RESET, limit.reset_after)
@@ -115,7 +115,7 @@ class Limits:
         )
         if limit.max_concurrency == self._queue.max_concurrency:
             return
-        log.info("Discord session limits", **vars(limit))
+        log.info("Discord session limits", **_in_log(limit))
         own = self._settings.max_concurrency
         if own is not None and own > limit.max_concurrency:
             log.warning(
@@ -132,3 +132,13 @@ class Limits:
         return replace(
             limit, total=limit.total - held_back, remaining=max(0, limit.remaining - held_back)
         )
+
+
+def _in_log(limit: SessionStartLimit) -> dict[str, float]:
+    """Name the figures as the rest of the log does."""
+    return {
+        "total": limit.total,
+        "remaining": limit.remaining,
+        "resets_in": limit.reset_after,
+        "max_concurrency": limit.max_concurrency,
+    }

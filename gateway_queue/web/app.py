@@ -17,9 +17,10 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import MapAdapter
 
+from gateway_queue.about import __version__
 from gateway_queue.discord.api import BadToken
 from gateway_queue.queue import Queue
-from gateway_queue.service import Service
+from gateway_queue.service import Service, in_log
 from gateway_queue.settings import Settings
 from gateway_queue.web.auth import Guard
 from gateway_queue.web.dashboard.events import Events
@@ -51,6 +52,8 @@ class GatewayQueue(QuartTrio):
     """
 
     service: Service
+    addresses: tuple[str, ...] = ()
+    """Where the command listens; for the log."""
 
     def __init__(self, prepare: Callable[[], Settings], fail: Callable[[str], NoReturn]) -> None:
         super().__init__("gateway_queue", static_folder=None)
@@ -71,7 +74,11 @@ class GatewayQueue(QuartTrio):
         self.after_request(never_store)
 
     async def _start(self) -> None:
-        self.service = Service(self._prepare())
+        settings = self._prepare()
+        # Under Hypercorn's own command, its next line says where it listens.
+        addresses = {"addresses": self.addresses} if self.addresses else {}
+        log.info("gateway-queue starts", version=__version__, **addresses, **in_log(settings))
+        self.service = Service(settings)
         self._guard = Guard(self.service.settings.auth_token)
         self._page = Page()
         self._events = Events(self._write_event)

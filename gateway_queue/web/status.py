@@ -14,15 +14,9 @@ from gateway_queue.faults import Fault
 from gateway_queue.queue import overview
 from gateway_queue.queue.events import Released
 from gateway_queue.service import Service
-from gateway_queue.settings import Settings
 
 TICKETS_PER_STEP = 100
 """Tickets to write in one step of the event loop: a third of a millisecond."""
-
-
-def store_name(settings: Settings) -> str:
-    """Say where the windows are kept."""
-    return "memory" if settings.redis_url is None else "redis"
 
 
 async def status_document(service: Service, shard: int | None = None) -> bytes:
@@ -58,7 +52,7 @@ def _summary(service: Service) -> dict[str, Any]:
         },
         "window_seconds": settings.window_seconds,
         "max_concurrency": queue.max_concurrency,
-        "store": store_name(settings),
+        "store": settings.store_name,
         "waiting": len(queue),
         "held": sum(len(lane.held) for lane in queue.lanes.values()),
         "away": sum(len(lane.away) for lane in queue.lanes.values()),

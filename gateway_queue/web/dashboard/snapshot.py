@@ -18,7 +18,6 @@ from gateway_queue.queue.events import Released
 from gateway_queue.queue.overview import LaneStatus, lanes
 from gateway_queue.service import Service
 from gateway_queue.store import SessionStarts
-from gateway_queue.web.status import store_name
 
 WINDOWS_BEHIND, WINDOWS_AHEAD = 30, 6
 """How much of the past and of the future the timeline shows."""
@@ -186,7 +185,7 @@ def _key(lane: LaneStatus, released: list[float], window: float) -> KeyStatus:
 
 
 def _store(service: Service) -> Condition:
-    name, fault = store_name(service.settings), service.queue.store.fault
+    name, fault = service.settings.store_name, service.queue.store.fault
     return Condition("Store", name if fault is None else f"{name}: {fault}", good=fault is None)
 
 
