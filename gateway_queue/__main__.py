@@ -14,10 +14,11 @@ import trio
 from hypercorn.config import Config
 from hypercorn.trio import serve
 
-from gateway_queue import __version__, app
-from gateway_queue.serving.listener import listen
-from gateway_queue.serving.process import exit_with_usage_error
+from gateway_queue import __version__, app, terminal
+from gateway_queue.serving.listener import address, listen
+from gateway_queue.serving.process import exit_with_usage_error, load_settings
 from gateway_queue.settings import BadSetting, describe
+from gateway_queue.web.query import BadParameter, shard_number
 
 GRACE_SECONDS = 1.0
 """How long an answer that is being written may take when the server stops."""
@@ -30,8 +31,11 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    _parser().parse_args(arguments)
+    """Serve until SIGTERM or SIGINT, or show the status of a server."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "status":
+        sys.exit(_status(options))
     # Not at the top, for it reads the environment, and --help helps also with a wrong one.
     from gateway_queue import server  # noqa: PLC0415
 
@@ -43,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exit_with_usage_error(error)
     except OSError as error:
         sys.exit(f"cannot listen on {host}:{port}: {error.strerror}")
+    app.addresses = tuple(map(address, listeners))
     config.bind = [f"fd://{listener.detach()}" for listener in listeners]
     trio.run(_serve, config)
 
@@ -55,7 +60,38 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"gateway-queue {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="[status]")
+    status = commands.add_parser(
+        "status",
+        help="show the state of a running server (status --help)",
+        description="Show the state of a running server. Exit status: 0 if it can release "
+        "tickets, 1 if not, 2 for a usage error. AUTH_TOKEN or AUTH_TOKEN_FILE is its token.",
+    )
+    status.add_argument(
+        "--url", type=_url, help="of the server (default: HOST and PORT of the environment)"
+    )
+    status.add_argument("--watch", action="store_true", help="show it every second")
+    status.add_argument("shard", nargs="?", type=_shard, metavar="SHARD", help="show this shard")
     return parser
+
+
+def _url(text: str) -> str:
+    if not terminal.is_url(text):
+        raise argparse.ArgumentTypeError(f"must be a URL with http:// or https://, not {text!r}")
+    return text
+
+
+def _shard(text: str) -> int:
+    try:
+        return shard_number(text)
+    except BadParameter as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _status(options: argparse.Namespace) -> int:
+    settings = load_settings()
+    server = terminal.Server(options.url or terminal.own_server(settings), settings.auth_token)
+    return (terminal.watch if options.watch else terminal.show)(server, options.shard)
 
 
 async def _serve(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import trio
@@ -12,6 +13,7 @@ from gateway_queue.observing.event_log import EventLog
 from gateway_queue.observing.gauges import gauges
 from gateway_queue.observing.metrics import Metrics
 from gateway_queue.observing.recent import Recent
+from gateway_queue.observing.starts import Starts
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
 from gateway_queue.store import Rules, WindowStore
@@ -31,6 +33,9 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.recent = Recent()
+        self.starts = Starts()
+        self.started_at = time.time()
+        """Seconds since the epoch."""
         self.limits: Limits | None = None
         """None if Discord is not asked."""
 
@@ -42,14 +47,21 @@ class Service:
             the token of the settings.
         """
         settings = self.settings
+        event_log = EventLog()
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(event_log.run)
             self.queue = Queue(
                 self._open_store(nursery),
                 max_concurrency=known_max_concurrency(settings),
                 place_seconds=settings.place_seconds,
-                observers=(self.metrics.observe, self.recent.observe, EventLog().observe),
+                observers=(
+                    self.metrics.observe,
+                    self.recent.observe,
+                    self.starts.observe,
+                    event_log.observe,
+                ),
             )
-            self.metrics.watch(partial(gauges, self.queue))
+            self.metrics.watch(partial(gauges, self.queue, self.not_ready))
             if settings.discord_token is not None and self.queue.max_concurrency is None:
                 nursery.start_soon(self._follow_discord, settings.discord_token)
             await nursery.start(self.queue.run)
@@ -63,16 +75,20 @@ class Service:
         # Not at the top, for most servers run alone, and it takes a while.
         from gateway_queue.store.redis import RedisStore  # noqa: PLC0415
 
-        count_error = self.metrics.store_errors.inc
         store = RedisStore(
-            settings.redis_url, settings.redis_prefix, rules, count_error=count_error
+            settings.redis_url,
+            settings.redis_prefix,
+            rules,
+            count_error=self.metrics.store_errors.inc,
+            observe_round_trip=self.metrics.observe_redis_round_trip,
         )
         nursery.start_soon(store.run)
         return store
 
     async def _follow_discord(self, token: str) -> None:
         """Keep within the limits that Discord gives the bot."""
-        async with connect(token, self.settings.discord_api_url) as discord:
+        url, count_request = self.settings.discord_api_url, self.metrics.count_discord_request
+        async with connect(token, url, count_request) as discord:
             self.limits = Limits(discord, self.queue, self.settings)
             await self.limits.run()
 
@@ -86,6 +102,22 @@ class Service:
             return None
         fault = self.limits.fault if self.limits else None
         return "Discord's limits are not known yet" + (f": {fault}" if fault else "")
+
+
+def in_log(settings: Settings) -> dict[str, object]:
+    """Describe what is on and off, for the first line of the log."""
+    return {
+        "window": settings.window_seconds,
+        "margin": settings.margin_seconds,
+        "keys": "from Discord" if (keys := known_max_concurrency(settings)) is None else keys,
+        "store": settings.store_name,
+        "session_start_limit": settings.session_start_limit,
+        "hold_on_start": settings.hold_on_start,
+        "place_seconds": settings.place_seconds,
+        "loop_free_starts": settings.loop_free_starts,
+        "confirm_seconds": settings.confirm_seconds,
+        "auth_token": settings.auth_token is not None,
+    }
 
 
 def known_max_concurrency(settings: Settings) -> int | None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 LOG_FORMATS = ("console", "json")
+
+LONGEST_SECONDS = 24 * 60 * 60.0
+"""The longest time that a setting takes."""
 
 _SWITCH = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
@@ -51,7 +53,7 @@ def _seconds_or_zero(text: str) -> float:
     if not re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", text, re.ASCII | re.IGNORECASE):
         raise ValueError(text)
     seconds = float(text)
-    if math.isinf(seconds):
+    if seconds > LONGEST_SECONDS:
         raise ValueError(text)
     return seconds
 
@@ -140,19 +142,19 @@ class Settings:
     window_seconds: float = _variable(
         5.0,
         _seconds,
-        takes="a number over 0",
+        takes="a number over 0, at most 86400",
         about="Discord's window: least time between two IDENTIFYs of one rate limit key",
     )
     margin_seconds: float = _variable(
         0.25,
         _seconds_or_zero,
-        takes="a number from 0",
+        takes="a number from 0 to 86400",
         about="added to the window after a release that is not confirmed",
     )
     confirm_seconds: float = _variable(
         15.0,
         _seconds,
-        takes="a number over 0",
+        takes="a number over 0, at most 86400",
         about="longest time from the answer of a confirmed ticket to its confirmation",
     )
     hold_on_start: bool = _variable(
@@ -164,7 +166,7 @@ class Settings:
     place_seconds: float = _variable(
         30.0,
         _seconds_or_zero,
-        takes="a number from 0",
+        takes="a number from 0 to 86400",
         about="how long a shard that went away while it waited keeps its place; 0 turns that off",
     )
     max_concurrency: int | None = _count(
@@ -186,7 +188,10 @@ class Settings:
         about="base of Discord's API",
     )
     discord_refresh_seconds: float = _variable(
-        300.0, _seconds, takes="a number over 0", about="how often Discord is asked again"
+        300.0,
+        _seconds,
+        takes="a number over 0, at most 86400",
+        about="how often Discord is asked again",
     )
     session_start_limit: int | None = _count(
         None, about="session starts in 24 hours; 0 never enforces a limit"
@@ -223,6 +228,11 @@ class Settings:
         takes=f"one of {', '.join(LOG_FORMATS)}",
         about="lines to read, or one JSON object a line",
     )
+
+    @property
+    def store_name(self) -> Literal["memory", "redis"]:
+        """Say where the windows are kept."""
+        return "memory" if self.redis_url is None else "redis"
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:

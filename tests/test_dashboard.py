@@ -128,9 +128,9 @@ def test_who_waits_where(browser: Browser, busy: Server) -> None:
         expect(rows).to_have_count(10)
         assert rows.nth(1).locator("td").all_inner_texts()[:2] == ["2", "21"]
         expect(lane).to_contain_text("and 3 more")
-        aside = page.locator("#standing-aside")
+        aside = page.locator("#held-or-away")
         expect(aside).to_contain_text("0 held, 1 away")
-        expect(aside.locator("tbody tr")).to_contain_text("its client has gone, its place is kept")
+        expect(aside.locator("tbody tr")).to_contain_text("client left, place kept until")
 
 
 def test_why_somebody_is_held(browser: Browser) -> None:
@@ -138,8 +138,8 @@ def test_why_somebody_is_held(browser: Browser) -> None:
         server.ask(7).answer()
         server.ask(7)
         with opened(browser, server) as watched:
-            row = watched.page.locator("#standing-aside tbody tr")
-            expect(row).to_contain_text("starts too often, may go at")
+            row = watched.page.locator("#held-or-away tbody tr")
+            expect(row).to_contain_text("starts too often, until")
 
 
 @pytest.mark.parametrize("zone", ["Europe/Berlin", "Asia/Kolkata"])
@@ -219,7 +219,7 @@ def test_focus_and_what_is_opened_stay(browser: Browser, busy: Server) -> None:
         assert page.evaluate("scrollY") == 300
         page.evaluate(
             """const live = document.getElementById("live").cloneNode(true);
-            live.querySelector("#standing-aside").remove();
+            live.querySelector("#held-or-away").remove();
             show(live.outerHTML);"""
         )
         expect(focused).to_have_attribute("id", "lane-2")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway_queue.discord.api import Unavailable, connect
+from gateway_queue.discord.api import Outcome, Unavailable, connect
 from tests.fake_discord import TOKEN, FakeDiscord, Trick, after, answer, playing, raw
 from tests.harness import SLACK, Server, environ, eventually, first_answers, installed, serving
 
@@ -51,7 +51,7 @@ def test_discord_is_asked_as_it_demands() -> None:
     assert status["max_concurrency"] == 2
     starts = status["session_starts"]
     assert 86_300 < starts.pop("resets_in") <= 86_400
-    assert starts == {"total": 1000, "remaining": 1000, "source": "discord"}
+    assert starts == {"total": 1000, "remaining": 1000, "enforced": True, "source": "discord"}
 
 
 def test_each_rate_limit_key_has_windows_of_its_own() -> None:
@@ -129,17 +129,20 @@ FAULTS: dict[str, Trick] = {
 async def test_what_cannot_be_used_is_no_answer(fault: str) -> None:
     with playing() as fake:
         fake.tricks.append(FAULTS[fault])
-        async with connect(TOKEN, fake.url) as discord:
+        outcomes: list[Outcome] = []
+        async with connect(TOKEN, fake.url, outcomes.append) as discord:
             with pytest.raises(Unavailable) as unavailable:
                 await discord.session_start_limit()
             assert str(unavailable.value)
             assert unavailable.value.retry_after == (1.5 if fault == "429" else 0)
             assert (await discord.session_start_limit()).total == 1000
+            refused = "rate_limited" if fault.startswith("429") else "failed"
+            assert outcomes == [refused, "answered"]
 
 
 @pytest.mark.parametrize("url", ["http://a..b", "http://xn--/", "http://[v1.a]", "http://%zz"])
 async def test_a_host_that_cannot_be_is_a_fault_like_any(url: str) -> None:
-    async with connect(TOKEN, url) as discord:
+    async with connect(TOKEN, url, list[Outcome]().append) as discord:
         with pytest.raises(Unavailable):
             await discord.session_start_limit()
 
@@ -157,18 +160,18 @@ async def test_retry_after(header: str, seconds: float) -> None:
         header = formatdate(dates[header], usegmt=True)
     with playing() as fake:
         fake.tricks.append(answer(503, retry_after=header))
-        async with connect(TOKEN, fake.url) as discord:
+        async with connect(TOKEN, fake.url, list[Outcome]().append) as discord:
             with pytest.raises(Unavailable) as unavailable:
                 await discord.session_start_limit()
     assert unavailable.value.retry_after == pytest.approx(seconds, abs=60 if seconds > 60 else 0)
 
 
 async def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway_queue.discord.REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr("gateway_queue.discord.api.REQUEST_SECONDS", 0.1)
     with playing() as fake:
         done = threading.Event()
         fake.tricks.append(after(done, answer(200)))
-        async with connect(TOKEN, fake.url) as discord:
+        async with connect(TOKEN, fake.url, list[Outcome]().append) as discord:
             with pytest.raises(Unavailable, match="no answer within"):
                 await discord.session_start_limit()
         done.set()
@@ -320,7 +323,8 @@ def test_a_limit_without_a_token() -> None:
         assert status["released"] == 3
         starts = status["session_starts"]
         assert 86_000 < starts.pop("resets_in") < 86_400
-        assert starts == {"total": 3, "remaining": 0, "source": "configured"}
+        expected = {"total": 3, "remaining": 0, "enforced": True, "source": "configured"}
+        assert starts == expected
         for ticket in status["lanes"][0]["tickets"]:
             assert ticket["eta"] > 86_000
 
@@ -340,7 +344,7 @@ def test_a_shard_in_a_crash_loop_is_held_and_others_pass() -> None:
         (line,) = [line for line in server.lines if "held" in line]
         assert "warning" in line
         assert "shard=3" in line
-        assert "wait=1" in line
+        assert "held_for=1" in line
 
 
 def test_behind_a_gateway_proxy_everybody_goes_at_once() -> None:
@@ -374,8 +378,9 @@ def test_status_shows_who_waits_where() -> None:
         assert 0 <= second["waited"] <= first["waited"] < 20
         assert status["abandoned"] == 1
         assert list(status) == [
-            *("version", "window_seconds", "max_concurrency", "store", "waiting", "released"),
-            *("abandoned", "session_starts", "lanes"),
+            *("version", "started_at", "ready", "reason", "faults", "window_seconds"),
+            *("max_concurrency", "store", "waiting", "held", "away", "released", "abandoned"),
+            *("starts_used", "session_starts", "lanes"),
         ]
         assert status["store"] == "memory"
         assert server.get("/status").headers["cache-control"] == "no-store"

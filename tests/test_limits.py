@@ -407,7 +407,7 @@ async def test_when_the_day_is_spent_all_wait_for_the_reset_and_go_on_at_the_usu
             assert len(history.releases) == 10
             assert queue.store.session_starts().spent
             assert len(named(logged, "spent, tickets are held")) == 1
-            (lane,) = overview.lanes(queue)
+            (lane,) = await overview.lanes(queue)
             assert lane.opens_in == pytest.approx(HOUR + WINDOW - 20 * WINDOW)
             for _ in range(10):
                 day.identify()
@@ -562,7 +562,9 @@ async def test_each_is_released_when_its_eta_says(
             nursery.start_soon(history.ask, shard)
             await wait_all_tasks_blocked()
         etas = {
-            ticket.shard: ticket.eta for lane in overview.lanes(queue) for ticket in lane.tickets
+            ticket.shard: ticket.eta
+            for lane in await overview.lanes(queue)
+            for ticket in lane.tickets
         }
     released = {shard: at for at, shard, _ in history.releases}
     assert len(etas) == 50
@@ -619,7 +621,7 @@ async def test_others_pass_a_shard_that_is_held(autojump_clock: MockClock, guard
             nursery.start_soon(history.ask, shard)
             await wait_all_tasks_blocked()
         if guard:
-            (lane,) = overview.lanes(queue)
+            (lane,) = await overview.lanes(queue)
             assert [t.state for t in lane.tickets] == ["held"] + ["waiting"] * 29
             assert lane.tickets[0].shard == 7
             assert lane.tickets[0].eta == pytest.approx(120 - 7)
@@ -639,7 +641,7 @@ async def test_who_is_held_may_leave_and_nothing_stays(autojump_clock: MockClock
         with trio.move_on_after(3):
             await starts_of_one_shard(queue, 1)
         assert len(queue) == 0
-        assert overview.lanes(queue) == []
+        assert await overview.lanes(queue) == []
         await wait_all_tasks_blocked()
         assert not queue.lanes
         assert trio.current_time() == 3
@@ -653,7 +655,7 @@ async def test_who_is_held_moves_with_the_keys(autojump_clock: MockClock) -> Non
         await wait_all_tasks_blocked()
         queue.set_max_concurrency(4)
         await wait_all_tasks_blocked()
-        (lane,) = overview.lanes(queue)
+        (lane,) = await overview.lanes(queue)
         assert lane.rate_limit_key == 3
     assert history.releases == [(15.0, 7, 4)]
 

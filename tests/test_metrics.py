@@ -9,11 +9,14 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.registry import CollectorRegistry
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway_queue.about import __version__
 from gateway_queue.observing.metrics import Metrics
 from gateway_queue.queue import Queue
-from gateway_queue.store import Rules
+from gateway_queue.store import DiscordBudget, Rules
 from gateway_queue.store.memory import MemoryStore
+from tests.fake_discord import TOKEN, answer, playing
 from tests.harness import Answer, Server, eventually, first_answers, serving
+from tests.redis_server import redis_server
 from tests.running import WINDOW
 
 TYPES = {
@@ -27,7 +30,15 @@ TYPES = {
     "gateway_queue_unkeyed_total": "counter",
     "gateway_queue_loop_held_total": "counter",
     "gateway_queue_session_starts_remaining": "gauge",
-    "gateway_queue_session_starts_total": "gauge",
+    "gateway_queue_session_starts_limit": "gauge",
+    "gateway_queue_build_info": "gauge",
+    "gateway_queue_ready": "gauge",
+    "gateway_queue_held": "gauge",
+    "gateway_queue_away": "gauge",
+    "gateway_queue_window_seconds": "gauge",
+    "gateway_queue_max_concurrency": "gauge",
+    "gateway_queue_discord_requests_total": "counter",
+    "gateway_queue_redis_round_trip_seconds": "histogram",
     "gateway_queue_store_errors_total": "counter",
 }
 
@@ -67,9 +78,74 @@ def test_what_happens_is_counted() -> None:
     assert seen["gateway_queue_lateness_seconds_count", ""] == 5
     assert seen["gateway_queue_lateness_seconds_sum", ""] < 5 * 0.05
     assert seen["gateway_queue_session_starts_remaining", ""] == 95
-    assert seen["gateway_queue_session_starts_total", ""] == 100
+    assert seen["gateway_queue_session_starts_limit", ""] == 100
     assert seen["gateway_queue_store_errors_total", ""] == 0
+    assert seen["gateway_queue_held", ""] == 1
+    assert seen["gateway_queue_away", ""] == 1
+    assert seen["gateway_queue_ready", ""] == 1
+    assert seen["gateway_queue_window_seconds", ""] == 0.05
+    assert seen["gateway_queue_max_concurrency", ""] == 2
+    assert seen["gateway_queue_build_info", ""] == 1
     assert seen["process_resident_memory_bytes", ""] > 10_000_000
+
+
+def test_every_key_has_its_series_before_its_first_ticket() -> None:
+    """Prometheus takes the first value that it sees for the start, and would miss a release."""
+    with serving(MAX_CONCURRENCY=3, WINDOW_SECONDS=0.05) as server:
+        before = samples(server)
+        server.ask(1).answer()
+        server.settle()
+        after = samples(server)
+    for key in "012":
+        assert before["gateway_queue_released_total", key] == 0
+        assert before["gateway_queue_waiting", key] == after["gateway_queue_waiting", key] == 0
+    assert after["gateway_queue_released_total", "1"] == 1
+
+
+def test_a_huge_number_of_keys_has_no_huge_number_of_series() -> None:
+    with serving(MAX_CONCURRENCY=999_999_999) as server:
+        assert len([name for name, _ in samples(server) if name == "gateway_queue_waiting"]) == 1024
+
+
+def test_the_version_is_a_label() -> None:
+    with serving() as server:
+        text = scrape(server).body.decode()
+    assert f'gateway_queue_build_info{{version="{__version__}"}} 1.0' in text
+
+
+def test_requests_to_discord_are_counted_by_outcome() -> None:
+    with playing(max_concurrency=2) as discord:
+        discord.tricks += [answer(429, retry_after="0"), answer(503)]
+        url = discord.url
+        with serving(
+            DISCORD_TOKEN=TOKEN, DISCORD_API_URL=url, DISCORD_REFRESH_SECONDS=60
+        ) as server:
+            eventually(lambda: server.get("/readyz").status == 200)
+            text = scrape(server).body.decode()
+    requests = {
+        sample.labels["outcome"]: sample.value
+        for family in parse_text(text)
+        for sample in family.samples
+        if sample.name == "gateway_queue_discord_requests_total"
+    }
+    assert requests == {"answered": 1, "failed": 1, "rate_limited": 1, "rejected_token": 0}
+
+
+def test_a_server_that_does_not_know_the_limits_is_not_ready() -> None:
+    with playing() as discord:
+        discord.tricks += [answer(503)] * 9
+        with serving(DISCORD_TOKEN=TOKEN, DISCORD_API_URL=discord.url) as server:
+            seen = samples(server)
+    assert seen["gateway_queue_ready", ""] == 0
+    assert ("gateway_queue_max_concurrency", "") not in seen
+
+
+def test_round_trips_to_redis_are_measured() -> None:
+    with redis_server() as redis, serving(REDIS_URL=redis.url) as server:
+        eventually(lambda: server.get("/readyz").status == 200)
+        seen = samples(server)
+    assert seen["gateway_queue_redis_round_trip_seconds_count", ""] > 0
+    assert 0 < seen["gateway_queue_redis_round_trip_seconds_sum", ""] < 1
 
 
 def test_both_formats_have_all_names() -> None:
@@ -133,4 +209,25 @@ async def test_lateness_counts_from_when_the_window_is_open_and_somebody_waits(
         assert value(metrics.registry, "wait_seconds_sum") == pytest.approx(
             first + 2 * (WINDOW + 0.25) + 21
         )
+        await queue.close()
+
+
+async def test_a_window_that_opens_earlier_than_expected_is_not_late_before_it_opens(
+    autojump_clock: MockClock,
+) -> None:
+    """Another replica has told the store that the day's session starts are back."""
+    metrics = Metrics()
+    store = MemoryStore(Rules(WINDOW, hold=False))
+    await store.update_budget(DiscordBudget(total=10, remaining=0, resets_at=5e4, asked_at=0))
+    queue = Queue(store, max_concurrency=1, place_seconds=30, observers=[metrics.observe])
+    async with trio.open_nursery() as nursery:
+        await nursery.start(queue.run)
+        with trio.move_on_after(10):
+            async with queue.turn(1):
+                raise AssertionError
+        await store.update_budget(DiscordBudget(total=10, remaining=9, resets_at=5e4, asked_at=10))
+        async with queue.turn(1):  # back at the first place, so the key is claimed again
+            await trio.sleep(0.25)
+        await wait_all_tasks_blocked()
+        assert value(metrics.registry, "lateness_seconds_sum") == pytest.approx(0.25)
         await queue.close()

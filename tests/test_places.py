@@ -137,7 +137,7 @@ async def test_a_turn_passes_while_nobody_stands_there_and_the_place_stays_in_fr
         away.cancel()
         await trio.sleep(2.2 * WINDOW)
         assert line.order == [2, 3]
-        (lane,) = overview.lanes(queue)
+        (lane,) = await overview.lanes(queue)
         assert [(t.shard, t.state, t.position) for t in lane.tickets] == [
             *((1, "away", 1), (4, "waiting", 2), (5, "waiting", 3)),
         ]
@@ -250,7 +250,7 @@ async def test_places_go_along_when_the_number_of_keys_changes(autojump_clock: M
         await line.join(5)
         queue.set_max_concurrency(2)
         await wait_all_tasks_blocked()
-        (lane,) = overview.lanes(queue)
+        (lane,) = await overview.lanes(queue)
         assert [(t.shard, t.state) for t in lane.tickets] == [(7, "away"), (5, "waiting")]
         assert lane.rate_limit_key == 1
         await line.join(7)
@@ -271,7 +271,7 @@ async def test_who_is_held_keeps_its_place_too(autojump_clock: MockClock) -> Non
             await line.join(shard)
         await line.join(7)
         await wait_all_tasks_blocked()
-        (lane,) = overview.lanes(queue)
+        (lane,) = await overview.lanes(queue)
         assert [(t.shard, t.state) for t in lane.tickets] == [
             *((7, "held"), (21, "waiting"), (22, "waiting")),
         ]

@@ -754,7 +754,7 @@ async def test_certificates_are_checked(
     tls = ("--tls-port", str(port), "--tls-cert-file", pem, "--tls-key-file", pem)
     with redis_server(*tls, "--tls-ca-cert-file", ca, "--tls-auth-clients", "no"):
         async with opened(f"rediss://localhost:{port}", rules) as store:
-            await until(lambda: store.fault is None or "Unable" in store.fault)
+            await until(lambda: store.fault is None or "Unable" in store.fault.reason)
             assert (store.fault is None) == (name == "localhost")
 
 

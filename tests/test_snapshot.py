@@ -62,7 +62,7 @@ async def test_the_foremost_are_those_of_the_whole_line(
 ) -> None:
     async with with_waiters(60, keys=4, loop_free_starts=1) as service:
         await leave(service.queue, *range(1000, 1010))
-        whole, foremost = lanes(service.queue), lanes(service.queue, most)
+        whole, foremost = await lanes(service.queue), await lanes(service.queue, most)
         assert {ticket.state for lane in whole for ticket in lane.tickets} == {
             "waiting",
             "held",
@@ -77,25 +77,25 @@ async def test_the_foremost_are_those_of_the_whole_line(
 
 async def test_when_the_next_and_the_last_one_go(autojump_clock: MockClock) -> None:
     async with with_waiters(50, keys=3) as service:
-        seen = take(service)
-        etas = [ticket.eta for lane in lanes(service.queue) for ticket in lane.tickets]
+        seen = await take(service)
+        etas = [ticket.eta for lane in await lanes(service.queue) for ticket in lane.tickets]
         assert seen.next_release == pytest.approx(min(etas), abs=TOLERANCE)
         assert seen.last_release == pytest.approx(max(etas), abs=TOLERANCE)
         await trio.sleep(seen.last_release - WINDOW / 2)
-        assert take(service).waiting > 0
+        assert (await take(service)).waiting > 0
         await trio.sleep(WINDOW)
-        done = take(service)
+        done = await take(service)
         assert (done.waiting, done.next_release, done.last_release) == (0, math.inf, math.inf)
 
 
 async def test_the_last_one_is_not_known_to_go_today(autojump_clock: MockClock) -> None:
     async with with_waiters(10, keys=1, session_start_limit=11) as service:
-        assert take(service).last_release == math.inf
+        assert (await take(service)).last_release == math.inf
 
 
 async def test_a_snapshot_has_bounds(autojump_clock: MockClock) -> None:
     async with with_waiters(1000, keys=2 * KEYS_MAX) as service:
-        seen = take(service)
+        seen = await take(service)
         assert seen.waiting == len(service.queue) > 6 * KEYS_MAX
         assert [key.rate_limit_key for key in seen.keys] == list(range(KEYS_MAX))
         assert sum(len(lane.tickets) for lane in seen.lanes) <= 2 * TICKETS_MAX
@@ -104,12 +104,38 @@ async def test_a_snapshot_has_bounds(autojump_clock: MockClock) -> None:
 async def test_the_timeline_ends_where_it_says(autojump_clock: MockClock) -> None:
     async with with_waiters(50, keys=1) as service:
         await trio.sleep(10 * WINDOW + 1)
-        (key,) = take(service).keys
+        (key,) = (await take(service)).keys
         assert len(key.released) == 12
         assert key.released[-1] == pytest.approx(-1, abs=0.1)
         assert key.expected[0] == pytest.approx(WINDOW - 1, abs=0.1)
         assert len(key.expected) == 6
         await trio.sleep(35 * WINDOW)
-        (key,) = take(service).keys
+        (key,) = (await take(service)).keys
         assert key.released[0] == pytest.approx(-29 * WINDOW - 1, abs=0.1)
         assert len(key.released) == 30
+
+
+async def test_totals_count_keys_that_are_not_shown(autojump_clock: MockClock) -> None:
+    async with with_waiters(1000, keys=2 * KEYS_MAX) as service, trio.open_nursery() as more:
+        await trio.sleep(9 * WINDOW)  # so that no ticket waits but those below
+        for shard in range(2 * KEYS_MAX - 5, 2 * KEYS_MAX):
+            for _ in range(2):
+                more.start_soon(wait_for_turn, service.queue, shard)
+        await trio.sleep(0.1)
+        seen = await take(service)
+        more.cancel_scope.cancel()
+    assert seen.waiting == 5
+    assert seen.next_release == pytest.approx(WINDOW - 0.1, abs=TOLERANCE)
+    assert seen.last_release == pytest.approx(WINDOW - 0.1, abs=TOLERANCE)
+
+
+async def test_all_that_are_held_or_away_are_listed(autojump_clock: MockClock) -> None:
+    """Also those that stand far behind in their lanes."""
+    async with with_waiters(900, keys=2 * KEYS_MAX, loop_free_starts=1) as service:
+        await leave(service.queue, *range(1000, 1010))
+        seen = await take(service)
+        held = [ticket.shard for ticket in seen.aside if ticket.is_held]
+        away = [ticket.shard for ticket in seen.aside if not ticket.is_held]
+        assert (seen.held, seen.away) == (len(held), len(away)) == (1, 10)
+        assert {*away} == {*range(1000, 1010)}
+        assert [t.ends_in for t in seen.aside if not t.is_held] == pytest.approx([600] * 10)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import trio
@@ -22,6 +22,10 @@ USER_AGENT = f"DiscordBot ({URL}, {__version__})"
 
 REQUEST_SECONDS = 30.0
 """The longest that one request may take, however slowly an answer trickles."""
+
+
+Outcome = Literal["answered", "rejected_token", "rate_limited", "failed"]
+"""What became of a request."""
 
 
 class BadToken(Exception):
@@ -38,6 +42,10 @@ class Unavailable(Exception):
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
+
+
+class RateLimited(Unavailable):
+    """Discord was asked too often."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,12 @@ class SessionStartLimit:
 class Discord:
     """A bot's view of the API; :func:`connect` makes one."""
 
-    def __init__(self, client: httpx.AsyncClient, base_url: str) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, base_url: str, count_request: Callable[[Outcome], None]
+    ) -> None:
         self._client = client
         self._base_url = base_url
+        self._count_request = count_request
 
     async def session_start_limit(self) -> SessionStartLimit:
         """Ask for what Get Gateway Bot knows.
@@ -84,6 +95,21 @@ class Discord:
           BadToken: the token is none of a bot.
           Unavailable: there is no answer, or none that can be used.
         """
+        outcome: Outcome = "failed"
+        try:
+            limit = await self._get_session_start_limit()
+            outcome = "answered"
+        except BadToken:
+            outcome = "rejected_token"
+            raise
+        except RateLimited:
+            outcome = "rate_limited"
+            raise
+        finally:
+            self._count_request(outcome)
+        return limit
+
+    async def _get_session_start_limit(self) -> SessionStartLimit:
         try:
             with trio.fail_after(REQUEST_SECONDS):
                 response = await self._client.get(f"{self._base_url}/gateway/bot")
@@ -95,7 +121,8 @@ class Discord:
             raise BadToken
         if response.status_code != HTTPStatus.OK:
             reason = f"{response.status_code} {response.reason_phrase}".strip()
-            raise Unavailable(reason, _retry_after(response))
+            limited = response.status_code == HTTPStatus.TOO_MANY_REQUESTS
+            raise (RateLimited if limited else Unavailable)(reason, _retry_after(response))
         try:
             return SessionStartLimit.from_gateway_bot(json.loads(response.content))
         except (LookupError, TypeError, ValueError, RecursionError):
@@ -103,16 +130,19 @@ class Discord:
 
 
 @asynccontextmanager
-async def connect(token: str, base_url: str) -> AsyncIterator[Discord]:
+async def connect(
+    token: str, base_url: str, count_request: Callable[[Outcome], None]
+) -> AsyncIterator[Discord]:
     """Open a client of the API.
 
     Args:
       token: of the bot.
       base_url: of the API, with its version.
+      count_request: called after each request with its outcome.
     """
     headers = {"authorization": f"Bot {token}", "user-agent": USER_AGENT}
     async with httpx.AsyncClient(headers=headers, timeout=10.0) as client:
-        yield Discord(client, base_url)
+        yield Discord(client, base_url, count_request)
 
 
 def _whole_number(value: object) -> int:

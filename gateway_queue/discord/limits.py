@@ -8,6 +8,7 @@ import structlog
 import trio
 
 from gateway_queue.discord.api import BadToken, Discord, SessionStartLimit, Unavailable
+from gateway_queue.faults import Fault, next_fault
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
 from gateway_queue.store import IN_FLIGHT_WINDOWS, DiscordBudget
@@ -34,8 +35,9 @@ class Limits:
         self._discord = discord
         self._queue = queue
         self._settings = settings
-        self.fault: str | None = None
-        """Why what Discord says is not known, if it is not."""
+        self.fault: Fault | None = None
+        """Why Discord's figures are not known, if they are not."""
+        self._is_announced = False
 
     async def run(self) -> None:
         """Keep the queue up to date until cancelled.
@@ -48,10 +50,14 @@ class Limits:
             asked_at, discords = await self._ask_until_answered()
             limit = self._within_own_limit(discords)
             if asked_at < landed_at and self._may_be_spent(limit):
-                self.fault = "few session starts are left, and some of them may be in flight"
+                self.fault = Fault(
+                    "few session starts are left, and some of them may be in flight",
+                    asked_at,
+                    landed_at,
+                )
                 await trio.sleep_until(landed_at)
                 continue
-            log.debug("Discord's limits", **vars(limit))
+            log.debug("Discord session limits", **_in_log(limit))
             await self._adopt(limit, asked_at)
             wait = min(
                 self._settings.discord_refresh_seconds, max(NEAREST_RESET, limit.reset_after)
@@ -78,15 +84,29 @@ class Limits:
             except BadToken:
                 if self._queue.max_concurrency is None:
                     raise
-                self.fault, wait = "401 Unauthorized", delay
+                fault = self._note_failure("401 Unauthorized", retry_in=delay)
             except Unavailable as error:
-                self.fault, wait = str(error), max(delay, error.retry_after)
+                retry_in = max(delay, error.retry_after)
+                fault = self._note_failure(str(error), retry_in=retry_in)
             else:
-                self.fault = None
+                self._note_answer()
                 return asked_at, limit
-            log.warning("cannot ask Discord for its limits", reason=self.fault, retry_in=wait)
-            await trio.sleep(wait)
+            await trio.sleep_until(fault.retry_at)
             delay = min(2 * delay, LONGEST_RETRY)
+
+    def _note_failure(self, reason: str, *, retry_in: float) -> Fault:
+        """Warn once per outage, and say at debug level when Discord is asked again."""
+        warn = log.debug if self._is_announced else log.warning
+        warn("cannot ask Discord for its limits", reason=reason, retry_in=round(retry_in, 3))
+        self._is_announced = True
+        self.fault = fault = next_fault(self.fault, reason, trio.current_time(), retry_in)
+        return fault
+
+    def _note_answer(self) -> None:
+        if self._is_announced and self.fault is not None:
+            after = round(trio.current_time() - self.fault.since, 3)
+            log.info("Discord answers again", after=after)
+        self.fault, self._is_announced = None, False
 
     async def _adopt(self, limit: SessionStartLimit, asked_at: float) -> None:
         resets_at = trio.current_time() + limit.reset_after
@@ -95,7 +115,7 @@ class Limits:
         )
         if limit.max_concurrency == self._queue.max_concurrency:
             return
-        log.info("Discord session limits", **vars(limit))
+        log.info("Discord session limits", **_in_log(limit))
         own = self._settings.max_concurrency
         if own is not None and own > limit.max_concurrency:
             log.warning(
@@ -112,3 +132,13 @@ class Limits:
         return replace(
             limit, total=limit.total - held_back, remaining=max(0, limit.remaining - held_back)
         )
+
+
+def _in_log(limit: SessionStartLimit) -> dict[str, float]:
+    """Name the figures as the rest of the log does."""
+    return {
+        "total": limit.total,
+        "remaining": limit.remaining,
+        "resets_in": limit.reset_after,
+        "max_concurrency": limit.max_concurrency,
+    }

@@ -14,9 +14,13 @@ class BudgetAlarm:
 
     def __init__(self) -> None:
         self._warned_at = 0.0
+        self._was_spent = False
 
     def check(self, starts: SessionStarts) -> None:
         """Look at the figures after each change."""
+        if self._was_spent and not starts.spent:
+            log.info("session starts are left again", remaining=starts.remaining)
+        self._was_spent = starts.spent
         total = USUAL_TOTAL if starts.total is None else starts.total
         used = starts.used / total if total else 1.0
         reached = max(level for level in (0.0, 0.8, 0.9, 1.0) if used >= level)

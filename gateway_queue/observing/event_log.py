@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import structlog
+import trio
 
 from gateway_queue.observing.budget_alarm import BudgetAlarm
 from gateway_queue.queue.events import (
+    Abandoned,
     Event,
     Held,
     Identified,
@@ -19,16 +23,32 @@ from gateway_queue.queue.events import (
 log = structlog.stdlib.get_logger(__name__)
 
 
+DEPARTURES_SECONDS = 60.0
+"""Clients that left are counted in one line in this time."""
+
+
 class EventLog:
     """Writes a line for each release, and for whatever needs attention."""
 
     def __init__(self) -> None:
         self._budget_alarm = BudgetAlarm()
+        self._store_is_slow = False
+        self._departures = 0
+        self._departed = trio.Event()
+
+    async def run(self) -> NoReturn:
+        """Count the clients that leave, until cancelled."""
+        while True:
+            await self._departed.wait()
+            await trio.sleep(DEPARTURES_SECONDS)
+            log.info("clients left before their turn", count=self._departures)
+            self._departures, self._departed = 0, trio.Event()
 
     def observe(self, event: Event) -> None:
         """Take in what the queue reports."""
         match event:
             case Released():
+                self._note_fast_store()
                 log.info(
                     "released",
                     shard=event.shard,
@@ -37,8 +57,11 @@ class EventLog:
                     still_waiting=event.still_waiting,
                 )
             case Held():
-                wait = round(event.seconds, 3)
-                log.warning("held: the shard starts too often", shard=event.shard, wait=wait)
+                seconds = round(event.seconds, 3)
+                log.warning("held: the shard starts too often", shard=event.shard, held_for=seconds)
+            case Abandoned():
+                self._departures += 1
+                self._departed.set()
             case Identified():
                 seconds = round(event.seconds, 3)
                 log.debug("identified", shard=event.shard, identify_seconds=seconds)
@@ -49,6 +72,12 @@ class EventLog:
                 number = event.max_concurrency
                 log.warning("request without ?shard=, treated as shard 0", max_concurrency=number)
             case SlotTooLate():
+                self._store_is_slow = True
                 log.warning("the store is too slow to release tickets")
             case StartsChanged():
                 self._budget_alarm.check(event.starts)
+
+    def _note_fast_store(self) -> None:
+        if self._store_is_slow:
+            log.info("the store is fast enough again")
+            self._store_is_slow = False

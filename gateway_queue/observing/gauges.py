@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client.metrics_core import GaugeMetricFamily
 
+from gateway_queue.about import __version__
+from gateway_queue.observing.metrics import KEYS_MAX
 from gateway_queue.queue import Queue
 
 
-def gauges(queue: Queue) -> Iterator[GaugeMetricFamily]:
-    """Look at the lanes, not at each ticket."""
+def gauges(queue: Queue, not_ready: Callable[[], str | None]) -> Iterator[GaugeMetricFamily]:
+    """Look at the lanes, not at each ticket.
+
+    Args:
+      queue: the queue to describe.
+      not_ready: tells why no ticket can be released, if so.
+    """
+    yield _gauge("build_info", "1 for the version of the server.", 1, version=__version__)
+    yield _gauge("ready", "1 while tickets can be released, 0 otherwise.", not not_ready())
+    yield _waiting(queue)
+    lanes = queue.lanes.values()
+    yield _gauge(
+        "held",
+        "Clients of these that are held because their shards start too often.",
+        sum(len(lane.held) for lane in lanes),
+    )
+    yield _gauge(
+        "away",
+        "Places that are kept for shards whose clients have left.",
+        sum(len(lane.away) for lane in lanes),
+    )
+    yield _gauge(
+        "window_seconds",
+        "Discord's window: least time between two identifies of one rate limit key.",
+        queue.store.rules.window,
+    )
+    if queue.max_concurrency is not None:
+        yield _gauge("max_concurrency", "Number of rate limit keys.", queue.max_concurrency)
+    starts = queue.store.session_starts()
+    if starts.total is not None and starts.remaining is not None:
+        yield _gauge(
+            "session_starts_remaining", "Session starts that are left today.", starts.remaining
+        )
+        yield _gauge("session_starts_limit", "Session starts of a day.", starts.total)
+
+
+def _waiting(queue: Queue) -> GaugeMetricFamily:
     gauge = GaugeMetricFamily(
         "gateway_queue_waiting", "Clients that wait.", labels=["rate_limit_key"]
     )
-    for key, lane in sorted(queue.lanes.items()):
-        gauge.add_metric([str(key)], len(lane))
-    yield gauge
+    # Also where no client waits: a series that ends looks as if its last value stayed.
+    keys = {*range(min(queue.max_concurrency or 1, KEYS_MAX)), *queue.lanes}
+    for key in sorted(keys):
+        gauge.add_metric([str(key)], len(queue.lanes.get(key, ())))
+    return gauge
 
-    starts = queue.store.session_starts()
-    if starts.total is not None and starts.remaining is not None:
-        yield GaugeMetricFamily(
-            "gateway_queue_session_starts_remaining",
-            "Session starts that are left of the day's.",
-            value=starts.remaining,
-        )
-        yield GaugeMetricFamily(
-            "gateway_queue_session_starts_total", "Session starts of a day.", value=starts.total
-        )
+
+def _gauge(name: str, about: str, value: float, **labels: str) -> GaugeMetricFamily:
+    gauge = GaugeMetricFamily(f"gateway_queue_{name}", about, labels=list(labels))
+    gauge.add_metric(list(labels.values()), value)
+    return gauge

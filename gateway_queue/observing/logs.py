@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 from collections.abc import Callable
 
 import structlog
 from structlog.dev import ConsoleRenderer, plain_traceback
 
+from gateway_queue.observing.lines import Limiter, clean
 from gateway_queue.settings import Settings
 
 ACCEPTING = "trio.serve_listeners"
 """The logger of trio that says that no connection can be accepted, for want of descriptors."""
 
-SELDOM_SECONDS = 10.0
+ACCEPTING_SECONDS = 10.0
 """It says so ten times a second; one line in this time will do."""
 
 
@@ -28,6 +31,7 @@ def configure(settings: Settings) -> None:
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
+            Limiter(),
             *shared,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
@@ -41,7 +45,9 @@ def configure(settings: Settings) -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *_renderer(settings.log_format),
+                structlog.processors.format_exc_info,
+                clean,
+                _renderer(settings.log_format),
             ],
         )
     )
@@ -50,15 +56,17 @@ def configure(settings: Settings) -> None:
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(settings.log_level.upper())
-    logging.getLogger(ACCEPTING).filters = [_seldom(SELDOM_SECONDS)]
+    logging.getLogger(ACCEPTING).filters = [_seldom(ACCEPTING_SECONDS)]
     # It writes the stacks of what we say in a line.
     logging.getLogger("coredis").disabled = True
 
 
-def _renderer(log_format: str) -> list[structlog.typing.Processor]:
+def _renderer(log_format: str) -> structlog.typing.Processor:
     if log_format == "json":
-        return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    return [ConsoleRenderer(colors=False, exception_formatter=plain_traceback)]
+        return structlog.processors.JSONRenderer()
+    # https://no-color.org
+    colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    return ConsoleRenderer(colors=colors, exception_formatter=plain_traceback)
 
 
 def _seldom(seconds: float) -> Callable[[logging.LogRecord], bool]:

@@ -24,3 +24,7 @@ class Recent:
                 self.releases.append(event)
             case Identified() | NotConfirmed():
                 self.identifies.append(event)
+
+    def last_release(self, shard: int) -> Released | None:
+        """Return the last release of a shard, if it is remembered."""
+        return next((one for one in reversed(self.releases) if one.shard == shard), None)

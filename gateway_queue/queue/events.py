@@ -72,6 +72,13 @@ class SlotTooLate:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysChanged:
+    """The number of rate limit keys is known, or has changed."""
+
+    max_concurrency: int
+
+
+@dataclass(frozen=True, slots=True)
 class StartsChanged:
     """The day's session starts have changed."""
 
@@ -87,6 +94,7 @@ Event = (
     | Identified
     | NotConfirmed
     | SlotTooLate
+    | KeysChanged
     | StartsChanged
 )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from heapq import merge
 from itertools import chain, takewhile
 from operator import attrgetter
-from typing import Literal
+from typing import Literal, cast
 
 import trio
 from sortedcontainers import SortedDict
@@ -105,6 +105,12 @@ class Lane:
         """Go over all places, in their order."""
         aside = sorted(chain(self.held.values(), self.away.values()), key=_number)
         return merge(self.waiting.values(), aside, key=_number)
+
+    def places(self) -> list[Place]:
+        """Return all places, in their order."""
+        # Of dict, for that of SortedDict takes twice as long, even with this sort.
+        waiting = dict.values(cast("dict[int, Place]", self.waiting))
+        return sorted(chain(waiting, self.held.values(), self.away.values()), key=_number)
 
     def add(self, place: Place) -> None:
         """List a place by its state of now."""

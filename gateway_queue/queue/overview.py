@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import merge
 from itertools import islice
+from operator import attrgetter, itemgetter
 from typing import Literal
 
 import trio
 
 from gateway_queue.queue import Queue
-from gateway_queue.queue.lane import Lane, Place
+from gateway_queue.queue.lane import Lane
 from gateway_queue.store import Rules, SessionStarts
 
+ITEMS_PER_STEP = 100
+"""Lanes or tickets to describe in one step of the event loop: a quarter of a millisecond."""
 
-@dataclass
+
+@dataclass(slots=True)
 class TicketStatus:
     """A ticket, or the place of one whose client is away."""
 
@@ -51,29 +57,49 @@ class LaneStatus:
     tickets: list[TicketStatus]
 
 
-def lanes(queue: Queue, most: int | None = None) -> list[LaneStatus]:
+async def lanes(queue: Queue, most: int | None = None) -> list[LaneStatus]:
     """List the lanes that have tickets or a shard that is identifying, by key.
+
+    In steps, so that a release that is due does not wait for the whole list. A place that leaves
+    its lane meanwhile is not listed.
 
     Args:
       queue: the queue to describe.
-      most: how many tickets of a lane to list, from the front; None lists all. Those that are
-        not listed are not counted on when the day's session starts run out.
+      most: how many tickets of a lane to list, from the front; None lists all. Tickets that are
+        not listed are ignored when the day's session starts run out.
     """
     starts = queue.store.session_starts()
     if queue.max_concurrency is None or queue.store.fault is not None:
         first_slot = math.inf
     else:
         first_slot = starts.resumes_in if starts.spent else 0.0
-    statuses = [
-        _lane(lane, first_slot, queue.store.rules, most)
-        for _, lane in sorted(queue.lanes.items())
-        if lane or lane.identifying
-    ]
-    _delay_to_reset(starts, statuses, queue.store.rules.unconfirmed_window)
+    rules = queue.store.rules
+    statuses: list[LaneStatus] = []
+    steps = Steps()
+    for _, lane in sorted(queue.lanes.items()):
+        await steps.next()
+        if lane or lane.identifying:
+            statuses.append(await _lane(lane, first_slot, rules, most, steps))
+    await _delay_to_reset(starts, statuses, rules.unconfirmed_window, steps)
     return statuses
 
 
-def _lane(lane: Lane, first_slot: float, rules: Rules, most: int | None) -> LaneStatus:
+class Steps:
+    """Lets other tasks run from time to time during a long description."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    async def next(self) -> None:
+        """Count one item, and yield to the event loop after ``ITEMS_PER_STEP`` of them."""
+        self._number += 1
+        if self._number % ITEMS_PER_STEP == 0:
+            await trio.lowlevel.checkpoint()
+
+
+async def _lane(
+    lane: Lane, first_slot: float, rules: Rules, most: int | None, steps: Steps
+) -> LaneStatus:
     now = trio.current_time()
     opens_in = max(first_slot, lane.opens_at - now)
     identifying = None
@@ -81,9 +107,11 @@ def _lane(lane: Lane, first_slot: float, rules: Rules, most: int | None) -> Lane
         opens_in = max(opens_in, rules.window)  # if the confirmation comes now
         identifying = IdentifyingStatus(lane.identifying.shard, now - lane.identifying.since)
     turn = opens_in
-
-    def describe(position: int, place: Place) -> TicketStatus:
-        nonlocal turn
+    status = LaneStatus(lane.rate_limit_key, len(lane), opens_in, identifying, [])
+    for place in lane.places() if most is None else list(islice(lane, most)):
+        await steps.next()
+        if place.lane is not lane:
+            continue
         state: Literal["waiting", "away", "held"]
         if place.ticket is None:
             state, eta = "away", math.inf
@@ -92,19 +120,33 @@ def _lane(lane: Lane, first_slot: float, rules: Rules, most: int | None) -> Lane
         else:
             state, eta = "waiting", turn
             turn += rules.window if place.ticket.confirm else rules.unconfirmed_window
-        return TicketStatus(place.shard, state, position, now - place.joined_at, eta)
+        position = len(status.tickets) + 1
+        status.tickets.append(
+            TicketStatus(place.shard, state, position, now - place.joined_at, eta)
+        )
+    return status
 
-    tickets = [describe(position, place) for position, place in enumerate(islice(lane, most), 1)]
-    return LaneStatus(lane.rate_limit_key, len(lane), opens_in, identifying, tickets)
 
-
-def _delay_to_reset(starts: SessionStarts, statuses: list[LaneStatus], window: float) -> None:
-    """Let those for whom the day has no start left go on from its reset, a window apart."""
+async def _delay_to_reset(
+    starts: SessionStarts, statuses: list[LaneStatus], window: float, steps: Steps
+) -> None:
+    """Let the tickets for which the day has no start left follow its reset, a window apart."""
     if not starts.enforced or starts.remaining is None or starts.spent:
         return
-    here = ((t, lane) for lane in statuses for t in lane.tickets if t.state != "away")
-    in_order = sorted(here, key=lambda entry: entry[0].eta)
+    if sum(lane.waiting for lane in statuses) <= starts.remaining:
+        return
     late = defaultdict[int, int](int)
-    for ticket, lane in in_order[starts.remaining :]:
-        ticket.eta = max(ticket.eta, starts.resumes_in + late[lane.rate_limit_key] * window)
-        late[lane.rate_limit_key] += 1
+    in_order = merge(*map(_by_turn, statuses), key=itemgetter(0))
+    for number, (_, key, ticket) in enumerate(in_order):
+        await steps.next()
+        if number >= starts.remaining:
+            ticket.eta = max(ticket.eta, starts.resumes_in + late[key] * window)
+            late[key] += 1
+
+
+def _by_turn(lane: LaneStatus) -> Iterator[tuple[float, int, TicketStatus]]:
+    """Go over the connected tickets of a lane by their turns."""
+    held = sorted((t for t in lane.tickets if t.state == "held"), key=attrgetter("eta"))
+    waiting = (ticket for ticket in lane.tickets if ticket.state == "waiting")
+    in_order = merge(waiting, held, key=attrgetter("eta"))
+    return ((ticket.eta, lane.rate_limit_key, ticket) for ticket in in_order)

@@ -14,6 +14,7 @@ from gateway_queue.queue.events import (
     Event,
     Held,
     Identified,
+    KeysChanged,
     NotConfirmed,
     Observer,
     Released,
@@ -63,6 +64,7 @@ class Queue:
         self.max_concurrency = max_concurrency
         if max_concurrency is not None:
             store.regroup(max_concurrency)
+            self._report(KeysChanged(max_concurrency))
         self.released = 0
         self.abandoned = 0
         """Clients that left without their turn."""
@@ -111,6 +113,7 @@ class Queue:
             place.unlist()
         self.store.regroup(number)
         self.max_concurrency = number
+        self._report(KeysChanged(number))
         for place in places:
             self._list(place)
             if not was_known and place.ticket is not None:
@@ -254,12 +257,15 @@ class Queue:
             place = lane.first()
             if place is None or place.ticket is None:
                 return None
+            asked_at = trio.current_time()
             outcome = await self.store.claim(
                 lane.rate_limit_key, place.shard, place.joined_at, confirm=place.ticket.confirm
             )
             if isinstance(outcome, Refusal):
                 self._wait(lane, place, outcome)
                 return None
+            # Open earlier than expected, for example after another replica's answer from Discord.
+            lane.opens_at = min(lane.opens_at, asked_at)
             return place, outcome
         finally:
             if self._gate is not None:

@@ -41,6 +41,12 @@ def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
     return listeners
 
 
+def address(listener: socket.socket) -> str:
+    """Write where a socket listens."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _listen(family: int, address: str, port: int, backlog: int) -> socket.socket:
     # The wildcard of IPv6 stands for IPv4 too, as it does for most servers.
     listener = socket.create_server(

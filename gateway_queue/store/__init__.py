@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from gateway_queue.faults import Fault
+
 IN_FLIGHT_WINDOWS = 6
 """A released shard has identified after so many windows, or it will not any more. Until then
 Discord's figure may be without it."""
@@ -135,7 +137,7 @@ class WindowStore(Protocol):
         """What the store holds to."""
 
     @property
-    def fault(self) -> str | None:
+    def fault(self) -> Fault | None:
         """Why the store cannot be reached, if it cannot."""
 
     async def claim(

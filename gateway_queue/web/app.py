@@ -17,15 +17,17 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import MapAdapter
 
+from gateway_queue.about import __version__
 from gateway_queue.discord.api import BadToken
 from gateway_queue.queue import Queue
-from gateway_queue.service import Service
+from gateway_queue.service import Service, in_log
 from gateway_queue.settings import Settings
 from gateway_queue.web.auth import Guard
 from gateway_queue.web.dashboard.events import Events
 from gateway_queue.web.dashboard.page import Page
-from gateway_queue.web.dashboard.snapshot import Snapshot, take
+from gateway_queue.web.dashboard.snapshot import take
 from gateway_queue.web.problems import CONTENT_TYPE, problem
+from gateway_queue.web.query import BadParameter, shard_in
 from gateway_queue.web.status import status_document
 from gateway_queue.web.tickets import TicketRequest
 
@@ -50,6 +52,8 @@ class GatewayQueue(QuartTrio):
     """
 
     service: Service
+    addresses: tuple[str, ...] = ()
+    """Where the command listens; for the log."""
 
     def __init__(self, prepare: Callable[[], Settings], fail: Callable[[str], NoReturn]) -> None:
         super().__init__("gateway_queue", static_folder=None)
@@ -66,13 +70,18 @@ class GatewayQueue(QuartTrio):
         self.add_url_rule("/dashboard", view_func=self._dashboard)
         self.add_url_rule("/events", view_func=self._listen)
         self.register_error_handler(HTTPException, explain)
+        self.register_error_handler(BadParameter, explain_parameter)
         self.after_request(never_store)
 
     async def _start(self) -> None:
-        self.service = Service(self._prepare())
+        settings = self._prepare()
+        # Under Hypercorn's own command, its next line says where it listens.
+        addresses = {"addresses": self.addresses} if self.addresses else {}
+        log.info("gateway-queue starts", version=__version__, **addresses, **in_log(settings))
+        self.service = Service(settings)
         self._guard = Guard(self.service.settings.auth_token)
         self._page = Page()
-        self._events = Events(lambda: self._page.live(self._snapshot()))
+        self._events = Events(self._write_event)
         self.nursery.start_soon(self._events.run)
         await self.nursery.start(self._run_service)
 
@@ -96,21 +105,23 @@ class GatewayQueue(QuartTrio):
             return problem_response(HTTPStatus.SERVICE_UNAVAILABLE, fault)
         return {"status": "ready"}
 
-    async def _status(self) -> dict[str, Any]:
-        """Describe the queue."""
-        return status_document(self.service)
+    async def _status(self) -> Response:
+        """Describe the queue, or where one shard is."""
+        shard = shard_in(request.query_string)
+        document = await status_document(self.service, shard)
+        return Response(document, content_type="application/json")
 
     async def _show_metrics(self) -> Response:
         """Hand the metrics to Prometheus."""
         text, content_type = self.service.metrics.exposition(request.headers.get("accept", ""))
         return Response(text, content_type=content_type)
 
-    def _snapshot(self) -> Snapshot:
-        return take(self.service)
+    async def _write_event(self) -> str:
+        return await self._page.live(await take(self.service))
 
     async def _dashboard(self) -> Response:
         """Show the queue to people."""
-        response = Response(self._page.whole(self._snapshot()), mimetype="text/html")
+        response = Response(self._page.whole(await take(self.service)), mimetype="text/html")
         response.headers["Content-Security-Policy"] = self._page.security_policy
         return response
 
@@ -174,6 +185,11 @@ async def explain(error: HTTPException) -> Response:
     if isinstance(error, MethodNotAllowed) and error.valid_methods is not None:
         response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
     return response
+
+
+async def explain_parameter(error: BadParameter) -> Response:
+    """Answer a request to an endpoint with a bad parameter."""
+    return problem_response(error.status, str(error))
 
 
 def problem_response(status: HTTPStatus, detail: str) -> Response:

@@ -28,11 +28,24 @@ def asked_for(query: bytes) -> tuple[int | None, bool]:
     if b"shard" not in query and b"confirm" not in query and b"%" not in query:
         return None, False
     parameters = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-    shard = _one("shard", {_whole_number(value) for name, value in parameters if name == "shard"})
+    shard = _shard(parameters)
     confirm = _one("confirm", {_switch(value) for name, value in parameters if name == "confirm"})
     if confirm and shard is None:
         raise BadParameter("confirm=true needs shard=N: the queue has to know which shard confirms")
     return shard, bool(confirm)
+
+
+def shard_in(query: bytes) -> int | None:
+    """Read the shard that a raw query string names, if it names one.
+
+    Raises:
+      BadParameter: ``shard`` is not one whole number from 0 to ``SHARD_MAX``.
+    """
+    return _shard(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+
+
+def _shard(parameters: list[tuple[str, str]]) -> int | None:
+    return _one("shard", {shard_number(value) for name, value in parameters if name == "shard"})
 
 
 def _one(name: str, values: set[int]) -> int | None:
@@ -47,7 +60,12 @@ def _switch(text: str) -> bool:
     return text == "true"
 
 
-def _whole_number(text: str) -> int:
+def shard_number(text: str) -> int:
+    """Read a shard.
+
+    Raises:
+      BadParameter: it is not a whole number from 0 to ``SHARD_MAX``.
+    """
     # Ten digits are enough for SHARD_MAX, and int() takes far more than digits.
     if not re.fullmatch("0*[0-9]{1,10}", text, re.ASCII) or int(text) > SHARD_MAX:
         raise BadParameter(f"shard must be a whole number from 0 to {SHARD_MAX}, not {text[:50]!r}")

@@ -2,60 +2,140 @@
 
 from __future__ import annotations
 
+import json
 import math
+from datetime import UTC, datetime
 from typing import Any
 
+import trio
+
 from gateway_queue.about import __version__
-from gateway_queue.queue import Queue, overview
+from gateway_queue.faults import Fault
+from gateway_queue.queue import overview
+from gateway_queue.queue.events import Released
 from gateway_queue.service import Service
-from gateway_queue.settings import Settings
+
+TICKETS_PER_STEP = 100
+"""Tickets to write in one step of the event loop: a third of a millisecond."""
 
 
-def store_name(settings: Settings) -> str:
-    """Say where the windows are kept."""
-    return "memory" if settings.redis_url is None else "redis"
+async def status_document(service: Service, shard: int | None = None) -> bytes:
+    """Describe the queue as JSON, in steps: a release that is due does not wait for the whole.
+
+    Args:
+      service: whose queue it is.
+      shard: if given, only its tickets are listed, and more is said of it.
+    """
+    lanes = await overview.lanes(service.queue)
+    document = _summary(service)
+    if shard is not None:
+        document["shard"] = _shard(service, shard)
+        lanes = [
+            _only(lane, shard) for lane in lanes if lane.rate_limit_key == service.queue.key(shard)
+        ]
+    head = json.dumps(document).removesuffix("}")
+    written = ", ".join([await _lane(lane) for lane in lanes])
+    return f'{head}, "lanes": [{written}]}}'.encode()
 
 
-def status_document(service: Service) -> dict[str, Any]:
-    """Describe the queue and all tickets in it."""
+def _summary(service: Service) -> dict[str, Any]:
     queue, settings = service.queue, service.settings
+    reason = service.not_ready()
     return {
         "version": __version__,
+        "started_at": datetime.fromtimestamp(service.started_at, UTC).isoformat(timespec="seconds"),
+        "ready": reason is None,
+        "reason": reason,
+        "faults": {
+            "store": _fault(queue.store.fault),
+            "discord": _fault(service.limits.fault if service.limits else None),
+        },
         "window_seconds": settings.window_seconds,
         "max_concurrency": queue.max_concurrency,
-        "store": store_name(settings),
+        "store": settings.store_name,
         "waiting": len(queue),
+        "held": sum(len(lane.held) for lane in queue.lanes.values()),
+        "away": sum(len(lane.away) for lane in queue.lanes.values()),
         "released": queue.released,
         "abandoned": queue.abandoned,
-        "session_starts": _session_starts(queue),
-        "lanes": [_lane(lane) for lane in overview.lanes(queue)],
+        "starts_used": queue.store.session_starts().used,
+        "session_starts": _session_starts(service),
     }
 
 
-def _lane(lane: overview.LaneStatus) -> dict[str, Any]:
-    # Not dataclasses.asdict(), which takes four times as long: releases wait for it.
-    tickets = [_json_object(vars(ticket)) for ticket in lane.tickets]
-    identifying = None
-    if lane.identifying is not None:
-        identifying = {
-            "shard": lane.identifying.shard,
-            "for": round(lane.identifying.seconds, 3),
+def _fault(fault: Fault | None) -> dict[str, Any] | None:
+    if fault is None:
+        return None
+    now = trio.current_time()
+    return _json_object(
+        {
+            "reason": fault.reason,
+            "for": now - fault.since,
+            "retry_in": max(0.0, fault.retry_at - now),
         }
-    return _json_object({**vars(lane), "identifying": identifying, "tickets": tickets})
+    )
 
 
-def _session_starts(queue: Queue) -> dict[str, Any] | None:
-    starts = queue.store.session_starts()
+def _session_starts(service: Service) -> dict[str, Any] | None:
+    starts = service.queue.store.session_starts()
     if starts.total is None:
         return None
     return _json_object(
         {
             "total": starts.total,
             "remaining": starts.remaining,
+            "enforced": starts.enforced,
             "resets_in": starts.resets_in,
             "source": starts.source,
         }
     )
+
+
+def _shard(service: Service, shard: int) -> dict[str, Any]:
+    last = service.recent.last_release(shard)
+    return {
+        "shard": shard,
+        "rate_limit_key": service.queue.key(shard),
+        "starts": service.starts.of(shard),
+        "last_release": last and _release(last),
+    }
+
+
+def _release(release: Released) -> dict[str, Any]:
+    ago = trio.current_time() - release.at
+    return _json_object({"ago": ago, "waited": release.waited})
+
+
+def _only(lane: overview.LaneStatus, shard: int) -> overview.LaneStatus:
+    lane.tickets = [ticket for ticket in lane.tickets if (ticket.shard or 0) == shard]
+    return lane
+
+
+async def _lane(lane: overview.LaneStatus) -> str:
+    identifying = lane.identifying and {
+        "shard": lane.identifying.shard,
+        "for": round(lane.identifying.seconds, 3),
+    }
+    fields = _json_object({**vars(lane), "identifying": identifying})
+    del fields["tickets"]
+    written: list[str] = []
+    for start in range(0, len(lane.tickets), TICKETS_PER_STEP):
+        await trio.lowlevel.checkpoint()
+        part = lane.tickets[start : start + TICKETS_PER_STEP]
+        written.append(json.dumps([_ticket(ticket) for ticket in part])[1:-1])
+    head = json.dumps(fields).removesuffix("}")
+    return f'{head}, "tickets": [{", ".join(written)}]}}'
+
+
+def _ticket(ticket: overview.TicketStatus) -> dict[str, Any]:
+    # Not dataclasses.asdict(), which takes four times as long.
+    return {
+        "shard": ticket.shard,
+        "state": ticket.state,
+        "position": ticket.position,
+        "waited": round(ticket.waited, 3),
+        "eta": round(ticket.eta, 3) if math.isfinite(ticket.eta) else None,
+    }
 
 
 def _json_object(fields: dict[str, Any]) -> dict[str, Any]:

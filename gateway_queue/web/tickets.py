@@ -92,17 +92,25 @@ class TicketRequest:
             self._guard.check(self._scope["headers"])
             shard, confirm = asked_for(self._scope["query_string"])
         except RequestError as refused:
-            log.warning("refused", status=refused.status.value, detail=str(refused))
+            status, client = refused.status.value, self._client()
+            log.warning("refused", status=status, detail=str(refused), client=client)
             document = problem(refused.status, str(refused))
             headers = ((b"content-type", CONTENT_TYPE.encode()), *refused.headers)
             await self._answer(refused.status, headers, document)
         else:
-            async with self._turn(shard, confirm=confirm) as turn:
-                by = turn.answer_by
-                await self._answer(HTTPStatus.OK, JSON, GO, by=by, stays_open=confirm)
-                if confirm:
-                    turn.answered()
-                    await trio.sleep(turn.confirm_seconds)  # the client's leaving cancels it
+            came_at, is_answered = trio.current_time(), False
+            try:
+                async with self._turn(shard, confirm=confirm) as turn:
+                    by = turn.answer_by
+                    await self._answer(HTTPStatus.OK, JSON, GO, by=by, stays_open=confirm)
+                    is_answered = True
+                    if confirm:
+                        turn.answered()
+                        await trio.sleep(turn.confirm_seconds)  # the client's leaving cancels it
+            except (trio.Cancelled, NotAnswered):
+                if not is_answered:
+                    self._log_departure(shard, came_at)
+                raise
             if confirm and not self._is_http_1:
                 await self._end()
         if self._is_http_1:
@@ -110,6 +118,15 @@ class TicketRequest:
             # which can take the answer from a client that reads it only when all is sent.
             await self._receive()
             await self._end()
+
+    def _log_departure(self, shard: int | None, came_at: float) -> None:
+        waited = round(trio.current_time() - came_at, 3)
+        log.debug("client left", shard=shard, waited=waited, client=self._client())
+
+    def _client(self) -> str | None:
+        """Return the address of the client; a Unix socket has none."""
+        client = self._scope["client"]
+        return None if client is None else f"{client[0]}:{client[1]}"
 
     async def _answer(
         self,

@@ -11,7 +11,7 @@ from trio._core._run import CancelStatus
 from gateway_queue.discord.api import Discord, SessionStartLimit
 from gateway_queue.discord.limits import Limits
 from gateway_queue.observing.event_log import EventLog
-from gateway_queue.queue import Queue, overview
+from gateway_queue.queue import Queue
 from gateway_queue.service import rules_of
 from gateway_queue.settings import Settings
 from gateway_queue.store import WindowStore
@@ -157,8 +157,8 @@ class Process:
     def leftovers(self) -> list[str]:
         """List what is still in the queue, when all have left."""
         left = [f"len(queue) is {len(self.queue)}"] if len(self.queue) else []
-        lanes = overview.lanes(self.queue)
-        return [*left, *(f"the status has {lane}" for lane in lanes)]
+        lanes = [lane for lane in self.queue.lanes.values() if lane or lane.identifying]
+        return [*left, *(f"the queue has lane {lane.rate_limit_key}" for lane in lanes)]
 
     def tasks(self) -> list[str]:
         """Return the names of all its tasks."""

@@ -13,6 +13,7 @@ import structlog
 import trio
 from coredis.pool import ConnectionPool
 
+from gateway_queue.faults import Fault, next_fault
 from gateway_queue.store import (
     IN_FLIGHT_WINDOWS,
     Claim,
@@ -76,10 +77,17 @@ class RedisStore:
       prefix: the first part of every key there.
       rules: to hold each key for a lease from now, among others.
       count_error: called when the server is lost, or cannot be reached.
+      observe_round_trip: called after each answer with the seconds that it took.
     """
 
     def __init__(
-        self, url: str, prefix: str, rules: Rules, *, count_error: Callable[[], None]
+        self,
+        url: str,
+        prefix: str,
+        rules: Rules,
+        *,
+        count_error: Callable[[], None],
+        observe_round_trip: Callable[[float], None] = lambda _: None,
     ) -> None:
         limit = rules.session_start_limit
         self.rules = rules
@@ -90,11 +98,14 @@ class RedisStore:
         self._in_flight = IN_FLIGHT_WINDOWS * rules.window
         self._limit = limit
         self._count_error = count_error
+        self._observe_round_trip = observe_round_trip
         self._script_settings = script_settings(rules)
         self._replica = uuid4().hex
         self._numbers = count()
         self._max_concurrency = 1
-        self.fault: str | None = "not connected to Redis yet"
+        now = trio.current_time()
+        self.fault: Fault | None = Fault("not connected to Redis yet", now, now)
+        self._is_announced = False
         self._connection: Connection | None = None
         self._lease = longest_here(longest_there(lease))
         self._longest_lease = self._lease + longest_here(longest_there(rules.confirm_seconds))
@@ -131,9 +142,12 @@ class RedisStore:
                     reason = await self._use(pool)
             if self.fault is None:
                 delay = FIRST_RETRY
-            if self.fault != reason:
-                log.warning("Redis cannot be reached, nobody is released", reason=reason)
-            self.fault = reason
+            if self.fault is None or not self._is_announced:
+                log.warning("Redis cannot be reached, no ticket is released", reason=reason)
+                self._is_announced = True
+            elif self.fault.reason != reason:
+                log.info("Redis still cannot be reached", reason=reason)
+            self.fault = next_fault(self.fault, reason, trio.current_time(), delay)
             self._count_error()
             await trio.sleep(delay)
             delay = min(2 * delay, LONGEST_RETRY)
@@ -149,8 +163,9 @@ class RedisStore:
             await self._catch_up()
             self._trusted_at = self._when_to_trust()
             self._hold = self._lease
-            self.fault = None
-            log.info("connected to Redis")
+            after = trio.current_time() - self.fault.since if self.fault else 0.0
+            self.fault, self._is_announced = None, False
+            log.info("connected to Redis", after=round(after, 3))
             while True:
                 with trio.move_on_after(LOOK_SECONDS):
                     await connection.lost.wait()
@@ -266,8 +281,10 @@ class RedisStore:
         asked_at = trio.current_time()
         told = (self._replica, *self._seen, *self._script_settings, *arguments)
         reply = await connection.call(command, *told)
+        answered_at = trio.current_time()
+        self._observe_round_trip(answered_at - asked_at)
         answer = Answer(*reply[: len(Answer._fields)])
-        if not self._clock.agrees(answer.now, asked_at, trio.current_time()):
+        if not self._clock.agrees(answer.now, asked_at, answered_at):
             self._seen = (0, 0)
             connection.close("its clock was set")
         if self._since is None:

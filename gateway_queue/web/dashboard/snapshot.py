@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import merge
+from itertools import chain, islice
 from statistics import median
 
 import trio
 
+from gateway_queue.queue import Queue
 from gateway_queue.queue.events import Released
-from gateway_queue.queue.overview import LaneStatus, TicketStatus, lanes
+from gateway_queue.queue.overview import LaneStatus, lanes
 from gateway_queue.service import Service
 from gateway_queue.store import SessionStarts
-from gateway_queue.web.status import store_name
 
 WINDOWS_BEHIND, WINDOWS_AHEAD = 30, 6
 """How much of the past and of the future the timeline shows."""
@@ -59,6 +62,18 @@ class KeyStatus:
 
 
 @dataclass(frozen=True)
+class AsideStatus:
+    """A held ticket, or the place of a client that is away."""
+
+    rate_limit_key: int
+    shard: int | None
+    is_held: bool
+    waited: float
+    ends_in: float
+    """Seconds until the hold is over, or the place is given up."""
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The queue at one moment. Times are in seconds."""
 
@@ -83,19 +98,20 @@ class Snapshot:
     keys: list[KeyStatus]
     lanes: list[LaneStatus]
     """Those that have tickets, with the foremost ones."""
-    aside: list[tuple[int, TicketStatus]]
-    """Those of these that are held or away, with their rate limit keys."""
+    aside: list[AsideStatus]
+    """Tickets that are held or away, of all keys; those that end first."""
     latest: list[tuple[float, Released]]
     """The last releases, the newest first, and how long ago they were."""
 
 
-def take(service: Service) -> Snapshot:
-    """Look at the queue, at a cost that does not grow with the number of tickets."""
+async def take(service: Service) -> Snapshot:
+    """Look at the queue, at a cost that does not grow with the number of tickets of a key."""
     queue = service.queue
     now, window = trio.current_time(), queue.store.rules.unconfirmed_window
     number = min(queue.max_concurrency or 1, KEYS_MAX)
     most = min(max(TICKETS_MAX // number, TICKETS_OF_KEY_MIN), TICKETS_OF_KEY_MAX)
-    shown = [lane for lane in lanes(queue, most) if lane.rate_limit_key < number]
+    all_lanes = await lanes(queue, most)
+    shown = [lane for lane in all_lanes if lane.rate_limit_key < number]
     starts = queue.store.session_starts()
     recent = [one for one in service.recent.releases if one.at > now - WINDOWS_BEHIND * window]
     late = [one.lateness for one in recent]
@@ -112,17 +128,12 @@ def take(service: Service) -> Snapshot:
         released=queue.released,
         abandoned=queue.abandoned,
         starts=starts,
-        next_release=min((key.next_release for key in keys), default=math.inf),
-        last_release=_last_release(shown, starts, window),
+        next_release=min(map(_next_release, all_lanes), default=math.inf),
+        last_release=_last_release(all_lanes, starts, window),
         lateness=Lateness(median(late), max(late)) if late else None,
         keys=keys,
         lanes=shown,
-        aside=[
-            (lane.rate_limit_key, ticket)
-            for lane in shown
-            for ticket in lane.tickets
-            if ticket.state != "waiting"
-        ][:ASIDE_MAX],
+        aside=list(islice(_aside(queue, now), ASIDE_MAX)),
         latest=[(now - one.at, one) for one in recent[: -LATEST_MAX - 1 : -1]],
     )
 
@@ -141,19 +152,40 @@ def _keys(
     ]
 
 
+def _aside(queue: Queue, now: float) -> Iterator[AsideStatus]:
+    """Go over the held places, then over those that are away, by when that ends."""
+    lanes = queue.lanes.values()
+    held = merge(*(lane.held.items() for lane in lanes))
+    away = merge(*(lane.away.items() for lane in lanes))
+    for (ends_at, _), place in chain(held, away):
+        yield AsideStatus(
+            rate_limit_key=queue.key(place.shard),
+            shard=place.shard,
+            is_held=place.state == "held",
+            waited=now - place.joined_at,
+            ends_in=ends_at - now,
+        )
+
+
+def _next_release(lane: LaneStatus) -> float:
+    """Return when the next connected ticket of a lane is released, infinite if not known."""
+    turns = [ticket.eta for ticket in lane.tickets if ticket.state != "away"]
+    return min(turns, default=lane.opens_in if lane.waiting else math.inf)
+
+
 def _key(lane: LaneStatus, released: list[float], window: float) -> KeyStatus:
     turns = [ticket.eta for ticket in lane.tickets if ticket.state != "away"]
     return KeyStatus(
         rate_limit_key=lane.rate_limit_key,
         waiting=lane.waiting,
-        next_release=min(turns, default=lane.opens_in if lane.waiting else math.inf),
+        next_release=_next_release(lane),
         released=released,
         expected=[eta for eta in turns if eta < WINDOWS_AHEAD * window],
     )
 
 
 def _store(service: Service) -> Condition:
-    name, fault = store_name(service.settings), service.queue.store.fault
+    name, fault = service.settings.store_name, service.queue.store.fault
     return Condition("Store", name if fault is None else f"{name}: {fault}", good=fault is None)
 
 

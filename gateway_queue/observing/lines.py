@@ -1,0 +1,84 @@
+"""What becomes of a line before it is written: how often it may come, and what may be in it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+SELDOM_SECONDS = 10.0
+"""Lines that any client can cause come once in this time."""
+
+SELDOM = frozenset(
+    {
+        "refused",
+        "client too slow to read its answer; connection closed",
+        "connection closed after an error",
+        "request without ?shard=, treated as shard 0",
+        "the store is too slow to release tickets",
+    }
+)
+
+LONGEST_VALUE, LONGEST_TEXT = 300, 8000
+"""Characters of a value, and of a line or a traceback."""
+
+
+@dataclass
+class _Past:
+    """The former lines of one kind."""
+
+    next_at: float = -math.inf
+    unlogged: int = 0
+
+
+class Limiter:
+    """Drops lines that come too often. The next one says how many were dropped.
+
+    Args:
+      clock: tells the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._past = {event: _Past() for event in SELDOM}
+
+    def __call__(self, logger: WrappedLogger, method: str, line: EventDict) -> EventDict:  # noqa: ARG002
+        past = self._past.get(line["event"])
+        if past is None:
+            return line
+        now = self._clock()
+        if now < past.next_at:
+            past.unlogged += 1
+            raise structlog.DropEvent
+        if past.unlogged:
+            line["unlogged"] = past.unlogged
+        past.next_at, past.unlogged = now + SELDOM_SECONDS, 0
+        return line
+
+
+def clean(logger: WrappedLogger, method: str, line: EventDict) -> EventDict:  # noqa: ARG001
+    """Escape control characters, and cut what is long: clients and servers choose some values."""
+    for name, value in line.items():
+        if isinstance(value, str):
+            longest = LONGEST_TEXT if name in {"event", "exception"} else LONGEST_VALUE
+            line[name] = printable(shortened(value, longest), keep="\n" * (name == "exception"))
+    return line
+
+
+def shortened(text: str, longest: int) -> str:
+    """Leave out the middle of a long text."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]}[{len(text) - 2 * half} characters more]{text[-half:]}"
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Escape what a terminal would take for a command."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in keep else ascii(one)[1:-1] for one in text)
