@@ -64,7 +64,7 @@ class Queue:
         self.max_concurrency = max_concurrency
         if max_concurrency is not None:
             store.regroup(max_concurrency)
-            self._report(KeysChanged(max_concurrency))
+            self.report(KeysChanged(max_concurrency))
         self.released = 0
         self.abandoned = 0
         """Clients that left without their turn."""
@@ -113,7 +113,7 @@ class Queue:
             place.unlist()
         self.store.regroup(number)
         self.max_concurrency = number
-        self._report(KeysChanged(number))
+        self.report(KeysChanged(number))
         for place in places:
             self._list(place)
             if not was_known and place.ticket is not None:
