@@ -523,6 +523,15 @@ function commands.give_back(number, key, token)
   return answer(GRANTED, 0)
 end
 
+-- A replica with a ticket that will claim the key for the first time at some time.
+function commands.announce(number, key, came_at, asks_at)
+  set_head(number .. ':' .. key, tonumber(came_at), tonumber(asks_at))
+  if most_releases > 0 then
+    set_head('queue', tonumber(came_at), tonumber(asks_at))
+  end
+  return answer(GRANTED, 0)
+end
+
 function commands.withdraw(number, key)
   drop_head(number .. ':' .. key)
   drop_head('queue')

@@ -301,10 +301,10 @@ class RedisStore:
         self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
     ) -> Claim | Refusal:
         asked_at = trio.current_time()
-        if self._trusted_at == math.inf:
-            return Refusal(FIRST_RETRY, "key")
         if asked_at < self._trusted_at:
-            return Refusal(self._trusted_at - asked_at, "key")
+            await self._announce(key, came_at)
+            left = self._trusted_at - trio.current_time()
+            return Refusal(FIRST_RETRY if left == math.inf else max(0.0, left), "key")
         answer_by = asked_at + self._answer_seconds
         claim = Claim(
             key=key,
@@ -332,6 +332,13 @@ class RedisStore:
             return Refusal(LOOK_SECONDS, "key")
         wait = asked_at + answer.wait / MICROSECONDS - trio.current_time()
         return Refusal(max(0.0, wait), CONCERNS[answer.verdict])
+
+    async def _announce(self, key: int, came_at: float) -> None:
+        """Tell other replicas of a ticket here that cannot be released yet but may be older."""
+        if self._trusted_at < math.inf:
+            times = self._clock.at(came_at), self._clock.at(self._trusted_at)
+            with suppress(Unreachable):
+                await self._ask("announce", self._max_concurrency, key, *times)
 
     async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
         self._identifying.pop(claim.token, None)
