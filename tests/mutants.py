@@ -255,7 +255,7 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/store.py",
-        '            connection.close("its data is gone")',
+        '            connection.close("its data was lost")',
         "            self._since = answer.since",
         "a loss of data is overlooked",
     ),

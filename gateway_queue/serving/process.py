@@ -1,4 +1,4 @@
-"""The process: what it takes from its system before it serves."""
+"""The process: its settings, its system limits and its garbage collector."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def exit_with_usage_error(error: BadSetting) -> NoReturn:
 
 
 def prepare() -> Settings:
-    """Make this process ready to serve, whoever has started it, and read its settings."""
+    """Make this process ready to serve, in every way to start it, and read its settings."""
     settings = prepare_process()
     try:
         hypercorn.install()
@@ -67,10 +67,10 @@ def prepare_process() -> Settings:
 
 
 def exit_unable_to_serve(line: str) -> NoReturn:
-    """End the server, whoever has started it, with one line on stderr.
+    """End the server, in every way to start it, with one line on stderr.
 
-    Hypercorn has no place for an app that will not start: it goes on without the app, or prints
-    the stacks of all its tasks, and whatever became of its workers it reports success.
+    Hypercorn has no place for an app that does not start: it continues without the app, or prints
+    the stacks of all its tasks, and reports success although its workers failed.
     """
     print(line, file=sys.stderr, flush=True)
     parent = multiprocessing.parent_process()

@@ -1,4 +1,4 @@
-"""Who may ask: whoever has the token, if there is one."""
+"""Authorization: requests need the token, if there is one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Guard:
     """Checks requests for the token.
 
     Args:
-      token: what to ask for; None lets everybody in.
+      token: what requests must contain; None accepts every request.
     """
 
     def __init__(self, token: str | None) -> None:

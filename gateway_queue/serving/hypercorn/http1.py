@@ -49,7 +49,7 @@ class HTTP1(H11Protocol):
         self._unanswered: HTTPStream | None = None
 
     async def handle(self, event: Event) -> None:
-        """Start no request that came before its client left: nobody would notice the leaving."""
+        """Ignore requests that are read after their client has left."""
         self._is_closed |= isinstance(event, Closed)
         await super().handle(event)
 
@@ -72,7 +72,7 @@ class HTTP1(H11Protocol):
     async def _maybe_recycle(self) -> None:
         """Get ready for the next request, and read it if it has come during a pause.
 
-        Quart cancels whoever sends an answer as soon as it hears that all is sent, so here.
+        Quart cancels the task that has sent an answer, so this is shielded.
         """
         with trio.CancelScope(shield=True):
             await super()._maybe_recycle()

@@ -64,7 +64,7 @@ class RedisStore:
     """A :class:`~gateway_queue.store.WindowStore` for several replicas of a server.
 
     A claim is a lease: the answer has to be out soon after it was sent for, and the lease ends a
-    window later. So the next release is never early, even if nobody says when the answer was.
+    window later. So the next release is never early, even if the time of the answer is lost.
 
     A server that was restarted, or has taken over from another one, may have missed the last
     lease, and so may one that has lost data while the connection lived: the script notices, and its
@@ -119,7 +119,7 @@ class RedisStore:
         self._seen = (0, 0)
         self._hold = self._lease if rules.hold else 0.0
         self._trusted_at = math.inf
-        # Claims that nobody has used, though they may have been granted.
+        # Claims that were not used here, though the server may have granted them.
         self._doubtful: list[Claim] = []
         # The confirmed claims whose shards are identifying, by token, also those of other replicas.
         self._identifying: dict[str, Lease] = {}
@@ -290,9 +290,9 @@ class RedisStore:
         if self._since is None:
             self._since = answer.since
         if self._since != answer.since:
-            connection.close("its data is gone")
+            connection.close("its data was lost")
         since, last = self._seen
-        # Answers that came in one go may be read in another order.
+        # Answers that arrive together can be read in another order.
         self._seen = answer.since, max(answer.now, last if answer.since == since else 0)
         self._known, self._known_at = answer, asked_at
         return answer, reply[len(Answer._fields) :]
