@@ -299,8 +299,8 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/decisions.lua",
-        "  local excess = number - free_starts",
-        "  local excess = number - free_starts - 1",
+        "  local excess = used - free_starts",
+        "  local excess = used - free_starts - 1",
         "a shard has one free start too many in Redis",
     ),
     Mutant(
