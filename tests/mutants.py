@@ -98,14 +98,14 @@ MUTANTS = (
     ),
     Mutant(
         "queue/queue.py",
-        "        lane.claim_soon()\n\n    async def _claim_for_first",
+        "        lane.retry_claim()\n\n    async def _claim_for_first",
         "\n    async def _claim_for_first",
         "a key is not claimed again after a release",
     ),
     Mutant(
         "queue/queue.py",
         "            lane.opens_at = min(lane.opens_at, trio.current_time())\n"
-        "            lane.claim_soon()\n",
+        "            lane.retry_claim()\n",
         "            lane.opens_at = min(lane.opens_at, trio.current_time())\n",
         "no lane hears that a session start is free again",
     ),

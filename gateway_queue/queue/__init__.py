@@ -18,7 +18,7 @@ away      its client has left; kept for the same shard     the shard asks again:
                                                            ``place_seconds`` are over: gone
 chosen    its client is being answered                     answered: released
                                                            client leaves, or the slot came too late:
-                                                           waiting, and at once on from there
+                                                           waiting, then at once as listed anew
 released  the end: the client has its answer
 gone      the end: the place is given up
 ========  ===============================================  =========================================

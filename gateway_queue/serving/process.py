@@ -50,7 +50,7 @@ def prepare() -> Settings:
 
 
 def prepare_process() -> Settings:
-    """Do so, except for what is changed in Hypercorn and trio."""
+    """Prepare the process, without changing Hypercorn and trio."""
     try:
         settings = Settings.from_environ(os.environ)
     except BadSetting as error:
@@ -131,7 +131,7 @@ def hold_socket(name: str) -> bool:
 
 
 def hold_file(path: Path) -> bool:
-    """Do the same with a lock file, for systems without abstract sockets. The file stays."""
+    """Hold a lock file, on systems without abstract sockets. The file stays."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

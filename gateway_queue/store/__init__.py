@@ -171,10 +171,10 @@ class WindowStore(Protocol):
         """
 
     async def withdraw(self, key: int) -> None:
-        """Stop keeping other replicas behind: no ticket waits here for a key any more."""
+        """Tell other replicas that no ticket waits here for a key."""
 
     def regroup(self, max_concurrency: int) -> None:
-        """Change the number of rate limit keys. Claims of before stay good.
+        """Change the number of rate limit keys. Earlier claims remain valid.
 
         A key that shares a shard with one of before that is claimed or closed opens no sooner than
         that one.

@@ -34,7 +34,7 @@ from gateway_queue.web.tickets import TicketRequest
 log = structlog.stdlib.get_logger(__name__)
 
 PUBLIC = frozenset({"/healthz", "/readyz"})
-"""Endpoints for those who watch over the process, who have no token."""
+"""Endpoints for health checks, which need no token."""
 
 ENDPOINTS = PUBLIC | {"/status", "/metrics", "/dashboard", "/events"}
 
@@ -90,8 +90,7 @@ class GatewayQueue(QuartTrio):
             await self.service.run(task_status=task_status)
         except* BadToken:
             self._fail(
-                "DISCORD_TOKEN: got one that Discord refuses (401 Unauthorized), "
-                "takes the token of a bot"
+                "Discord rejected DISCORD_TOKEN (401 Unauthorized); set it to the token of a bot"
             )
 
     @property

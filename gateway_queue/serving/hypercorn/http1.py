@@ -22,8 +22,8 @@ class _Paused(Exception):
     """Nothing more can be parsed before the current request is answered."""
 
 
-class _LeaveLoop:
-    """Stands in for the event on which Hypercorn waits, deaf to its client, while h11 pauses."""
+class _PauseSignal:
+    """Stands in for the event on which Hypercorn waits, without reading, while h11 pauses."""
 
     async def clear(self) -> None:
         pass
@@ -39,10 +39,10 @@ class _LeaveLoop:
 
 
 class HTTP1(H11Protocol):
-    """HTTP/1 that hears its client at any time, knows no WebSockets and never answers a 5xx."""
+    """HTTP/1 that notices a disconnect at any time, knows no WebSockets and never answers a 5xx."""
 
     async def initiate(self) -> None:
-        self.can_read = _LeaveLoop()
+        self.can_read = _PauseSignal()
         self._paused = False
         self._is_closed = False
         self._unsent = b""

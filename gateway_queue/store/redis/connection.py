@@ -63,7 +63,7 @@ class Connection:
         self._keys = [f"{prefix}:{key}" for key in KEYS]
 
     async def open(self) -> None:
-        """Connect, and teach the server how to decide.
+        """Connect, and load the script into Redis.
 
         Raises:
           Unreachable: there is no such server, or it refuses.
@@ -78,7 +78,7 @@ class Connection:
         self._script = await self._request(b"SCRIPT LOAD", SCRIPT.read_bytes())
 
     async def call(self, command: str, *arguments: RedisValueT) -> Any:
-        """Let the server decide.
+        """Run a command of the script.
 
         Raises:
           Unreachable: there is no answer, and to nothing else will there be one.

@@ -36,8 +36,8 @@ from gateway_queue.store.redis.connection import CALL_SECONDS, Connection, Unrea
 from gateway_queue.store.redis.script import (
     CONCERNS,
     GRANTED,
-    Answer,
     Lease,
+    ScriptReply,
     answer_seconds,
     lease_seconds,
     leases_in,
@@ -126,7 +126,7 @@ class RedisStore:
         self._starts = KnownStarts(self._replica, limit)
         self._looked_at = 0
         self._discord_budget: DiscordBudget | None = None
-        self._known = Answer(0, 0, 0, 0, 0, limit or -1, microseconds(DAY), 0)
+        self._known = ScriptReply(0, 0, 0, 0, 0, limit or -1, microseconds(DAY), 0)
         self._known_at = trio.current_time()
 
     async def run(self) -> NoReturn:
@@ -266,8 +266,8 @@ class RedisStore:
             if asked_at > claim.answer_by + CALL_SECONDS:
                 self._doubtful.remove(claim)
 
-    async def _ask(self, command: str, *arguments: str | int) -> tuple[Answer, list[bytes]]:
-        """Let the server decide.
+    async def _ask(self, command: str, *arguments: str | int) -> tuple[ScriptReply, list[bytes]]:
+        """Run a command of the script in Redis.
 
         Returns:
           Its answer, and what follows it.
@@ -283,7 +283,7 @@ class RedisStore:
         reply = await connection.call(command, *told)
         answered_at = trio.current_time()
         self._observe_round_trip(answered_at - asked_at)
-        answer = Answer(*reply[: len(Answer._fields)])
+        answer = ScriptReply(*reply[: len(ScriptReply._fields)])
         if not self._clock.agrees(answer.now, asked_at, answered_at):
             self._seen = (0, 0)
             connection.close("its clock was set")
@@ -295,7 +295,7 @@ class RedisStore:
         # Answers that arrive together can be read in another order.
         self._seen = answer.since, max(answer.now, last if answer.since == since else 0)
         self._known, self._known_at = answer, asked_at
-        return answer, reply[len(Answer._fields) :]
+        return answer, reply[len(ScriptReply._fields) :]
 
     async def claim(
         self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
