@@ -328,9 +328,9 @@ class Queue:
             finally:
                 lane.identifying = None
             if confirmed:
-                self.report(Identified(claim.shard, at - answer.at))
+                self.report(Identified(claim.shard, at, at - answer.at))
             else:
-                self.report(NotConfirmed(claim.shard, self._confirm_seconds))
+                self.report(NotConfirmed(claim.shard, at, self._confirm_seconds))
         with trio.CancelScope(shield=True):
             await self.store.start_window(claim, at, confirmed=confirmed)
         self.report(StartsChanged(self.store.session_starts()))
