@@ -328,9 +328,9 @@ class Queue:
             finally:
                 lane.identifying = None
             if confirmed:
-                self.report(Identified(claim.shard, at - answer.at))
+                self.report(Identified(claim.shard, at, at - answer.at))
             else:
-                self.report(NotConfirmed(claim.shard, self._confirm_seconds))
+                self.report(NotConfirmed(claim.shard, at, self._confirm_seconds))
         # If the queue closes before, the lease of the claim keeps the key closed.
         with trio.CancelScope(shield=True):
             await self.store.start_window(claim, at, confirmed=confirmed)
@@ -338,6 +338,7 @@ class Queue:
 
     def _report_release(self, lane: Lane, place: Place, answer: Answered) -> None:
         due = max(lane.opens_at, answer.ticket.connected_at, place.held_until)
+        due = min(due, answer.at)  # a store may open a key earlier than it said
         self.report(
             Released(
                 shard=place.shard,

@@ -24,7 +24,7 @@ from gateway_queue.service import Service, in_log
 from gateway_queue.settings import Settings
 from gateway_queue.web.auth import Guard
 from gateway_queue.web.dashboard.events import Events
-from gateway_queue.web.dashboard.page import Page
+from gateway_queue.web.dashboard.page import Page, icon
 from gateway_queue.web.dashboard.snapshot import take
 from gateway_queue.web.problems import CONTENT_TYPE, problem
 from gateway_queue.web.query import BadParameter, shard_in
@@ -36,7 +36,7 @@ log = structlog.stdlib.get_logger(__name__)
 PUBLIC = frozenset({"/healthz", "/readyz"})
 """Endpoints for health checks, which need no token."""
 
-ENDPOINTS = PUBLIC | {"/status", "/metrics", "/dashboard", "/events"}
+ENDPOINTS = PUBLIC | {"/status", "/metrics", "/dashboard", "/events", "/favicon.ico"}
 
 LISTENING_SECONDS = 3600
 """How long a page gets events until it has to ask anew. So one that is there only in name, as
@@ -69,6 +69,7 @@ class GatewayQueue(QuartTrio):
         self.add_url_rule("/metrics", view_func=self._show_metrics)
         self.add_url_rule("/dashboard", view_func=self._dashboard)
         self.add_url_rule("/events", view_func=self._listen)
+        self.add_url_rule("/favicon.ico", view_func=favicon)
         self.register_error_handler(HTTPException, explain)
         self.register_error_handler(BadParameter, explain_parameter)
         self.after_request(never_store)
@@ -126,8 +127,12 @@ class GatewayQueue(QuartTrio):
 
     async def _listen(self) -> Response:
         """Keep a page up to date."""
-        events = b"" if request.method == "HEAD" else self._events.listen()
+        gzip = request.accept_encodings["gzip"] > 0
+        events = b"" if request.method == "HEAD" else self._events.listen(gzip=gzip)
         response = Response(events, mimetype="text/event-stream")
+        response.headers["Vary"] = "Accept-Encoding"
+        if gzip:
+            response.headers["Content-Encoding"] = "gzip"
         response.timeout = LISTENING_SECONDS
         return response
 
@@ -169,6 +174,13 @@ class GatewayQueue(QuartTrio):
 async def healthz() -> dict[str, str]:
     """Say that the process serves."""
     return {"status": "ok"}
+
+
+async def favicon() -> Response:
+    """Answer browsers, which ask for this by themselves."""
+    response = Response(icon(), mimetype="image/svg+xml")
+    response.headers["Cache-Control"] = "max-age=86400"
+    return response
 
 
 async def never_store(response: ResponseTypes) -> ResponseTypes:

@@ -44,7 +44,10 @@ class Guard:
             return
         credentials = [value for name, value in headers if name == b"authorization"]
         if len(credentials) != 1:
-            raise Unauthorized("this queue asks for a token: Authorization: Bearer TOKEN")
+            raise Unauthorized(
+                "this queue needs a token: send Authorization: Bearer TOKEN, "
+                "or Basic with the token as the password"
+            )
         if not hmac.compare_digest(_token_in(credentials[0]), self._token):
             raise Unauthorized("the token is wrong")
 

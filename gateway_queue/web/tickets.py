@@ -24,7 +24,7 @@ from hypercorn.typing import (
 
 from gateway_queue.queue.ticket import NotAnswered, Turn
 from gateway_queue.web.auth import Guard
-from gateway_queue.web.problems import CONTENT_TYPE, RequestError, problem
+from gateway_queue.web.problems import CONTENT_TYPE, RequestError, page, problem
 from gateway_queue.web.query import asked_for
 
 log = structlog.stdlib.get_logger(__name__)
@@ -85,8 +85,8 @@ class TicketRequest:
     async def _refuse(self, refused: RequestError) -> None:
         status, client = refused.status.value, self._client()
         log.warning("refused", status=status, detail=str(refused), client=client)
-        document = problem(refused.status, str(refused))
-        headers = ((b"content-type", CONTENT_TYPE.encode()), *refused.headers)
+        content_type, document = self._explain(refused)
+        headers = ((b"content-type", content_type.encode()), *refused.headers)
         with suppress(NotAnswered, trio.TooSlowError):
             await self._answer(refused.status, headers, document)
             await self._end_http_1()
@@ -129,6 +129,13 @@ class TicketRequest:
         if self._is_http_1:
             await self._receive()
             await self._end()
+
+    def _explain(self, refused: RequestError) -> tuple[str, bytes]:
+        """Write an error for a program, or for a person if a browser asks."""
+        accepted = (value for name, value in self._scope["headers"] if name == b"accept")
+        if any(b"text/html" in value for value in accepted):
+            return "text/html; charset=utf-8", page(refused.status, str(refused))
+        return CONTENT_TYPE, problem(refused.status, str(refused))
 
     def _log_departure(self, shard: int | None, came_at: float) -> None:
         waited = round(trio.current_time() - came_at, 3)
