@@ -44,8 +44,8 @@ used                            needed for                       without it; not
 ==============================  ===============================  =================================
 
 Beside Hypercorn: :mod:`gateway_queue.serving.event_loop` replaces the private ``_epoll`` of trio's
-event loop (optional, ``test_event_loop``), and :mod:`gateway_queue.serving.process` reads ``_target`` of
-``multiprocessing.Process`` (``test_command``).
+event loop (optional, ``test_event_loop``), and :mod:`gateway_queue.serving.process` reads
+``_target`` of ``multiprocessing.Process`` (``test_command``).
 """
 
 from __future__ import annotations
