@@ -219,12 +219,6 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/store.py",
-        "            if lease.token not in self._identifying:",
-        "            if True:",
-        "claims of identifying shards are not restored after a loss of data",
-    ),
-    Mutant(
-        "store/redis/store.py",
         "lease = self._confirm_lease if confirm else self._claim_lease",
         "lease = self._claim_lease",
         "the claim of a confirmed ticket ends before its shard has identified",
