@@ -17,7 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules
 from gateway_queue.store.memory import MemoryStore
-from gateway_queue.store.redis import RedisStore, connection
+from gateway_queue.store.redis import Link, RedisStore, connection
 from gateway_queue.store.redis.clock import DRIFT, ServerClock
 from gateway_queue.store.redis.store import LOOK_SECONDS, RESTORE_SECONDS
 from tests.harness import PATIENCE, free_port
@@ -47,8 +47,10 @@ async def opened(
 ) -> AsyncIterator[RedisStore]:
     """Run a store, as one replica has it, until the end of the context."""
     count_error = (lambda: None) if errors is None else (lambda: errors.append(None))
-    store = RedisStore(url, "test", rules, count_error=count_error)
+    link = Link(url, count_error=count_error)
+    store = RedisStore(link, "test", rules)
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
         nursery.start_soon(store.run)
         yield store
         nursery.cancel_scope.cancel()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class NotAnswered(Exception):
-    """A client has left before the first byte of its answer."""
+    """A client has left, or is let go, before the first byte of its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +66,25 @@ class Ticket:
         self._send, self._receive = trio.open_memory_channel[Slot](1)
 
     async def slot(self) -> Slot:
-        """Wait for the slot."""
-        return await self._receive.receive()
+        """Wait for the slot.
+
+        Raises:
+          NotAnswered: there will be none.
+        """
+        try:
+            return await self._receive.receive()
+        except trio.EndOfChannel:
+            raise NotAnswered from None
 
     def offer(self, slot: Slot) -> None:
         """Send the slot to the client."""
         self._send.send_nowait(slot)
 
+    def dismiss(self) -> None:
+        """Let the client go without an answer."""
+        self._send.close()
+
     def refuse_unread_slot(self) -> None:
         """Close a slot that came in the moment in which the client left."""
-        with suppress(trio.WouldBlock):
+        with suppress(trio.WouldBlock, trio.EndOfChannel):
             self._receive.receive_nowait().outcome.close()

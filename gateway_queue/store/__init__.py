@@ -173,6 +173,13 @@ class WindowStore(Protocol):
     async def withdraw(self, key: int) -> None:
         """Make way for the other replicas: nobody waits here any more for a key."""
 
+    def change_rules(self, rules: Rules) -> None:
+        """Hold to other rules from now on.
+
+        What is known of earlier releases stays, and no key opens for one window of the new rules.
+        Claims of before stay good.
+        """
+
     def regroup(self, max_concurrency: int) -> None:
         """Change the number of rate limit keys. Claims of before stay good.
 
