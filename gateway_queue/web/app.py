@@ -30,6 +30,7 @@ from gateway_queue.web.dashboard.snapshot import take
 from gateway_queue.web.problems import CONTENT_TYPE, problem
 from gateway_queue.web.query import BadParameter, shard_in
 from gateway_queue.web.status import status_document
+from gateway_queue.web.summary import BotSummary, summaries
 from gateway_queue.web.tickets import TicketRequest, Turns
 
 log = structlog.stdlib.get_logger(__name__)
@@ -102,6 +103,12 @@ class GatewayQueue(QuartTrio):
     def _asked_for(self) -> Service:
         return self._access.service(cast("HTTPScope", request.scope))
 
+    async def _list_beside(self, service: Service) -> list[BotSummary]:
+        """Describe all bots, if there are several, beside the default one."""
+        if not self.bots.are_several or service is not self.bots.default:
+            return []
+        return await summaries(self.bots.services())
+
     async def _readyz(self) -> Response | dict[str, str]:
         """Say whether tickets can be released."""
         if fault := self.bots.default.not_ready():
@@ -111,7 +118,7 @@ class GatewayQueue(QuartTrio):
     async def _status(self) -> Response:
         """Describe the queue, or where one shard is."""
         service, shard = self._asked_for(), shard_in(request.query_string)
-        document = await status_document(service, shard)
+        document = await status_document(service, shard, await self._list_beside(service))
         return Response(document, content_type="application/json")
 
     async def _show_metrics(self) -> Response:
@@ -122,11 +129,14 @@ class GatewayQueue(QuartTrio):
     async def _write_event(self, service: Service) -> str | None:
         if service not in self.bots.services().values():
             return None  # its bot is gone
-        return await self._page.live(await take(service))
+        bots = await self._list_beside(service)
+        return await self._page.live(await take(service), service.labels, bots)
 
     async def _dashboard(self) -> Response:
         """Show the queue to people."""
-        page = self._page.whole(await take(self._asked_for()))
+        service = self._asked_for()
+        bots = await self._list_beside(service)
+        page = self._page.whole(await take(service), service.labels, bots)
         response = Response(page, mimetype="text/html")
         response.headers["Content-Security-Policy"] = self._page.security_policy
         return response

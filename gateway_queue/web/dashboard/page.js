@@ -116,7 +116,7 @@ function say(text, good) {
 
 /** Listen, and begin anew when that has come to its end. */
 function listen() {
-  const events = new EventSource("/events");
+  const events = new EventSource(`/events${location.search}`);
   let heardAt = performance.now();
   events.onmessage = ({ data }) => {
     heardAt = performance.now();

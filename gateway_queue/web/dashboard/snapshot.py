@@ -15,7 +15,7 @@ import trio
 
 from gateway_queue.queue import Queue
 from gateway_queue.queue.events import Released
-from gateway_queue.queue.overview import LaneStatus, lanes
+from gateway_queue.queue.overview import LaneStatus, lanes, next_release
 from gateway_queue.service import Service
 from gateway_queue.store import SessionStarts
 
@@ -128,7 +128,7 @@ async def take(service: Service) -> Snapshot:
         released=queue.released,
         abandoned=queue.abandoned,
         starts=starts,
-        next_release=min(map(_next_release, all_lanes), default=math.inf),
+        next_release=min(map(next_release, all_lanes), default=math.inf),
         last_release=_last_release(all_lanes, starts, window),
         lateness=Lateness(median(late), max(late)) if late else None,
         keys=keys,
@@ -167,18 +167,12 @@ def _aside(queue: Queue, now: float) -> Iterator[AsideStatus]:
         )
 
 
-def _next_release(lane: LaneStatus) -> float:
-    """Return when the next connected ticket of a lane is released, infinite if not known."""
-    turns = [ticket.eta for ticket in lane.tickets if ticket.state != "away"]
-    return min(turns, default=lane.opens_in if lane.waiting else math.inf)
-
-
 def _key(lane: LaneStatus, released: list[float], window: float) -> KeyStatus:
     turns = [ticket.eta for ticket in lane.tickets if ticket.state != "away"]
     return KeyStatus(
         rate_limit_key=lane.rate_limit_key,
         waiting=lane.waiting,
-        next_release=_next_release(lane),
+        next_release=next_release(lane),
         released=released,
         expected=[eta for eta in turns if eta < WINDOWS_AHEAD * window],
     )
