@@ -65,9 +65,10 @@ class Limits:
             log.debug("Discord session limits", **_in_log(limit))
             await self._adopt(limit, asked_at)
             wait = min(self._refresh, max(NEAREST_RESET, limit.reset_after))
-            self._refresh = self._settings.discord_refresh_seconds
             if asked_at < landed_at:  # the figure may be without starts that are in flight
                 wait = min(wait, max(0.0, landed_at - trio.current_time()))
+            else:
+                self._refresh = self._settings.discord_refresh_seconds
             await trio.sleep(wait)
 
     def _may_be_spent(self, limit: SessionStartLimit) -> bool:
