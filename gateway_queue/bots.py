@@ -71,6 +71,7 @@ class Bots:
             try:
                 self._links = self._open_links()
                 self.default = self._service(DEFAULT_BOT, self._settings, self._refuse_token)
+                self.default.metrics.expect_discord_requests()  # in every server, as others read it
                 await self._nursery.start(self.default.run)
                 for name, settings in wanted.items():
                     await self._add(name, settings)

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import NoReturn
 from uuid import uuid4
+from zlib import crc32
 
 import structlog
 import trio
@@ -79,6 +80,8 @@ class RedisStore:
         self._link = link
         self._prefix = prefix
         self._set_rules(rules)
+        # The stores of many bots look at different times of a second.
+        self._first_look = LOOK_SECONDS * (1 - crc32(prefix.encode()) / 2**32)
         self._replica = uuid4().hex
         self._numbers = count()
         self._max_concurrency = 1
@@ -135,9 +138,11 @@ class RedisStore:
             self._hold = self._lease
             self._fault = None
             self._link.confirm(connection)
+            look_in = self._first_look
             while True:
-                with trio.move_on_after(LOOK_SECONDS):
+                with trio.move_on_after(look_in):
                     await connection.lost.wait()
+                look_in = LOOK_SECONDS
                 async with self._link.housekeeping:
                     await self._look()
                     await self._settle_doubtful()
