@@ -61,7 +61,7 @@ class Mutant:
 
     @property
     def is_of_http(self) -> bool:
-        return self.file.startswith("web/")
+        return self.file.startswith(("web/", "serving/"))
 
     def apply(self, package: Path) -> bool:
         """Write it into a copy of the package, and tell whether its place was found."""
@@ -79,9 +79,9 @@ MUTANTS = (
         "a client that has left stands in its lane for ever",
     ),
     Mutant(
-        "queue/queue.py",
-        "ticket.refuse_unread_slot()",
-        "pass",
+        "queue/ticket.py",
+        "self._receive.receive_nowait().outcome.close()",
+        "self._receive.receive_nowait()",
         "the slot of a client that leaves as it is chosen is lost",
     ),
     Mutant(
@@ -219,8 +219,8 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/store.py",
-        "        for claim, until in tuple(self._identifying.items()):",
-        "        for claim, until in ():",
+        "            if lease.token not in self._identifying:",
+        "            if True:",
         "claims of identifying shards are not restored after a loss of data",
     ),
     Mutant(

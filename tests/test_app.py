@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import pytest
@@ -13,7 +14,6 @@ from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, HTTPScope
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.queue import Queue
-from gateway_queue.queue.ticket import Turn
 from gateway_queue.settings import Settings
 from gateway_queue.web.app import GatewayQueue
 from gateway_queue.web.tickets import ANSWER_SECONDS, TicketRequest
@@ -92,12 +92,23 @@ class Wire:
         self.sent.append(event)
 
 
+@dataclass
+class FakeTurn:
+    """A turn without a queue."""
+
+    answer_by: float = math.inf
+    confirm_seconds: float = 15.0
+
+    def answered(self) -> None:
+        pass
+
+
 @asynccontextmanager
-async def failing_turn(_: int | None, *, confirm: bool) -> AsyncIterator[Turn]:
+async def failing_turn(_: int | None, *, confirm: bool) -> AsyncIterator[FakeTurn]:
     """Fail at first, and later be a turn like any."""
     if trio.current_time() == 0:
         raise RuntimeError("the queue's own fault")
-    yield Turn(math.inf, 15.0, lambda: None)
+    yield FakeTurn()
 
 
 async def never_sent(_: ASGISendEvent) -> NoReturn:
@@ -161,8 +172,8 @@ async def test_nobody_is_answered_when_the_slot_is_not_good_any_more(
     wire, sent_at = Wire(), list[float]()
 
     @asynccontextmanager
-    async def turn(_: int | None, *, confirm: bool) -> AsyncIterator[Turn]:
-        yield Turn(trio.current_time() + left, 15.0, lambda: None)
+    async def turn(_: int | None, *, confirm: bool) -> AsyncIterator[FakeTurn]:
+        yield FakeTurn(answer_by=trio.current_time() + left)
 
     async def slow_send(event: ASGISendEvent) -> None:
         await trio.sleep(0.5)

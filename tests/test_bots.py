@@ -165,7 +165,7 @@ def test_the_status_of_the_default_bot_lists_all(tmp_path: Path) -> None:
         assert own["bot"] == "busy"
         assert "bots" not in own
         page = bots.server.get("/dashboard").body.decode()
-        assert '<a href="/dashboard?bot=busy">busy</a>' in page
+        assert '<a href="dashboard?bot=busy">busy</a>' in page
         assert "8 of 9" in page
         page = bots.server.get("/dashboard?bot=busy").body.decode()
         assert "Gateway queue: busy" in page

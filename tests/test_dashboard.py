@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -101,7 +102,7 @@ def test_a_release_appears_and_the_count_falls(browser: Browser) -> None:
     with serving(WINDOW_SECONDS=1, MAX_CONCURRENCY=2, SESSION_START_LIMIT=10) as server:
         with opened(browser, server) as watched:
             page = watched.page
-            expect(page.locator(".headline")).to_contain_text("Nobody waits")
+            expect(page.locator(".headline")).to_contain_text("No shard waits")
             for shard in (10, 11, 12, 14):
                 server.ask(shard)
             for left in ("2", "1", "0"):
@@ -173,7 +174,7 @@ def test_it_reconnects_after_a_restart(browser: Browser, meanwhile: str) -> None
         expect(connection).to_have_text("Live")
         first.signal(signal.SIGTERM)
         first.wait()
-        expect(connection).to_have_text("Connection lost, trying again")
+        expect(connection).to_contain_text("Connection lost, last seen")
         if meanwhile == "a refusal":
             with serving(PORT=first.port, AUTH_TOKEN="secret") as refusing:
                 eventually(lambda: any("status=401" in line for line in refusing.lines))
@@ -206,7 +207,7 @@ def test_it_fits_on_a_phone(browser: Browser, busy: Server) -> None:
 def test_focus_and_what_is_opened_stay(browser: Browser, busy: Server) -> None:
     with opened(browser, busy) as watched:
         page = watched.page
-        for _ in range(3):
+        for _ in range(4):  # past the search box
             page.keyboard.press("Tab")
         page.keyboard.press("Enter")
         focused = page.locator("details:has(summary:focus)")
@@ -269,3 +270,168 @@ def test_a_reason_is_text_whatever_it_holds(browser: Browser) -> None:
                 expect(watched.page.locator(".headline")).to_contain_text(reason)
                 expect(watched.page.locator(".conditions .bad")).to_contain_text("Discord")
                 expect(watched.page.locator("#lane-0")).to_contain_text("All")
+
+
+def test_without_a_server_it_is_dimmed_and_its_clock_stops(browser: Browser) -> None:
+    with serving(WINDOW_SECONDS=3000) as server:
+        server.ask(1)
+        eventually(lambda: server.status()["waiting"] == 1)
+        with opened(browser, server) as watched:
+            page = watched.page
+            watched.wait_for_events(1)
+            good = page.locator("#icon").get_attribute("href")
+            expect(page.locator("body")).not_to_have_class("lost")
+            server.signal(signal.SIGSTOP)
+            expect(page.locator("body")).to_have_class("lost")
+            expect(page.locator("main")).to_have_css("opacity", "0.45")
+            expect(page).to_have_title("⚠ (1) Gateway queue")
+            assert page.locator("#icon").get_attribute("href") != good
+            before = seconds_shown(page)
+            expect(page.locator("#connection")).to_contain_text("last seen 7 s ago")
+            assert seconds_shown(page) == before
+            server.signal(signal.SIGCONT)
+            expect(page.locator("body")).not_to_have_class("lost")
+            expect(page).to_have_title("(1) Gateway queue")
+            expect(page.locator("#icon")).to_have_attribute("href", good or "")
+
+
+def test_trouble_shows_in_the_title(browser: Browser) -> None:
+    with serving(HOLD_ON_START="false", SESSION_START_LIMIT=1) as server:
+        server.ask(1).answer()
+        with opened(browser, server) as watched:
+            expect(watched.page).to_have_title("⚠ Gateway queue")
+            expect(watched.page.locator(".headline")).to_contain_text("no session start is left")
+
+
+def listeners(server: Server) -> int:
+    """Count the streams of events."""
+    found = psutil.Process(server.process.pid).net_connections("tcp")
+    return sum(one.status == psutil.CONN_ESTABLISHED for one in found)
+
+
+def test_all_tabs_share_one_stream(browser: Browser) -> None:
+    """Browsers open six connections to a server; the seventh tab would hang."""
+    with serving(WINDOW_SECONDS=3000) as server, browser.new_context() as context:
+        requests: list[str] = []
+        context.on("request", lambda request: requests.append(request.url))
+        pages = [context.new_page() for _ in range(8)]
+        for page in pages:
+            page.goto(f"http://127.0.0.1:{server.port}/dashboard")
+            expect(page.locator("#connection")).to_have_text("Live")
+        assert sum(url.endswith("/events") for url in requests) == 1
+        server.ask(1)
+        for page in pages:
+            expect(figure(page, "Waiting")).to_have_text("1")
+        pages[0].close()  # the next one listens
+        for page in pages[1:]:
+            now = page.locator("#live").get_attribute("data-now")
+            expect(page.locator("#live")).not_to_have_attribute("data-now", now or "")
+        assert sum(url.endswith("/events") for url in requests) == 2
+
+
+HIDE = """hidden => {
+    Object.defineProperty(document, "hidden", { configurable: true, get: () => hidden });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+def test_a_hidden_tab_gets_no_events(browser: Browser) -> None:
+    with serving() as server, opened(browser, server) as watched:
+        page = watched.page
+        expect(page.locator("#connection")).to_have_text("Live")
+        page.evaluate(HIDE, True)
+        eventually(lambda: listeners(server) == 0)
+        page.evaluate(HIDE, False)
+        watched.wait_for_events(1)
+        expect(page.locator("#connection")).to_have_text("Live")
+        expect(page.locator("body")).not_to_have_class("lost")
+
+
+def test_a_shard_is_found(browser: Browser, busy: Server) -> None:
+    with opened(browser, busy) as watched:
+        page, found = watched.page, watched.page.locator("#found")
+        expect(found).to_be_hidden()
+        page.get_by_label("Find a shard").fill("117")
+        expect(found).to_contain_text("Shard 117 (key 5) waits at place 8 of 13; waited ")
+        page.get_by_label("Find a shard").fill("3000")
+        expect(found).to_contain_text("Shard 3000 (key 8) is not in the queue")
+        page.get_by_label("Find a shard").fill("x")
+        expect(found).to_contain_text("shard must be a whole number")
+        page.get_by_label("Find a shard").fill("")
+        expect(found).to_be_hidden()
+        watched.requests = [url for url in watched.requests if "/status?" not in url]
+        watched.complaints = [one for one in watched.complaints if "400" not in one]
+
+
+def test_an_empty_queue_teaches(browser: Browser) -> None:
+    with serving() as server, opened(browser, server) as watched:
+        steps = watched.page.locator("#first-steps")
+        expect(steps).to_contain_text(f'curl "http://127.0.0.1:{server.port}/?shard=0"')
+        assert steps.get_by_role("link", name="status").get_attribute("href") == "status"
+        server.ask(0)
+        expect(steps).to_have_count(0)
+
+
+def test_who_identifies_and_who_does_not_confirm(browser: Browser) -> None:
+    variables = {"HOLD_ON_START": "false", "MAX_CONCURRENCY": 2, "CONFIRM_SECONDS": 1}
+    with serving(**variables, LOOP_FREE_STARTS=0, WINDOW_SECONDS=0.05) as server:
+        for shard in (4, 4, 4, 7):
+            server.ask(shard).answer()
+        server.connect(b"GET /?shard=11&confirm=true HTTP/1.1\r\nHost: q\r\n\r\n")
+        with opened(browser, server) as watched:
+            card = watched.page.locator("#identifies")
+            expect(card).to_contain_text("not confirmed shard 11, at ")
+            (most,) = watched.page.locator("#frequent tbody tr").all_inner_texts()
+            assert most.split() == ["Shard", "4", "3"]
+
+
+def test_with_no_keys_it_shows_no_windows(browser: Browser) -> None:
+    with serving(MAX_CONCURRENCY=0) as server:
+        server.ask(1).answer()
+        with opened(browser, server) as watched:
+            expect(watched.page.locator(".headline")).to_contain_text("released at once")
+            expect(figure(watched.page, "Released")).to_have_text("1")
+            expect(watched.page.locator(".card")).to_have_count(1)  # the hidden answer of a search
+
+
+def test_a_proxy_may_give_it_a_prefix(browser: Browser) -> None:
+    with serving() as server, browser.new_context() as context:
+        page = context.new_page()
+        page.route(
+            "**/queue/*",
+            lambda route: route.continue_(url=route.request.url.replace("/queue/", "/")),
+        )
+        page.goto(f"http://127.0.0.1:{server.port}/queue/dashboard")
+        expect(page.locator("#connection")).to_have_text("Live")
+        expect(page.locator("#first-steps")).to_contain_text("/queue/?shard=0")
+
+
+def test_a_browser_without_the_token_gets_a_page() -> None:
+    with serving(AUTH_TOKEN="secret") as server:
+        browsers = b"GET /dashboard HTTP/1.1\r\nHost: q\r\nAccept: text/html,*/*\r\n\r\n"
+        refused = server.connect(browsers).answer()
+    assert refused.status == 401
+    assert refused.headers["content-type"] == "text/html; charset=utf-8"
+    assert b"<h1>401 Unauthorized</h1><p>this queue needs a token" in refused.body
+
+
+def test_browsers_get_their_icon() -> None:
+    """They ask for it by themselves; as a ticket it would take a turn."""
+    with serving(WINDOW_SECONDS=3000) as server:
+        icon = server.get("/favicon.ico")
+        assert server.status()["waiting"] == 0
+    assert icon.headers["content-type"].startswith("image/svg+xml")
+    assert icon.body.startswith(b"<svg ")
+
+
+def test_with_reduced_motion_nothing_moves(browser: Browser) -> None:
+    with serving(WINDOW_SECONDS=3000) as server:
+        server.ask(1)
+        with opened(browser, server, reduced_motion="reduce") as watched:
+            watched.wait_for_events(1)
+            server.signal(signal.SIGSTOP)
+            drift = watched.page.locator("[data-drift]").get_attribute("transform")
+            before = seconds_shown(watched.page)
+            expect(figure(watched.page, "Next release")).not_to_contain_text(f":{before % 60:02}")
+            assert watched.page.locator("[data-drift]").get_attribute("transform") == drift
+            server.signal(signal.SIGCONT)

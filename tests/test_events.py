@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import signal
 import socket
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import aclosing
 
@@ -106,6 +108,22 @@ def test_all_hear_the_same(server: Server) -> None:
     assert b"cache-control: no-store" in head
     last_event = first.rpartition(SNAPSHOT)[2]
     assert all(last_event[:100] in listener.received for listener in listeners)
+
+
+def test_events_are_compressed(server: Server) -> None:
+    """Each event can be read when it comes."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("GET", "/events", headers={"Accept-Encoding": "br, gzip"})
+    response = connection.getresponse()
+    inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    text, size = b"", 0
+    while text.count(SNAPSHOT) < 2:
+        part = response.read1()
+        text, size = text + inflate.decompress(part), size + len(part)
+    connection.close()
+    assert text.endswith(b"\n\n")
+    assert response.headers["content-encoding"] == "gzip"
+    assert size < len(text) / 2
 
 
 def test_over_http2(server: Server) -> None:

@@ -41,6 +41,9 @@ FIXED_SEEDS = (
     800205,
     830882,
     831147,
+    840949,
+    842628,
+    843141,
 )
 """Add each seed that has found a fault."""
 

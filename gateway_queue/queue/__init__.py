@@ -16,9 +16,9 @@ away      its client has left; kept for the same shard     the shard asks again:
                                                            ``place_seconds`` are over: gone
 chosen    its client is being answered                     answered: released
                                                            client leaves, or the slot came too late:
-                                                           waiting, held, away or gone
+                                                           waiting, and at once on from there
 released  the end: the client has its answer
-gone      the end: nobody has a claim to the place
+gone      the end: the place is given up
 ========  ===============================================  =========================================
 
 A ticket without a shard, or with ``place_seconds`` 0, is gone when its client leaves.

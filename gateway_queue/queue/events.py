@@ -54,6 +54,8 @@ class Identified:
     """A client confirmed that its shard has identified."""
 
     shard: int | None
+    at: float
+    """When it confirmed, on :func:`trio.current_time`."""
     seconds: float
     """Since the answer."""
 
@@ -63,6 +65,8 @@ class NotConfirmed:
     """A client did not confirm in time that its shard has identified."""
 
     shard: int | None
+    at: float
+    """When its time was over, on :func:`trio.current_time`."""
     confirm_seconds: float
 
 

@@ -50,8 +50,8 @@ class Gate:
         self._left.set()
 
     def close(self, seconds: float) -> None:
-        """Let no lane in for some time."""
-        self._opens_at = trio.current_time() + seconds
+        """Let no lane in for some time, and not before the refused lane is here again."""
+        self._opens_at = trio.current_time() + max(seconds, SETTLE_SECONDS)
 
     def open(self) -> None:
         """Let lanes in again."""

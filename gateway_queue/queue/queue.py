@@ -1,10 +1,10 @@
-"""The queue itself: who owns which task, and the way of a ticket from its arrival to its answer."""
+"""The queue: the places of tickets, and the dispatchers that release them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 import trio
@@ -18,15 +18,13 @@ from gateway_queue.queue.events import (
     NotConfirmed,
     Observer,
     Released,
-    ReleasedAtOnce,
-    SlotTooLate,
     StartsChanged,
     Unkeyed,
 )
 from gateway_queue.queue.gate import Gate
 from gateway_queue.queue.lane import Identifying, Lane, Place
 from gateway_queue.queue.places import Places
-from gateway_queue.queue.ticket import NotAnswered, Slot, Ticket, Turn
+from gateway_queue.queue.ticket import Slot, Ticket, Turn, UnpacedTicket
 from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules, WindowStore
 
 
@@ -65,7 +63,7 @@ class Queue:
         self.max_concurrency = max_concurrency
         if max_concurrency is not None:
             store.regroup(max_concurrency)
-            self._report(KeysChanged(max_concurrency))
+            self.report(KeysChanged(max_concurrency))
         self.released = 0
         self.abandoned = 0
         """Clients that left without their turn."""
@@ -147,7 +145,7 @@ class Queue:
             place.unlist()
         self.store.regroup(number)
         self.max_concurrency = number
-        self._report(KeysChanged(number))
+        self.report(KeysChanged(number))
         for place in places:
             self._list(place)
             if not was_known and place.ticket is not None:
@@ -157,7 +155,7 @@ class Queue:
         """Take over Discord's figures for the day's session starts."""
         await self.store.update_budget(budget)
         self._claim_anew()
-        self._report(StartsChanged(self.store.session_starts()))
+        self.report(StartsChanged(self.store.session_starts()))
 
     def key(self, shard: int | None) -> int:
         """Return the rate limit key of a shard.
@@ -166,15 +164,22 @@ class Queue:
         """
         return (shard or 0) % (self.max_concurrency or 1)
 
-    def _report(self, event: Event) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether tickets are released; false once it closes."""
+        return not self._open.cancel_called
+
+    def report(self, event: Event) -> None:
+        """Tell the observers what happens."""
         for observe in self._observers:
             observe(event)
 
-    # --- a ticket's way: all of this runs in the task of its request ------------------------------
+    # --- a ticket's way: all of this runs in the task of its request, see Ticket ------------------
 
-    @asynccontextmanager
-    async def turn(self, shard: int | None, *, confirm: bool = False) -> AsyncIterator[Turn]:
-        """Wait for a shard's turn. The body of the context answers the client.
+    def turn(
+        self, shard: int | None, *, confirm: bool = False
+    ) -> AbstractAsyncContextManager[Turn]:
+        """Make the context that waits for a shard's turn, and whose body answers the client.
 
         The window starts when the body ends. A body that is cancelled, or that raises
         :class:`NotAnswered`, has not answered: its slot goes to the next ticket, at once. One that
@@ -188,61 +193,24 @@ class Queue:
           confirm: whether the client closes its response when it has identified.
         """
         if self.max_concurrency == 0:
-            yield Turn(math.inf, self.store.rules.confirm_seconds, lambda: None)
-            self.released += 1
-            self._report(ReleasedAtOnce())
-            return
-        ticket = Ticket(shard, confirm=confirm)
+            return UnpacedTicket(self)
+        return Ticket(self, shard, confirm=confirm)
+
+    def join(self, ticket: Ticket) -> None:
+        """Give a ticket its place."""
         self._report_if_unkeyed(ticket)
         self._list(self._places.take(ticket))
-        has_answer = False
 
-        def answered() -> None:
-            nonlocal has_answer
-            if not has_answer:
-                has_answer = True
-                self._end(ticket, slot)
-
-        try:
-            slot = await self._slot(ticket)
-            with slot.outcome:
-                try:
-                    yield Turn(slot.claim.answer_by, self.store.rules.confirm_seconds, answered)
-                except NotAnswered:
-                    raise
-                except Exception:
-                    answered()
-                    raise
-                except trio.Cancelled:
-                    if has_answer and not self._open.cancel_called:
-                        slot.outcome.send_nowait(trio.current_time())
-                    raise
-                answered()
-        finally:
-            if not has_answer:
-                self._leave(ticket)
-
-    async def _slot(self, ticket: Ticket) -> Slot:
-        """Wait for a slot that comes in time to be used."""
-        while True:
-            slot = await ticket.slot()
-            if trio.current_time() <= slot.claim.begin_by:
-                return slot
-            self._report(SlotTooLate())
-            slot.outcome.close()
-
-    def _end(self, ticket: Ticket, slot: Slot) -> None:
-        """Tell the dispatcher that the client has its answer."""
+    def release(self, ticket: Ticket) -> None:
+        """Let a ticket that was answered give up its place."""
         self._places.end(ticket.place, "released")
         self.released += 1
-        slot.outcome.send_nowait(trio.current_time())
 
-    def _leave(self, ticket: Ticket) -> None:
-        """Leave the queue without an answer. A named shard's place stays for a while."""
+    def leave(self, ticket: Ticket) -> None:
+        """Let a ticket go without an answer. A named shard's place stays for a while."""
         self.abandoned += 1
-        self._report(Abandoned(ticket.shard))
+        self.report(Abandoned(ticket.shard))
         self._list(self._places.leave(ticket))
-        ticket.refuse_unread_slot()
 
     def _list(self, place: Place) -> None:
         """Put a place into the lane of its key, in its state of now; an empty one may be gone."""
@@ -261,7 +229,7 @@ class Queue:
 
     def _report_if_unkeyed(self, ticket: Ticket) -> None:
         if ticket.shard is None and self.max_concurrency and self.max_concurrency > 1:
-            self._report(Unkeyed(self.max_concurrency))
+            self.report(Unkeyed(self.max_concurrency))
 
     # --- a lane's way: all of this runs in the task of its dispatcher -----------------------------
 
@@ -354,7 +322,7 @@ class Queue:
         """Let a shard that starts too often wait; its place stays where it is."""
         if place.state != "waiting":
             return
-        self._report(Held(place.shard, seconds))
+        self.report(Held(place.shard, seconds))
         place.unlist()
         place.held_until = trio.current_time() + seconds
         self._list(place)
@@ -394,16 +362,16 @@ class Queue:
             finally:
                 lane.identifying = None
             if confirmed:
-                self._report(Identified(claim.shard, at - answer.at))
+                self.report(Identified(claim.shard, at, at - answer.at))
             else:
-                self._report(NotConfirmed(claim.shard, confirm_seconds))
+                self.report(NotConfirmed(claim.shard, at, confirm_seconds))
         with trio.CancelScope(shield=True):
             await self.store.start_window(claim, at, confirmed=confirmed)
-        self._report(StartsChanged(self.store.session_starts()))
+        self.report(StartsChanged(self.store.session_starts()))
 
     def _report_release(self, lane: Lane, place: Place, answer: Answer) -> None:
         due = max(lane.opens_at, answer.ticket.here_since, place.held_until)
-        self._report(
+        self.report(
             Released(
                 shard=place.shard,
                 rate_limit_key=lane.rate_limit_key,

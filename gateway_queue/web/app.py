@@ -25,7 +25,7 @@ from gateway_queue.settings import BadSetting, Settings
 from gateway_queue.web.access import Access
 from gateway_queue.web.auth import Unauthorized
 from gateway_queue.web.dashboard.events import Feeds
-from gateway_queue.web.dashboard.page import Page
+from gateway_queue.web.dashboard.page import Page, icon
 from gateway_queue.web.dashboard.snapshot import take
 from gateway_queue.web.problems import CONTENT_TYPE, problem
 from gateway_queue.web.query import BadParameter, shard_in
@@ -40,7 +40,7 @@ PUBLIC = frozenset({"/healthz", "/readyz"})
 
 OF_ONE_BOT = frozenset({"/status", "/dashboard", "/events"})
 
-ENDPOINTS = PUBLIC | OF_ONE_BOT | {"/metrics"}
+ENDPOINTS = PUBLIC | OF_ONE_BOT | {"/metrics", "/favicon.ico"}
 
 LISTENING_SECONDS = 3600
 """How long a page gets events until it has to ask anew. So one that is there only in name, as
@@ -73,6 +73,7 @@ class GatewayQueue(QuartTrio):
         self.add_url_rule("/metrics", view_func=self._show_metrics)
         self.add_url_rule("/dashboard", view_func=self._dashboard)
         self.add_url_rule("/events", view_func=self._listen)
+        self.add_url_rule("/favicon.ico", view_func=favicon)
         self.register_error_handler(HTTPException, explain)
         self.register_error_handler(BadParameter, explain_parameter)
         self.after_request(never_store)
@@ -144,8 +145,12 @@ class GatewayQueue(QuartTrio):
     async def _listen(self) -> Response:
         """Keep a page up to date."""
         service = self._asked_for()
-        events = b"" if request.method == "HEAD" else self._feeds.listen(service)
+        gzip = request.accept_encodings["gzip"] > 0
+        events = b"" if request.method == "HEAD" else self._feeds.listen(service, gzip=gzip)
         response = Response(events, mimetype="text/event-stream")
+        response.headers["Vary"] = "Accept-Encoding"
+        if gzip:
+            response.headers["Content-Encoding"] = "gzip"
         response.timeout = LISTENING_SECONDS
         return response
 
@@ -199,6 +204,13 @@ class GatewayQueue(QuartTrio):
 async def healthz() -> dict[str, str]:
     """Say that the process serves."""
     return {"status": "ok"}
+
+
+async def favicon() -> Response:
+    """Answer browsers, which ask for this by themselves."""
+    response = Response(icon(), mimetype="image/svg+xml")
+    response.headers["Cache-Control"] = "max-age=86400"
+    return response
 
 
 async def never_store(response: ResponseTypes) -> ResponseTypes:

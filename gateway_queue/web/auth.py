@@ -45,7 +45,10 @@ class Guard:
             return
         credentials = [value for name, value in headers if name == b"authorization"]
         if len(credentials) != 1:
-            raise Unauthorized("this queue asks for a token: Authorization: Bearer TOKEN")
+            raise Unauthorized(
+                "this queue needs a token: send Authorization: Bearer TOKEN, "
+                "or Basic with the token as the password"
+            )
         given = _token_in(credentials[0])
         if not any(hmac.compare_digest(given, token) for token in self._tokens):
             raise Unauthorized("the token is wrong")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from http import HTTPStatus
 from typing import ClassVar
@@ -20,3 +21,16 @@ def problem(status: HTTPStatus, detail: str) -> bytes:
     """Write a problem document without a type of its own: the status says it all."""
     document = {"title": status.phrase, "status": status.value, "detail": detail}
     return json.dumps(document).encode()
+
+
+def page(status: HTTPStatus, detail: str) -> bytes:
+    """Write the same for a browser."""
+    title = f"{status.value} {status.phrase}"
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>body{{font:1.125rem/1.5 system-ui;margin:15vh auto;"
+        "max-width:36rem;padding:0 1rem}</style>"
+        f"<h1>{title}</h1><p>{html.escape(detail)}</p>"
+    ).encode()

@@ -7,10 +7,10 @@ answers below, and where none is right it stays without: held until its client l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, suppress
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 import trio
@@ -23,7 +23,7 @@ from hypercorn.typing import (
 )
 
 from gateway_queue.queue.ticket import NotAnswered, Turn
-from gateway_queue.web.problems import CONTENT_TYPE, RequestError, problem
+from gateway_queue.web.problems import CONTENT_TYPE, RequestError, page, problem
 from gateway_queue.web.query import asked_for
 
 log = structlog.stdlib.get_logger(__name__)
@@ -68,53 +68,70 @@ class TicketRequest:
         self._admit = admit
         self._is_http_1 = scope["http_version"] != "2"
 
-    async def run(self) -> None:
-        """Stall, answer, and end."""
-        try:
-            await self._answer_in_turn()
-        except NotAnswered:
-            return
-        except trio.TooSlowError:
-            log.warning("client too slow to read its answer; connection closed")
-            return  # without an answer, or in the middle of one: the connection is closed
-        except Exception:
-            log.exception("ticket failed, its request is held")
-        else:
-            return
-        while (await self._receive())["type"] == "http.request":
-            pass
-
-    async def _answer_in_turn(self) -> None:
+    def run(self) -> Coroutine[Any, Any, None]:
+        """Refuse the request, or let it stall until it is answered."""
         try:
             turns = self._admit(self._scope)
             shard, confirm = asked_for(self._scope["query_string"])
         except RequestError as refused:
-            status, client = refused.status.value, self._client()
-            log.warning("refused", status=status, detail=str(refused), client=client)
-            document = problem(refused.status, str(refused))
-            headers = ((b"content-type", CONTENT_TYPE.encode()), *refused.headers)
+            return self._refuse(refused)
+        self._scope["headers"] = ()  # not needed any more, and long for some clients
+        return self._stall(turns, shard, confirm=confirm)
+
+    async def _refuse(self, refused: RequestError) -> None:
+        status, client = refused.status.value, self._client()
+        log.warning("refused", status=status, detail=str(refused), client=client)
+        content_type, document = self._explain(refused)
+        headers = ((b"content-type", content_type.encode()), *refused.headers)
+        with suppress(NotAnswered, trio.TooSlowError):
             await self._answer(refused.status, headers, document)
-        else:
-            came_at, is_answered = trio.current_time(), False
-            try:
-                async with turns(shard, confirm=confirm) as turn:
-                    by = turn.answer_by
-                    await self._answer(HTTPStatus.OK, JSON, GO, by=by, stays_open=confirm)
-                    is_answered = True
-                    if confirm:
-                        turn.answered()
-                        await trio.sleep(turn.confirm_seconds)  # the client's leaving cancels it
-            except (trio.Cancelled, NotAnswered):
-                if not is_answered:
-                    self._log_departure(shard, came_at)
-                raise
+            await self._end_http_1()
+
+    async def _stall(self, turns: Turns, shard: int | None, *, confirm: bool) -> None:
+        """Stall, answer, and end."""
+        came_at, is_answered = trio.current_time(), False
+        try:
+            async with turns(shard, confirm=confirm) as turn:
+                by = turn.answer_by
+                await self._answer(HTTPStatus.OK, JSON, GO, by=by, stays_open=confirm)
+                is_answered = True
+                if confirm:
+                    turn.answered()
+                    await trio.sleep(turn.confirm_seconds)  # the client's leaving cancels it
             if confirm and not self._is_http_1:
                 await self._end()
+            await self._end_http_1()
+        except NotAnswered:
+            if not is_answered:
+                self._log_departure(shard, came_at)
+        except trio.Cancelled:
+            if not is_answered:
+                self._log_departure(shard, came_at)
+            raise
+        except trio.TooSlowError:
+            # Without an answer, or in the middle of one: the connection is closed.
+            log.warning("client too slow to read its answer; connection closed")
+        except Exception:
+            log.exception("ticket failed, its request is held")
+            while (await self._receive())["type"] == "http.request":
+                pass
+
+    async def _end_http_1(self) -> None:
+        """End the exchange when all of the request is here.
+
+        In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which can
+        take the answer from a client that reads it only when all is sent.
+        """
         if self._is_http_1:
-            # In the middle of an upload HTTP/1 has to reset the connection to end the exchange,
-            # which can take the answer from a client that reads it only when all is sent.
             await self._receive()
             await self._end()
+
+    def _explain(self, refused: RequestError) -> tuple[str, bytes]:
+        """Write an error for a program, or for a person if a browser asks."""
+        accepted = (value for name, value in self._scope["headers"] if name == b"accept")
+        if any(b"text/html" in value for value in accepted):
+            return "text/html; charset=utf-8", page(refused.status, str(refused))
+        return CONTENT_TYPE, problem(refused.status, str(refused))
 
     def _log_departure(self, shard: int | None, came_at: float) -> None:
         waited = round(trio.current_time() - came_at, 3)

@@ -404,6 +404,8 @@ INVARIANTS: dict[str, Invariant] = {
     "crash-loop": crash_loops_slowed,
     "nobody-forgotten": nobody_forgotten,
     "slots-used": slots_used,
+    # The states of a place change as the table in gateway_queue.queue says.
+    "transitions": seen_during_the_run("transitions"),
     # A ticket never fails by itself.
     "no-failure": seen_during_the_run("no-failure"),
     "no-crash": seen_during_the_run("no-crash"),

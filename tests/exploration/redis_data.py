@@ -198,6 +198,10 @@ class Database:
         self._sorted_set(key)
         return self._remove(key, members)
 
+    def _zscore(self, key: bytes, member: bytes) -> Reply:
+        score = self._sorted_set(key).get(member)
+        return None if score is None else word(score)
+
     def _zcard(self, key: bytes) -> Reply:
         return len(self._sorted_set(key))
 
@@ -239,6 +243,15 @@ class Database:
         method.__name__[1:].upper().encode(): method
         for method in (
             *(_del, _pexpire, _time, _hset, _hget, _hmget, _hgetall, _hlen, _hdel, _hrandfield),
-            *(_zadd, _zrem, _zcard, _zrange, _zrangebyscore, _zremrangebyscore, _zremrangebyrank),
+            *(
+                _zadd,
+                _zrem,
+                _zscore,
+                _zcard,
+                _zrange,
+                _zrangebyscore,
+                _zremrangebyscore,
+                _zremrangebyrank,
+            ),
         )
     }

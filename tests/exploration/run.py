@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import structlog
@@ -14,6 +15,7 @@ import trio
 from trio._core import _run
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway_queue.queue.lane import Place
 from gateway_queue.store.redis import link as redis_link
 from tests.exploration.clients import Client
 from tests.exploration.discord import SimulatedDiscord
@@ -25,6 +27,7 @@ from tests.exploration.process import connections_to
 from tests.exploration.record import Record
 from tests.exploration.redis_server import SimulatedRedis
 from tests.exploration.scenario import Scenario, draw
+from tests.exploration.transitions import WatchedState
 
 
 def explore(seed: int, *, without: frozenset[str] = frozenset(), full: bool = False) -> Record:
@@ -53,8 +56,14 @@ def _repeatable(seed: int, record: Record) -> Iterator[None]:
         enter(patch.object(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True))
         enter(patch.object(os, "urandom", source.randbytes))  # where uuid4 comes from
         enter(_log_into(record))
+        report = partial(_note_transition, record)
+        enter(patch.object(Place, "state", WatchedState(report)))
         yield
     random.setstate(state)
+
+
+def _note_transition(record: Record, why: str) -> None:
+    record.wrong.append(("transitions", f"at {trio.current_time():.6f} {why}"))
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import select
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -73,12 +75,17 @@ class Connection(TCPServer):
     async def _read_data(self) -> None:
         """Read until the client leaves, however long it stalls: without a timeout for each read."""
         try:
-            while data := await self.stream.receive_some(MAX_RECV):
+            while data := await self._receive():
                 await self.protocol.handle(RawData(bytes(data)))
             await self.protocol.handle(RawData(b""))
         except (trio.ClosedResourceError, trio.BrokenResourceError):
             pass
         await self.protocol.handle(Closed())
+
+    def _receive(self) -> Awaitable[bytes | bytearray]:
+        if isinstance(self.stream, trio.SocketStream):
+            return _read(self.stream.socket)
+        return self.stream.receive_some(MAX_RECV)
 
     async def protocol_send(self, event: Event) -> None:
         """Close on a client that does not read, where Hypercorn would wait for it.
@@ -135,6 +142,24 @@ class Connection(TCPServer):
                 await self.protocol.handle(Closed())
         finally:
             self.send_lock.release()
+
+
+async def _read(socket: trio.socket.SocketType) -> bytes:
+    """Receive as trio's stream does, which takes 1 kB more for each client that stalls.
+
+    Raises:
+      trio.ClosedResourceError, trio.BrokenResourceError: as that does.
+    """
+    while True:
+        if socket.fileno() < 0:
+            raise trio.ClosedResourceError
+        await trio.lowlevel.wait_readable(socket)
+        try:
+            return os.read(socket.fileno(), MAX_RECV)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            raise trio.BrokenResourceError from error
 
 
 class _Idle(TrioSingleTask):

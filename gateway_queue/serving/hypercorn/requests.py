@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 
 import trio
+from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.typing import AppWrapper, ASGIReceiveEvent, ASGISendEvent, Scope
@@ -68,9 +69,11 @@ class _ClientSide:
     ) -> None:
         try:
             with self._here:
-                await app(
-                    *(scope, self._receive, send), trio.to_thread.run_sync, trio.from_thread.run
-                )
+                if isinstance(app, ASGIWrapper):  # without one more coroutine
+                    await app.app(scope, self._receive, send)
+                else:
+                    threads = trio.to_thread.run_sync, trio.from_thread.run
+                    await app(scope, self._receive, send, *threads)
         except* ClientGone:
             pass
         except* Exception:  # noqa: BLE001

@@ -103,9 +103,15 @@ local function is_whole()
     and (seen_since ~= since or tonumber(seen_here or 0) >= seen_at)
 end
 
+-- What is kept of confirmed claims when data begins anew, because their leases are long.
+local kept_identifying
+
 -- Forgets all windows and claims; the replicas see another `since` and release nothing for a lease.
 -- Session starts that are still here stay counted. The replicas restore the others.
 local function begin_anew()
+  if last and now >= tonumber(last) then
+    kept_identifying = redis.call('HGET', state, 'identifying')
+  end
   redis.call('DEL', state, heads)
   redis.call('ZREMRANGEBYSCORE', starts, '(' .. word(now), '+inf')
   since, kept_at = word(now), false
@@ -177,9 +183,10 @@ local function forget_some_shards()
   end
 end
 
--- Counts a start, or corrects the time of one that is counted already.
+-- Counts a start, or corrects the time of one that is counted already: to the later one, because a
+-- replica may restore a start without knowing when the shard identified.
 local function count_start(token, at)
-  at = math.min(at, now)
+  at = math.min(math.max(at, tonumber(redis.call('ZSCORE', starts, token) or 0)), now)
   redis.call('ZADD', starts, word(at), token)
   local shard = shard_of(token)
   if free_starts > 0 and shard ~= '' and is_recent(at) then
@@ -342,6 +349,23 @@ local function queue_opens_at()
   return most_releases > 0 and ends[place] or 0, may_end_in
 end
 
+local function restore_identifying(number, key, token, until_when)
+  local field = number .. ':' .. key
+  if until_when > tonumber(redis.call('HGET', state, 'window:' .. field) or 0) then
+    close(number, key, until_when)
+    redis.call('HSET', state, 'claim:' .. field, with('', token, word(now)))
+  end
+  set_release(token, until_when, '?' .. word(now))
+  set_identifying(token, number, key, until_when)
+end
+
+for token, value in entries(kept_identifying) do
+  local number, key, until_when = value:match('(%d+):(%d+):(%d+)')
+  if is_closed(until_when) then
+    restore_identifying(number, key, token, tonumber(until_when))
+  end
+end
+
 -- ---- oldest first over all replicas -----------------------------------------------------------
 
 local function set_head(field, came_at, asks_at)
@@ -484,13 +508,7 @@ end
 
 -- A claim whose shard is identifying, which this server may have lost.
 function commands.restore_claim(number, key, token, lease_left)
-  local field, until_when = number .. ':' .. key, now + lease_left
-  if until_when > tonumber(redis.call('HGET', state, 'window:' .. field) or 0) then
-    close(number, key, until_when)
-    redis.call('HSET', state, 'claim:' .. field, with('', token, word(now)))
-  end
-  set_release(token, until_when, '?' .. word(now))
-  set_identifying(token, number, key, until_when)
+  restore_identifying(number, key, token, now + lease_left)
   return answer(GRANTED, 0)
 end
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
 from contextlib import aclosing
 from functools import partial
@@ -12,6 +13,11 @@ import trio
 
 INTERVAL = 1.0
 """Seconds between two events."""
+
+BYTES_AT_ONCE = 16_384
+
+GZIP_HEADER = bytes.fromhex("1f8b0800000000000003")
+"""Begins a stream whose deflated blocks follow (RFC 1952)."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -33,12 +39,17 @@ class Feeds(Generic[Subject]):
         self._nursery = nursery
         self._feeds: dict[Subject, _Feed] = {}
 
-    async def listen(self, subject: Subject) -> AsyncGenerator[bytes, None]:
-        """Yield each event from now on."""
+    async def listen(self, subject: Subject, *, gzip: bool = False) -> AsyncGenerator[bytes, None]:
+        """Yield each event from now on.
+
+        Args:
+          subject: whose events.
+          gzip: whether to compress, as the content coding of HTTP.
+        """
         if subject not in self._feeds:
             self._feeds[subject] = _Feed(partial(self._write, subject))
             self._nursery.start_soon(self._run, subject)
-        async with aclosing(self._feeds[subject].listen()) as events:
+        async with aclosing(self._feeds[subject].listen(gzip=gzip)) as events:
             async for event in events:
                 yield event
 
@@ -58,6 +69,7 @@ class _Feed:
         self._write = write
         self._latest = b""
         self._has_ended = False
+        self._latest_gzip = b""
         self._listeners = 0
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -69,17 +81,26 @@ class _Feed:
             except Exception:
                 log.exception("cannot show the queue")  # which goes on without being seen
             else:
-                self._latest, self._has_ended = _event(text or ""), text is None
+                self._has_ended = text is None
+                self._latest = _event(text or "")
+                self._latest_gzip = await _deflated(self._latest)
                 self._changed.unpark_all()
             await trio.sleep(INTERVAL)
 
-    async def listen(self) -> AsyncGenerator[bytes, None]:
+    async def listen(self, *, gzip: bool = False) -> AsyncGenerator[bytes, None]:
+        """Yield each event from now on.
+
+        Args:
+          gzip: whether to compress, as the content coding of HTTP.
+        """
         self._listeners += 1
         try:
+            if gzip:
+                yield GZIP_HEADER
             while not self._has_ended:
                 await self._changed.park()
                 if not self._has_ended:
-                    yield self._latest
+                    yield self._latest_gzip if gzip else self._latest
         finally:
             self._listeners -= 1
 
@@ -87,3 +108,16 @@ class _Feed:
 def _event(text: str) -> bytes:
     lines = "".join(f"data: {line}\n" for line in text.splitlines())
     return f"{lines}\n".encode()
+
+
+async def _deflated(event: bytes) -> bytes:
+    """Compress an event by itself, so that it fits into the stream of every listener.
+
+    In steps, as a whole event takes a millisecond.
+    """
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    parts: list[bytes] = []
+    for start in range(0, len(event), BYTES_AT_ONCE):
+        parts.append(deflate.compress(event[start : start + BYTES_AT_ONCE]))
+        await trio.lowlevel.checkpoint()
+    return b"".join([*parts, deflate.flush(zlib.Z_FULL_FLUSH)])

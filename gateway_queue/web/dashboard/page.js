@@ -3,7 +3,10 @@
 const DEAF_MS = 5000; // events come every second, so the connection is lost
 const RETRY_MS = 2000;
 const TICK_MS = 100;
+const SEARCH_MS = 5000;
 const TITLE = document.title;
+const NAME = `gateway-queue ${location.pathname}${location.search}`;
+const STILL = matchMedia("(prefers-reduced-motion: reduce)");
 
 let skew = 0; // what to add to this machine's clock to get the server's, in ms
 
@@ -37,8 +40,11 @@ function tick(root) {
   }
 }
 
-/** Write times of day in the reader's zone. */
+/** Write times of day in the reader's zone, and addresses as the reader's browser has them. */
 function localise(root) {
+  for (const each of root.querySelectorAll("[data-ask]")) {
+    write(each, `curl "${new URL(".", location)}?shard=0"`);
+  }
   const clock = { hour: "2-digit", minute: "2-digit", second: "2-digit" };
   const today = new Intl.DateTimeFormat([], clock);
   const otherDay = new Intl.DateTimeFormat([], { weekday: "short", ...clock });
@@ -102,46 +108,174 @@ function show(html) {
   skew = wanted.dataset.now * 1000 - Date.now();
   localise(fresh.content);
   tick(fresh.content);
+  live.toggleAttribute("data-trouble", wanted.hasAttribute("data-trouble"));
   change(live, wanted);
   drift();
-  document.title = live.dataset.waiting === "0" ? TITLE : `(${live.dataset.waiting}) ${TITLE}`;
 }
 
-function say(text, good) {
+/** Show in the title and in the icon how it is, for those who look at another tab. */
+function showTrouble() {
+  const { waiting, trouble } = document.getElementById("live").dataset;
+  const bad = lost || trouble !== undefined;
+  document.title = (bad ? "⚠ " : "") + (waiting === "0" ? "" : `(${waiting}) `) + TITLE;
+  const icon = document.getElementById("icon");
+  const href = bad ? icon.dataset.trouble : goodIcon;
+  if (icon.getAttribute("href") !== href) icon.setAttribute("href", href);
+}
+
+function say(text) {
   const connection = document.getElementById("connection");
   connection.hidden = false;
-  connection.classList.toggle("bad", !good);
+  connection.classList.toggle("bad", lost);
   write(connection, text);
 }
 
-/** Listen, and begin anew when that has come to its end. */
-function listen() {
-  const events = new EventSource(`/events${location.search}`);
-  let heardAt = performance.now();
-  events.onmessage = ({ data }) => {
+/** Say whether events come; without them, the page is dimmed and its clock stands. */
+function judge() {
+  if (document.hidden) return; // events come only while it is seen
+  if (performance.now() - Math.max(heardAt, visibleAt) > DEAF_MS) lost = true;
+  document.body.classList.toggle("lost", lost);
+  if (lost) {
+    say(`Connection lost, last seen ${duration((performance.now() - heardAt) / 1000)} ago`);
+  } else if (hasHeard) {
+    say("Live");
+  }
+  showTrouble();
+}
+
+/** Take in what an event says, here or in another tab. */
+function hear(message) {
+  lost = message.html === undefined;
+  if (!lost) {
+    hasHeard = true;
     heardAt = performance.now();
-    show(data);
-    say("Live", true);
-  };
-  events.onerror = () => say("Connection lost, trying again", false);
-  const watch = setInterval(() => {
-    const lost = performance.now() - heardAt > DEAF_MS;
-    if (lost) events.onerror();
-    // A browser tries again by itself, unless an answer came that is none.
-    if (lost || events.readyState === EventSource.CLOSED) {
+    if (!document.hidden) show(message.html);
+  }
+  judge();
+}
+
+/** Listen to events until aborted, and begin anew when that has come to its end. */
+function listen(signal) {
+  return new Promise((resolve) => {
+    let events, toldAt;
+    const tell = (message) => {
+      hear(message);
+      channel.postMessage(message);
+    };
+    const open = () => {
+      events = new EventSource(`events${location.search}`);
+      toldAt = performance.now();
+      events.onmessage = ({ data }) => {
+        toldAt = performance.now();
+        tell({ html: data });
+      };
+      events.onerror = () => tell({});
+    };
+    const watch = setInterval(() => {
+      const silent = performance.now() - toldAt > DEAF_MS;
+      if (silent) tell({});
+      // A browser tries again by itself, unless an answer came that is none.
+      if (silent || events.readyState === EventSource.CLOSED) {
+        events.close();
+        open();
+      }
+    }, RETRY_MS);
+    signal.addEventListener("abort", () => {
       clearInterval(watch);
       events.close();
-      listen();
-    }
-  }, RETRY_MS);
+      resolve();
+    });
+    open();
+  });
 }
+
+/** Get events while this tab is seen: one tab listens, and tells the others. */
+function follow() {
+  visible.abort();
+  if (document.hidden) return;
+  visible = new AbortController();
+  visibleAt = performance.now();
+  const { signal } = visible;
+  if (!navigator.locks) {
+    listen(signal); // only pages over TLS or on the same machine have locks
+    return;
+  }
+  navigator.locks.request(NAME, { signal }, () => listen(signal)).catch(() => {});
+}
+
+/** Write where a shard is. */
+function whereabouts({ shard, lanes, max_concurrency: keys }) {
+  const parts = [];
+  for (const { tickets, waiting, identifying } of lanes) {
+    if (identifying?.shard === shard.shard) {
+      parts.push(`is identifying for ${duration(identifying.for)}`);
+    }
+    for (const { state, position, waited, eta } of tickets) {
+      const turn = eta === null ? "its turn is not known" : `its turn comes in ${duration(eta)}`;
+      const held = state === "held" ? ", held because it starts too often" : "";
+      parts.push(
+        state === "away"
+          ? `is away: its client left, place ${position} is kept`
+          : `waits at place ${position} of ${waiting}${held}; waited ${duration(waited)}, ${turn}`,
+      );
+    }
+  }
+  if (!parts.length) parts.push("is not in the queue");
+  const last = shard.last_release;
+  parts.push(
+    last
+      ? `last released ${duration(last.ago)} ago, ${shard.starts} times in 24 h`
+      : "no recent release by this server",
+  );
+  const key = keys > 1 ? ` (key ${shard.rate_limit_key})` : "";
+  return `Shard ${shard.shard}${key} ${parts.join("; ")}.`;
+}
+
+/** Find the shard that is asked for. */
+async function find() {
+  const found = document.getElementById("found");
+  const wanted = document.querySelector("#search input").value.trim();
+  found.hidden = wanted === "";
+  if (found.hidden || document.hidden || lost) return;
+  try {
+    const query = new URLSearchParams(location.search);
+    query.set("shard", wanted);
+    const response = await fetch(`status?${query}`);
+    const answer = await response.json();
+    write(found, response.ok ? whereabouts(answer) : answer.detail);
+  } catch {
+    write(found, "The server does not answer.");
+  }
+}
+
+let heardAt = performance.now();
+let visibleAt = heardAt;
+let hasHeard = false;
+let lost = false;
+let visible = new AbortController();
+const goodIcon = document.getElementById("icon").getAttribute("href");
+const channel = new BroadcastChannel(NAME);
+channel.onmessage = ({ data }) => hear(data);
 
 const start = document.getElementById("live");
 skew = start.dataset.now * 1000 - Date.now();
 localise(document);
 setInterval(() => {
-  if (document.hidden) return;
+  if (document.hidden || lost) return;
   tick(document);
-  drift();
+  if (!STILL.matches) drift();
 }, TICK_MS);
-listen();
+setInterval(judge, 1000);
+
+const search = document.getElementById("search");
+search.hidden = false;
+search.addEventListener("submit", (event) => {
+  event.preventDefault();
+  find();
+});
+search.addEventListener("input", find);
+setInterval(find, SEARCH_MS);
+
+document.addEventListener("visibilitychange", follow);
+showTrouble();
+follow();

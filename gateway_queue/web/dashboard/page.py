@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.resources import files
+from urllib.parse import quote
 
 import trio
 from jinja2 import Environment, PackageLoader
 
-from gateway_queue.about import __version__
+from gateway_queue.about import URL, __version__
 from gateway_queue.web.dashboard.clock import Clock, duration, milliseconds
 from gateway_queue.web.dashboard.snapshot import WINDOWS_AHEAD, WINDOWS_BEHIND, Snapshot
 from gateway_queue.web.summary import BotSummary
@@ -52,6 +54,9 @@ class Page:
             behind=WINDOWS_BEHIND,
             ahead=WINDOWS_AHEAD,
             bars=bars,
+            icon=lambda *, trouble=False: f"data:image/svg+xml,{quote(icon(trouble=trouble))}",
+            url=URL,
+            host=socket.gethostname(),
         )
         self._page = environment.get_template("page.html")
         self._live = environment.get_template("live.html")
@@ -84,6 +89,18 @@ def _context(
     snapshot: Snapshot, labels: Mapping[str, str], bots: Sequence[BotSummary]
 ) -> dict[str, object]:
     return {**labels, "now": snapshot, "clock": Clock(snapshot.taken_at), "bots": bots}
+
+
+def icon(*, trouble: bool = False) -> str:
+    """Draw the icon as SVG, red if something is wrong."""
+    color = "#d83c3e" if trouble else "#5865f2"
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">'
+        f'<rect width="16" height="16" rx="4" fill="{color}"/><g fill="#fff">'
+        '<circle cx="3.6" cy="8" r="1.2" opacity=".6"/><circle cx="7" cy="8" r="1.2" opacity=".8"/>'
+        '<rect x="9.4" y="3.5" width="1.2" height="9" rx=".6"/><circle cx="13" cy="8" r="1.2"/>'
+        "</g></svg>"
+    )
 
 
 def shard(number: int | None) -> str:

@@ -13,9 +13,10 @@ from statistics import median
 
 import trio
 
+from gateway_queue.faults import Fault
 from gateway_queue.queue import Queue
-from gateway_queue.queue.events import Released
-from gateway_queue.queue.overview import LaneStatus, lanes, next_release
+from gateway_queue.queue.events import Identified, NotConfirmed, Released
+from gateway_queue.queue.overview import IdentifyingStatus, LaneStatus, lanes, next_release
 from gateway_queue.service import Service
 from gateway_queue.store import SessionStarts
 
@@ -28,8 +29,11 @@ KEYS_MAX = 64
 TICKETS_MAX, TICKETS_OF_KEY_MIN, TICKETS_OF_KEY_MAX = 160, 5, 100
 """Tickets to show, of all keys and of each: what a snapshot costs is bounded by these."""
 
-LATEST_MAX, ASIDE_MAX = 10, 20
-"""Releases and tickets that stand aside to list."""
+LATEST_MIN, LATEST_MAX = 10, 32
+"""Latest releases to show: as many as one window has, between these two."""
+
+ASIDE_MAX, IDENTIFYING_MAX, FREQUENT_MAX = 20, 10, 5
+"""Held or away tickets, identifying shards, and shards that start often, to list at most."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,14 @@ class Condition:
     name: str
     state: str
     good: bool
+    fault_for: float = math.inf
+    """Seconds since when it does not work; infinite if that is not known, or if it works."""
+    retry_in: float = math.inf
 
 
 @dataclass(frozen=True)
-class Lateness:
-    """How late the releases in the timeline were, in seconds."""
+class Spread:
+    """How long something took, in seconds."""
 
     median: float
     worst: float
@@ -94,7 +101,19 @@ class Snapshot:
     next_release: float
     last_release: float
     """When the line of now is gone, infinite if that is not known."""
-    lateness: Lateness | None
+    lateness: Spread | None
+    """How late the releases in the timeline were."""
+    identifying: list[tuple[int, IdentifyingStatus]]
+    """Shards that have not confirmed yet, with their rate limit keys."""
+    identify: Spread | None
+    """How long the last shards took to identify."""
+    not_confirmed: list[tuple[float, int | None]]
+    """The last shards that never confirmed, the newest first, and how long ago that was."""
+    frequent: list[tuple[int | None, int]]
+    """The shards that start most often, and their starts in 24 hours."""
+    up_for: float
+    is_shared: bool
+    """Whether other replicas may release tickets first."""
     keys: list[KeyStatus]
     lanes: list[LaneStatus]
     """Those that have tickets, with the foremost ones."""
@@ -115,6 +134,7 @@ async def take(service: Service) -> Snapshot:
     starts = queue.store.session_starts()
     recent = [one for one in service.recent.releases if one.at > now - WINDOWS_BEHIND * window]
     late = [one.lateness for one in recent]
+    latest = min(max(number, LATEST_MIN), LATEST_MAX)
     keys = _keys(number, shown, recent, now, window)
     return Snapshot(
         taken_at=time.time(),
@@ -130,11 +150,25 @@ async def take(service: Service) -> Snapshot:
         starts=starts,
         next_release=min(map(next_release, all_lanes), default=math.inf),
         last_release=_last_release(all_lanes, starts, window),
-        lateness=Lateness(median(late), max(late)) if late else None,
+        lateness=_spread(late),
+        identifying=[
+            (lane.rate_limit_key, lane.identifying) for lane in all_lanes if lane.identifying
+        ][:IDENTIFYING_MAX],
+        identify=_spread(
+            [one.seconds for one in service.recent.identifies if isinstance(one, Identified)]
+        ),
+        not_confirmed=[
+            (now - one.at, one.shard)
+            for one in reversed(service.recent.identifies)
+            if isinstance(one, NotConfirmed)
+        ][:IDENTIFYING_MAX],
+        frequent=service.starts.most(FREQUENT_MAX),
+        up_for=time.time() - service.started_at,
+        is_shared=service.settings.redis_url is not None,
         keys=keys,
         lanes=shown,
         aside=list(islice(_aside(queue, now), ASIDE_MAX)),
-        latest=[(now - one.at, one) for one in recent[: -LATEST_MAX - 1 : -1]],
+        latest=[(now - one.at, one) for one in recent[: -latest - 1 : -1]],
     )
 
 
@@ -178,19 +212,31 @@ def _key(lane: LaneStatus, released: list[float], window: float) -> KeyStatus:
     )
 
 
+def _spread(seconds: list[float]) -> Spread | None:
+    return Spread(median(seconds), max(seconds)) if seconds else None
+
+
 def _store(service: Service) -> Condition:
     name, fault = service.settings.store_name, service.queue.store.fault
-    return Condition("Store", name if fault is None else f"{name}: {fault}", good=fault is None)
+    if fault is not None:
+        return _broken("Store", f"{name}: {fault.reason}", fault)
+    return Condition("Store", name, good=True)
+
+
+def _broken(name: str, state: str, fault: Fault) -> Condition:
+    now = trio.current_time()
+    retry_in = max(0.0, fault.retry_at - now)
+    return Condition(name, state, good=False, fault_for=now - fault.since, retry_in=retry_in)
 
 
 def _discord(service: Service) -> Condition:
     limits = service.limits
     if limits is None:
         return Condition("Discord", "not asked", good=True)
+    if limits.fault is not None:
+        return _broken("Discord", limits.fault.reason, limits.fault)
     if service.queue.max_concurrency is None:
         return Condition("Discord", "limits not known yet", good=False)
-    if limits.fault is not None:
-        return Condition("Discord", f"cannot be asked: {limits.fault}", good=False)
     return Condition("Discord", "limits known", good=True)
 
 
