@@ -76,6 +76,7 @@ class Bots:
                 for name, settings in wanted.items():
                     await self._add(name, settings)
                 if self.are_several:
+                    log.info("read BOTS_FILE", added=len(wanted), changed=0, removed=0)
                     await self._nursery.start(self._read_on_signal)
                 task_status.started()
                 await trio.sleep_forever()
@@ -139,7 +140,7 @@ class Bots:
             for name, service in self._named.items()
             if name in wanted and service.settings != wanted[name]
         }
-        added = wanted.keys() - self._named.keys()
+        added = [name for name in wanted if name not in self._named]
         for name in removed:
             self._remove(name)
         for name in changed:
@@ -147,6 +148,7 @@ class Bots:
                 self._named[name].change(wanted[name])
         for name in added:
             await self._add(name, wanted[name])
+        self._named = {name: self._named[name] for name in wanted}  # in the order of the file
         log.info("read BOTS_FILE", added=len(added), changed=len(changed), removed=len(removed))
 
     async def _add(self, name: str, settings: Settings) -> None:

@@ -312,10 +312,11 @@ def test_a_broken_file_leaves_all_as_it_was(tmp_path: Path, mistake: str | None)
         if mistake is None:
             (tmp_path / "bots.toml").unlink()
             bots.server.signal(signal.SIGHUP)
-            eventually(lambda: bots.count("BOTS_FILE") > 0)
+            eventually(lambda: bots.count("BOTS_FILE is wrong") > 0)
         else:
             bots.write(mistake, "BOTS_FILE is wrong")
-        assert bots.count("BOTS_FILE") == 1
+        assert bots.count("BOTS_FILE is wrong") == 1
+        assert bots.count("read BOTS_FILE") == 1  # at the start
         assert bots.status("?bot=a")["waiting"] == 1
         assert waiting.received == b""
         bots.write("[a]\nwindow_seconds = 3600\n[b]\n")

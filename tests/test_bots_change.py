@@ -174,3 +174,20 @@ async def test_a_limit_over_all_keys_can_come_and_go(autojump_clock: MockClock) 
         await trio.sleep(1.5 * WINDOW)
         assert len(released) == 4
         assert released[3] - released[2] < WINDOW / 2
+
+
+async def test_a_higher_limit_of_session_starts_counts_at_once(autojump_clock: MockClock) -> None:
+    async with running(session_start_limit=1) as queue:
+        async with queue.turn(1):
+            start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_for_turn, queue, 2)
+            await trio.sleep(3 * WINDOW)
+            rules = replace(queue.store.rules, session_start_limit=2)
+            queue.change_rules(rules, place_seconds=0)
+        assert trio.current_time() - start <= 4 * WINDOW + TOLERANCE
+
+
+async def wait_for_turn(queue: Queue, shard: int) -> None:
+    async with queue.turn(shard):
+        pass
