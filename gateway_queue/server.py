@@ -14,8 +14,8 @@ settings = load_settings()
 worker_class = "trio"
 bind = [f"{settings.host}:{settings.port}"]
 
-# The fleet that starts at once: whoever finds the backlog full waits for its next SYN, a second
-# or more. The kernel takes no more than net.core.somaxconn.
+# A fleet connects all at once: a client that finds the backlog full waits for its next SYN, a
+# second or more. The kernel takes no more than net.core.somaxconn.
 backlog = 65_535
 
 # Every shard of a process may stall on one connection, for as long as the process lives. Over 1000

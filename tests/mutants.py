@@ -98,20 +98,20 @@ MUTANTS = (
     ),
     Mutant(
         "queue/queue.py",
-        "        lane.claim_soon()\n\n    async def _claim_for_first",
+        "        lane.retry_claim()\n\n    async def _claim_for_first",
         "\n    async def _claim_for_first",
         "a key is not claimed again after a release",
     ),
     Mutant(
         "queue/queue.py",
         "            lane.opens_at = min(lane.opens_at, trio.current_time())\n"
-        "            lane.claim_soon()\n",
+        "            lane.retry_claim()\n",
         "            lane.opens_at = min(lane.opens_at, trio.current_time())\n",
         "no lane hears that a session start is free again",
     ),
     Mutant(
         "queue/queue.py",
-        "at = answer.at + self._confirm_seconds",
+        "at = answer.at + confirm_seconds",
         "at = answer.at",
         "a shard that is not confirmed is taken to have identified at once",
     ),
@@ -153,8 +153,8 @@ MUTANTS = (
     ),
     Mutant(
         "queue/places.py",
-        "            last.expires_at = trio.current_time() + self._seconds",
-        "            last.expires_at = trio.current_time() + self._seconds / 2",
+        "            last.expires_at = trio.current_time() + self.seconds",
+        "            last.expires_at = trio.current_time() + self.seconds / 2",
         "a place is kept for half of its time",
     ),
     Mutant(
@@ -255,7 +255,7 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/store.py",
-        '            connection.close("its data is gone")',
+        '            connection.close("its data was lost")',
         "            self._since = answer.since",
         "a loss of data is overlooked",
     ),
@@ -299,8 +299,8 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/decisions.lua",
-        "  local excess = number - free_starts",
-        "  local excess = number - free_starts - 1",
+        "  local excess = used - free_starts",
+        "  local excess = used - free_starts - 1",
         "a shard has one free start too many in Redis",
     ),
     Mutant(

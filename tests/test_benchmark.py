@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmark import scenarios
-from tests.benchmark.__main__ import main
+from tests.benchmark.__main__ import SECONDS, main
 from tests.benchmark.subjects import Subject, floor, ours, running
 from tests.harness import Server, serving
 
@@ -102,6 +103,27 @@ def test_the_benchmark_reports(tmp_path: Path) -> None:
     measured = json.loads(figures.read_text())["figures"]["hold"]["kB a waiter"]
     assert set(measured) == {"server", "floor"}
     assert "stalls: kB" in chart.read_text()
+
+
+def test_the_help_explains_every_scenario() -> None:
+    command = [sys.executable, "-m", "tests.benchmark", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert SECONDS.keys() == scenarios.SCENARIOS.keys()
+    for name in scenarios.SCENARIOS:
+        assert re.search(rf"(?m)^  {name} +[A-Z].*\. \([0-9]+ s\)$", text)
+
+
+@pytest.mark.parametrize("option", ["--waiters", "--runs"])
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "x"])
+def test_a_number_that_measures_nothing_is_refused(
+    option: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([f"{option}={number}"])
+    assert ended.value.code == 2
+    assert f"argument {option}: must be a whole number from 1, not '{number}'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_waiter_takes_little_memory() -> None:

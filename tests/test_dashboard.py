@@ -18,6 +18,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.fake_discord import playing, raw
 from tests.harness import PATIENCE, Server, eventually, serving
+from tests.test_events import LISTEN, read_events
 
 LOST = re.compile(
     "Failed to load resource: net::ERR_(CONNECTION_REFUSED|INCOMPLETE_CHUNKED|EMPTY_RESPONSE)"
@@ -341,6 +342,10 @@ def test_a_hidden_tab_gets_no_events(browser: Browser) -> None:
         expect(page.locator("#connection")).to_have_text("Live")
         page.evaluate(HIDE, True)
         eventually(lambda: listeners(server) == 0)
+        other = server.connect(LISTEN)
+        read_events(other, 3)
+        assert listeners(server) == 1
+        other.hang_up()
         page.evaluate(HIDE, False)
         watched.wait_for_events(1)
         expect(page.locator("#connection")).to_have_text("Live")
@@ -397,6 +402,8 @@ def test_with_no_keys_it_shows_no_windows(browser: Browser) -> None:
 def test_a_proxy_may_give_it_a_prefix(browser: Browser) -> None:
     with serving() as server, browser.new_context() as context:
         page = context.new_page()
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(urlsplit(request.url).path))
         page.route(
             "**/queue/*",
             lambda route: route.continue_(url=route.request.url.replace("/queue/", "/")),
@@ -404,6 +411,9 @@ def test_a_proxy_may_give_it_a_prefix(browser: Browser) -> None:
         page.goto(f"http://127.0.0.1:{server.port}/queue/dashboard")
         expect(page.locator("#connection")).to_have_text("Live")
         expect(page.locator("#first-steps")).to_contain_text("/queue/?shard=0")
+        page.get_by_label("Find a shard").fill("1")
+        expect(page.locator("#found")).to_contain_text("Shard 1 is not in the queue")
+    assert {*requests} == {"/queue/dashboard", "/queue/events", "/queue/status"}
 
 
 def test_a_browser_without_the_token_gets_a_page() -> None:

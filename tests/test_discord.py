@@ -96,7 +96,7 @@ def test_a_token_that_discord_refuses_ends_it(way: str) -> None:
         )
     assert ended.returncode == expected if expected else ended.returncode != 0
     line = ended.stderr.splitlines()[-1]
-    assert line.startswith("DISCORD_TOKEN: got one that Discord refuses (401")
+    assert line.startswith("Discord rejected DISCORD_TOKEN (401")
     assert TOKEN not in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
 

@@ -44,6 +44,7 @@ FIXED_SEEDS = (
     840949,
     842628,
     843141,
+    860788,
 )
 """Add each seed that has found a fault."""
 

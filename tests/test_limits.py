@@ -593,7 +593,7 @@ async def test_a_shard_that_starts_too_often_waits_longer_and_longer(
     gaps = [round(b - a, 3) for a, b in pairwise(times)]
     assert gaps[:4] == [WINDOW] * 4
     assert gaps[4:] == [15, 30, 60, 120, 240, 480, 600, 600, 600]
-    held = [(event["shard"], event["wait"]) for event in named(logged, "held")]
+    held = [(event["shard"], event["held_for"]) for event in named(logged, "held")]
     assert held == [(7, gap) for gap in gaps[4:]]
 
 

@@ -26,8 +26,8 @@ class Limits:
     """Asks Discord at the start, at intervals and at each reset.
 
     Args:
-      discord: whom to ask.
-      queue: who has to know.
+      discord: the API to ask.
+      queue: the queue to keep up to date.
       settings: the interval, and the user's own limits, which hold where they are lower.
       phase: the part of the first interval after which Discord is asked again. With a phase for
         each bot, the requests of many bots that start together are spread over the interval.

@@ -48,7 +48,7 @@ def gauges(queue: Queue, not_ready: Callable[[], str | None]) -> Iterator[GaugeM
     lanes = queue.lanes.values()
     yield _gauge(
         "held",
-        "Clients of these that are held because their shards start too often.",
+        "Waiting clients that are held because their shards start too often.",
         sum(len(lane.held) for lane in lanes),
     )
     yield _gauge(

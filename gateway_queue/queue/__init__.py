@@ -10,13 +10,15 @@ state     meaning                                          how it ends
 waiting   its client is connected and can be released      client leaves: away, or gone
                                                            claim refused for the shard: held
                                                            claim granted: chosen
+                                                           its client, chosen at a later place of
+                                                           its shard, has moved here: released
 held      the shard starts too often and has to wait       hold ends: waiting
                                                            client leaves: away, or gone
 away      its client has left; kept for the same shard     the shard asks again: waiting, or held
                                                            ``place_seconds`` are over: gone
 chosen    its client is being answered                     answered: released
                                                            client leaves, or the slot came too late:
-                                                           waiting, and at once on from there
+                                                           waiting, then at once as listed anew
 released  the end: the client has its answer
 gone      the end: the place is given up
 ========  ===============================================  =========================================

@@ -18,7 +18,7 @@ class Released:
     """When the answer was out, on :func:`trio.current_time`."""
     waited: float
     lateness: float
-    """Since the window was open, the client connected, and the shard free to start."""
+    """Since the key was open, the client connected, and the shard free to start."""
     still_waiting: int
 
 

@@ -113,7 +113,7 @@ class Lane:
         return sorted(chain(waiting, self.held.values(), self.away.values()), key=_number)
 
     def add(self, place: Place) -> None:
-        """List a place by its state of now."""
+        """List a place by its current state."""
         if place.ticket is None:
             place.state = "away"
             self.away[place.expires_at, place.number] = place
@@ -127,7 +127,7 @@ class Lane:
         if place.state != "waiting":
             self._changed.set()  # there may be an earlier time to wake up at
         elif self.first() is place:
-            self.claim_soon()  # this shard may have to be held where the former first one had not
+            self.retry_claim()  # this shard may have to be held where the former first one had not
 
     def remove(self, place: Place) -> None:
         """Take a place out of the lane."""
@@ -155,7 +155,7 @@ class Lane:
             for _, place in takewhile(lambda entry: entry[0][0] <= now, places.items())
         ]
 
-    def claim_soon(self) -> None:
+    def retry_claim(self) -> None:
         """Let the dispatcher claim the key anew, whatever the store has said before."""
         self.claim_at = -math.inf
         self._changed.set()

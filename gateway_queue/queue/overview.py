@@ -28,10 +28,10 @@ class TicketStatus:
     shard: int | None
     state: Literal["waiting", "away", "held"]
     position: int
-    """From 1. Those who are away or held keep theirs, but others pass them."""
+    """From 1. Tickets that are away or held keep their position, and others pass them."""
     waited: float
     eta: float
-    """Until its turn, if nobody leaves and nobody comes in between; infinite if not known."""
+    """Seconds until its turn, if the queue does not change; infinite if not known."""
 
 
 @dataclass

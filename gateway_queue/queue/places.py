@@ -1,4 +1,4 @@
-"""The places of each shard, also while its client is gone."""
+"""The places of each shard, also while its client is away."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gateway_queue.queue.ticket import Ticket
 class Places:
     """Gives a place to each ticket, and keeps it for a while when the client leaves.
 
-    The connected clients of a shard always have the foremost of its places. A client that gives up
-    and asks again may be here before the server sees that its first connection is closed. So it
-    does not matter which of a shard's clients leaves.
+    The connected clients of a shard always have the first of its places. A client that times out
+    and asks again can arrive before the server sees that its first connection is closed. So it does
+    not matter which of a shard's clients leaves.
 
     Args:
       seconds: how long an empty place is kept; 0 keeps none. It may be changed.
@@ -30,7 +30,7 @@ class Places:
         self._of_shard: dict[int | None, list[Place]] = {}
 
     def take(self, ticket: Ticket) -> Place:
-        """Give a ticket the foremost empty place of its shard, or a new one at the end."""
+        """Give a ticket the first empty place of its shard, or a new place at the end."""
         places = self._of_shard.get(ticket.shard, [])
         for place in places[_occupied(places) :]:
             if place.expires_at > trio.current_time():
@@ -43,7 +43,7 @@ class Places:
         return place
 
     def leave(self, ticket: Ticket) -> Place:
-        """Empty the hindmost place that a client of the ticket's shard has, and return it.
+        """Empty the last place that a client of the ticket's shard has, and return it.
 
         The client that had that place gets the ticket's.
         """

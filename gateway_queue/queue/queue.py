@@ -29,8 +29,8 @@ from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules, WindowStor
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A client's answer."""
+class Answered:
+    """A ticket whose client has its answer."""
 
     ticket: Ticket
     at: float
@@ -121,7 +121,7 @@ class Queue:
             self._gate = Gate()
             if self._dispatchers is not None:
                 self._dispatchers.start_soon(self._gate.run)
-        self._claim_anew()
+        self._retry_claims()
 
     def set_max_concurrency(self, number: int | None) -> None:
         """Change the number of rate limit keys: all places move to their new lanes.
@@ -154,7 +154,7 @@ class Queue:
     async def update_budget(self, budget: DiscordBudget) -> None:
         """Take over Discord's figures for the day's session starts."""
         await self.store.update_budget(budget)
-        self._claim_anew()
+        self._retry_claims()
         self.report(StartsChanged(self.store.session_starts()))
 
     def key(self, shard: int | None) -> int:
@@ -213,9 +213,9 @@ class Queue:
         self._list(self._places.leave(ticket))
 
     def _list(self, place: Place) -> None:
-        """Put a place into the lane of its key, in its state of now; an empty one may be gone."""
+        """Put a place into the lane of its key, in its current state; an empty place may expire."""
         if place.state == "chosen":
-            return  # its dispatcher will, when it has heard of the answer
+            return  # its dispatcher lists it again when the outcome is known
         place.unlist()
         if place.ticket is None and place.expires_at <= trio.current_time():
             self._places.end(place, "gone")
@@ -240,14 +240,14 @@ class Queue:
             await trio.lowlevel.checkpoint()
             for place in lane.overdue():
                 self._list(place)
-            if self._claim_at(lane) <= trio.current_time():
+            if self._next_claim(lane) <= trio.current_time():
                 has_claimed = True
                 await self._claim(lane)
             elif has_claimed and not lane.waiting:
                 has_claimed = False
                 await self._withdraw(lane)
             else:
-                await lane.wait(self._claim_at(lane))
+                await lane.wait(self._next_claim(lane))
         if self.lanes.get(lane.rate_limit_key) is lane:
             del self.lanes[lane.rate_limit_key]
         if has_claimed:
@@ -258,7 +258,7 @@ class Queue:
         with trio.CancelScope(shield=True):
             await self.store.withdraw(lane.rate_limit_key)
 
-    def _claim_at(self, lane: Lane) -> float:
+    def _next_claim(self, lane: Lane) -> float:
         """Return when to claim a lane's key, infinite while there is nothing to claim it for."""
         if self.max_concurrency is None or not lane.waiting:
             return math.inf
@@ -277,11 +277,11 @@ class Queue:
             answer = await self._offer(place, claim)
             if answer is None:
                 await self.store.give_back(claim)
-                self._claim_anew()
+                self._retry_claims()
         if answer is not None:
             self._report_release(lane, place, answer)
             await self._start_window(lane, claim, answer)
-        lane.claim_soon()
+        lane.retry_claim()
 
     async def _claim_for_first(self, lane: Lane, gate: Gate | None) -> tuple[Place, Claim] | None:
         """Claim the key for the first place of a lane, and return both if the store agrees."""
@@ -308,13 +308,13 @@ class Queue:
         """Note when it makes sense to claim again."""
         now = trio.current_time()
         if refusal.concerns == "shard":
-            lane.claim_soon()
+            lane.retry_claim()
             self._hold(place, refusal.seconds)
             return
         lane.opens_at = now + refusal.seconds
         if refusal.concerns == "queue" and self._gate is not None:
             self._gate.close(refusal.seconds)
-            lane.claim_soon()
+            lane.retry_claim()
         elif lane.claim_at == math.inf:
             lane.claim_at = lane.opens_at
 
@@ -327,7 +327,7 @@ class Queue:
         place.held_until = trio.current_time() + seconds
         self._list(place)
 
-    async def _offer(self, place: Place, claim: Claim) -> Answer | None:
+    async def _offer(self, place: Place, claim: Claim) -> Answered | None:
         """Offer the slot to a place's client.
 
         Returns:
@@ -341,7 +341,7 @@ class Queue:
         send, outcome = trio.open_memory_channel[float](2)
         ticket.offer(Slot(claim, send))
         try:
-            return Answer(ticket, await outcome.receive(), outcome)
+            return Answered(ticket, await outcome.receive(), outcome)
         except trio.EndOfChannel:
             return None
         finally:
@@ -349,7 +349,7 @@ class Queue:
                 place.state = "waiting"
                 self._list(place)
 
-    async def _start_window(self, lane: Lane, claim: Claim, answer: Answer) -> None:
+    async def _start_window(self, lane: Lane, claim: Claim, answer: Answered) -> None:
         """Let the window of a release start: after the answer, or when the shard has identified."""
         at, confirmed = answer.at, False
         confirm_seconds = self.store.rules.confirm_seconds  # not those of a later change
@@ -365,12 +365,14 @@ class Queue:
                 self.report(Identified(claim.shard, at, at - answer.at))
             else:
                 self.report(NotConfirmed(claim.shard, at, confirm_seconds))
+        # If the queue closes before, the lease of the claim keeps the key closed.
         with trio.CancelScope(shield=True):
             await self.store.start_window(claim, at, confirmed=confirmed)
         self.report(StartsChanged(self.store.session_starts()))
 
-    def _report_release(self, lane: Lane, place: Place, answer: Answer) -> None:
-        due = max(lane.opens_at, answer.ticket.here_since, place.held_until)
+    def _report_release(self, lane: Lane, place: Place, answer: Answered) -> None:
+        due = max(lane.opens_at, answer.ticket.connected_at, place.held_until)
+        due = min(due, answer.at)  # a store may open a key earlier than it said
         self.report(
             Released(
                 shard=place.shard,
@@ -382,10 +384,10 @@ class Queue:
             )
         )
 
-    def _claim_anew(self) -> None:
+    def _retry_claims(self) -> None:
         """Let all dispatchers claim again: a session start may be left that was not before."""
         for lane in self.lanes.values():
             lane.opens_at = min(lane.opens_at, trio.current_time())
-            lane.claim_soon()
+            lane.retry_claim()
         if self._gate is not None:
             self._gate.open()

@@ -72,7 +72,7 @@ class Ticket:
         "_send",
         "_slot",
         "confirm",
-        "here_since",
+        "connected_at",
         "place",
         "shard",
     )
@@ -85,7 +85,7 @@ class Ticket:
     def __init__(self, queue: Queue, shard: int | None, *, confirm: bool) -> None:
         self.shard = shard
         self.confirm = confirm
-        self.here_since = trio.current_time()
+        self.connected_at = trio.current_time()
         self._queue = queue
         self._has_answer = False
         # Room for one slot: a channel without any refuses a slot while its receiver is not waiting.

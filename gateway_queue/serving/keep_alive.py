@@ -1,4 +1,4 @@
-"""TCP keep-alive: finds out clients that vanished without a word."""
+"""TCP keep-alive: finds clients that vanished without closing their connections."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ INTERVAL_SECONDS = 3
 """How long until it asks again, if there is no answer."""
 
 PATIENCE_SECONDS = 25
-"""How long without an answer until it gives the client up. Even whom it asks last, it asks three
-times; and it is done within 30 s."""
+"""How long without an answer until the kernel closes the connection. It asks every client at least
+three times, and is done within 30 s."""
 
 
 def keep_alive(stream: trio.SocketStream) -> None:

@@ -1,4 +1,4 @@
-"""The process: what it takes from its system before it serves."""
+"""The process: its settings, its system limits and its garbage collector."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def exit_with_usage_error(error: BadSetting) -> NoReturn:
 
 
 def prepare() -> Settings:
-    """Make this process ready to serve, whoever has started it, and read its settings."""
+    """Make this process ready to serve, in every way to start it, and read its settings."""
     settings = prepare_process()
     try:
         hypercorn.install()
@@ -57,7 +57,7 @@ def prepare() -> Settings:
 
 
 def prepare_process() -> Settings:
-    """Do so, except for what is changed in Hypercorn and trio."""
+    """Prepare the process, without changing Hypercorn and trio."""
     try:
         settings = _checked_settings()
     except BadSetting as error:
@@ -74,10 +74,10 @@ def prepare_process() -> Settings:
 
 
 def exit_unable_to_serve(line: str) -> NoReturn:
-    """End the server, whoever has started it, with one line on stderr.
+    """End the server, in every way to start it, with one line on stderr.
 
-    Hypercorn has no place for an app that will not start: it goes on without the app, or prints
-    the stacks of all its tasks, and whatever became of its workers it reports success.
+    Hypercorn has no place for an app that does not start: it continues without the app, or prints
+    the stacks of all its tasks, and reports success although its workers failed.
     """
     print(line, file=sys.stderr, flush=True)
     parent = multiprocessing.parent_process()
@@ -138,7 +138,7 @@ def hold_socket(name: str) -> bool:
 
 
 def hold_file(path: Path) -> bool:
-    """Do the same with a lock file, for systems without abstract sockets. The file stays."""
+    """Hold a lock file, on systems without abstract sockets. The file stays."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

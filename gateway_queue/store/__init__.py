@@ -1,4 +1,4 @@
-"""The window store: what has to be known of earlier releases before the next one.
+"""The window store: what must be known about earlier releases before the next one.
 
 When each rate limit key opens, how many session starts the day has left, and which shards start so
 often that they have to wait.
@@ -62,9 +62,9 @@ class Claim:
     begin_by: float = math.inf
     """Until when an answer may begin (:func:`trio.current_time`)."""
     answer_by: float = math.inf
-    """When the answer has to be out, for the key may be somebody else's a window later."""
+    """When the answer has to be out. A window later, another replica can get the key."""
     token: str = ""
-    """Tells it from the claims of other replicas."""
+    """Identifies this claim among those of all replicas."""
 
 
 @dataclass(frozen=True)
@@ -116,20 +116,20 @@ class SessionStarts:
 
     @property
     def spent(self) -> bool:
-        """Whether nobody may start before the reset."""
+        """Whether no session may start before the reset."""
         return self.enforced and self.remaining == 0
 
 
 class WindowStore(Protocol):
     """Remembers releases.
 
-    Whoever has claimed a key either releases one ticket and starts the window, or gives the key
-    back. A claim takes one of the day's session starts along. A store that cannot be reached
-    refuses claims until it can, and what it could not be told it learns then.
+    A caller that has claimed a key either releases one ticket and starts the window, or gives the
+    key back. A claim includes one of the day's session starts. A store that cannot be reached
+    refuses claims; once it can be reached, it is told what it has missed.
 
-    Any method that is async may suspend, also one that does not in some store: while it waits,
-    tickets come and leave, other keys are claimed, and the number of keys changes. A claim that is
-    cancelled while it waits is given back by the store.
+    Each async method may suspend, also where one store does not: meanwhile tickets come and leave,
+    other keys are claimed, and the number of keys changes. If a claim is cancelled while it waits,
+    the store gives it back.
     """
 
     @property
@@ -171,7 +171,7 @@ class WindowStore(Protocol):
         """
 
     async def withdraw(self, key: int) -> None:
-        """Make way for the other replicas: nobody waits here any more for a key."""
+        """Tell other replicas that no ticket waits here for a key."""
 
     def change_rules(self, rules: Rules) -> None:
         """Hold to other rules from now on.
@@ -181,7 +181,7 @@ class WindowStore(Protocol):
         """
 
     def regroup(self, max_concurrency: int) -> None:
-        """Change the number of rate limit keys. Claims of before stay good.
+        """Change the number of rate limit keys. Earlier claims remain valid.
 
         A key that shares a shard with one of before that is claimed or closed opens no sooner than
         that one.

@@ -23,7 +23,7 @@ class Windows:
         self._former: dict[tuple[int, int], float] = {}
 
     def opens_at(self, key: int) -> float:
-        """Return when no key opens later that has a shard in common with this one.
+        """Return when a key opens: not before any former key that shares a shard with it.
 
         Some shard has key *a* of *m* keys and key *b* of *n* keys if, and only if, the two are
         equal modulo the greatest common divisor of *m* and *n*.

@@ -36,7 +36,7 @@ from gateway_queue.web.tickets import TicketRequest, Turns
 log = structlog.stdlib.get_logger(__name__)
 
 PUBLIC = frozenset({"/healthz", "/readyz"})
-"""Endpoints for those who watch over the process, who have no token."""
+"""Endpoints for health checks, which need no token."""
 
 OF_ONE_BOT = frozenset({"/status", "/dashboard", "/events"})
 
@@ -97,8 +97,7 @@ class GatewayQueue(QuartTrio):
 
     def _refuse_token(self) -> None:
         self._fail(
-            "DISCORD_TOKEN: got one that Discord refuses (401 Unauthorized), "
-            "takes the token of a bot"
+            "Discord rejected DISCORD_TOKEN (401 Unauthorized); set it to the token of a bot"
         )
 
     def _asked_for(self) -> Service:

@@ -1,4 +1,4 @@
-"""Who may ask: whoever has the token, if there is one."""
+"""Authorization: requests need the token, if there is one."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Guard:
     """Checks requests for a token.
 
     Args:
-      tokens: each of them will do. Those that are None do not count, and without any other one
-        every request may pass.
+      tokens: what requests must contain, one of them; without any, every request is accepted.
+        Those that are None do not count.
     """
 
     def __init__(self, *tokens: str | None) -> None:

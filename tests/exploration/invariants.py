@@ -318,13 +318,13 @@ def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None
         opens += scenario.unconfirmed_window if scenario.store == "memory" else scenario.lease
     if scenario.has_token:
         opens = max(opens, process.keys_told[0][0] if process.keys_told else at)
-    longest = scenario.confirm_seconds + scenario.unconfirmed_window
-    told = process.keys_at(at, at - longest - ADOPTION)
+    told = process.keys_at(at, at - ADOPTION)
     for one in record.calls:
-        if one is not call and one is not but and one.chosen_at is not None:
-            # Some other shard may have the one key by one number, and the other key by another one.
-            is_related = any(_share_a_key(one, call, {math.gcd(a, b)}) for a in told for b in told)
-            if one.chosen_at <= at and is_related:
+        if one is not call and one is not but and one.chosen_at is not None and one.chosen_at <= at:
+            told_then = one.process.keys_at(one.chosen_at, one.chosen_at - ADOPTION)
+            # Some other shard may have the one key by its number, and the other key by this one.
+            shared = {math.gcd(then, now) for then in told_then for now in told}
+            if any(_share_a_key(one, call, {keys}) for keys in shared):
                 opens = max(opens, _closed_until(record, one))
     return opens
 

@@ -8,7 +8,7 @@ from typing import Any
 from gateway_queue.queue.lane import Place, State
 
 TRANSITIONS = {
-    "waiting": {"away", "gone", "held", "chosen"},
+    "waiting": {"away", "gone", "held", "chosen", "released"},
     "held": {"waiting", "away", "gone"},
     "away": {"waiting", "held", "gone"},
     "chosen": {"released", "waiting"},

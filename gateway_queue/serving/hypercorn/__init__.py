@@ -27,7 +27,7 @@ used                            needed for                       without it; not
 ``_send_h11_event``,
 ``_send_error_response``
 ``H2Protocol._send_data``,      a window starts after the        releases up to 150 ms early;
-``_flush``, ``_handle_events``  answer is written                ``test_http2``
+``_flush``, ``_handle_events``, answer is written                ``test_http2``
 ``_create_stream``,
 ``_window_updated``,
 ``stream_buffers``,

@@ -102,7 +102,7 @@ class Connection(TCPServer):
                 await super().protocol_send(event)
 
     async def _probe_client(self, times: int) -> None:
-        """Hear of a client that has left, and wait until a write need not wait."""
+        """Wait for pending writes, then check whether the client has disconnected."""
         idle_times = 0
         for _ in range(times * PROBES_MAX):
             async with self.send_lock:

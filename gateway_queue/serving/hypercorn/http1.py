@@ -22,8 +22,8 @@ class _Paused(Exception):
     """Nothing more can be parsed before the current request is answered."""
 
 
-class _LeaveLoop:
-    """Stands in for the event on which Hypercorn waits, deaf to its client, while h11 pauses."""
+class _PauseSignal:
+    """Stands in for the event on which Hypercorn waits, without reading, while h11 pauses."""
 
     async def clear(self) -> None:
         pass
@@ -39,17 +39,17 @@ class _LeaveLoop:
 
 
 class HTTP1(H11Protocol):
-    """HTTP/1 that hears its client at any time, knows no WebSockets and never answers a 5xx."""
+    """HTTP/1 that notices a disconnect at any time, knows no WebSockets and never answers a 5xx."""
 
     async def initiate(self) -> None:
-        self.can_read = _LeaveLoop()
+        self.can_read = _PauseSignal()
         self._paused = False
         self._is_closed = False
         self._unsent = b""
         self._unanswered: HTTPStream | None = None
 
     async def handle(self, event: Event) -> None:
-        """Start no request that came before its client left: nobody would notice the leaving."""
+        """Ignore requests that are read after their client has left."""
         self._is_closed |= isinstance(event, Closed)
         await super().handle(event)
 
@@ -72,7 +72,7 @@ class HTTP1(H11Protocol):
     async def _maybe_recycle(self) -> None:
         """Get ready for the next request, and read it if it has come during a pause.
 
-        Quart cancels whoever sends an answer as soon as it hears that all is sent, so here.
+        Quart cancels the task that has sent an answer, so this is shielded.
         """
         with trio.CancelScope(shield=True):
             await super()._maybe_recycle()

@@ -33,7 +33,7 @@ class Buffer(StreamBuffer):
 
 
 class HTTP2(H2Protocol):
-    """HTTP/2 that bears the end of an upload after its answer, and knows no WebSockets."""
+    """HTTP/2 that accepts the rest of an upload after its answer, and has no WebSockets."""
 
     stream_buffers: dict[int, Buffer]  # type: ignore[assignment]
 
@@ -46,7 +46,7 @@ class HTTP2(H2Protocol):
             await self.send(Updated(idle=True))
 
     async def handle(self, event: Event) -> None:
-        """Let go of answers that nobody sends any more, or they would wait for it for ever."""
+        """End the answers of a closed connection: their senders would wait for ever."""
         await super().handle(event)
         if isinstance(event, Closed):
             for buffer in list(self.stream_buffers.values()):
@@ -101,10 +101,10 @@ class HTTP2(H2Protocol):
         self.connection.acknowledge_received_data(data.flow_controlled_length, data.stream_id)
 
     async def _send_data(self, stream_id: int) -> None:
-        """Write the next part of a response, then let its sender go on.
+        """Write the next part of a response, then wake its sender.
 
-        Hypercorn lets the sender go on first. But a window starts when the sender goes on, so the
-        next release was early. The head, the body and the end of the stream are one write, because
+        Hypercorn wakes the sender first. A window starts when the sender continues, so the next
+        release was early. The head, the body and the end of the stream are one write, because
         clients wait for the end, and because a client that leaves in between would get a part.
         """
         try:

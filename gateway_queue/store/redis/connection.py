@@ -62,7 +62,7 @@ class Connection:
         self._pool = pool
 
     async def open(self) -> None:
-        """Connect, and teach the server how to decide.
+        """Connect, and load the script into Redis.
 
         Raises:
           Unreachable: there is no such server, or it refuses.
@@ -77,7 +77,7 @@ class Connection:
         self._script = await self._request(b"SCRIPT LOAD", SCRIPT.read_bytes())
 
     async def call(self, prefix: str, command: str, *arguments: RedisValueT) -> Any:
-        """Let the server decide.
+        """Run a command of the script.
 
         Args:
           prefix: the first part of every key.

@@ -205,19 +205,22 @@ local function uncount_start(token)
   end
 end
 
--- How long a shard that starts too often has to wait.
-local function shard_wait(shard)
+-- How long a shard that starts too often has to wait. A claim that is still good for an answer may be
+-- given back, so it does not count yet; it keeps the key closed.
+local function shard_wait(shard, number, key)
   if free_starts == 0 or shard == '' then
     return 0
   end
-  local number, earliest, latest = 0, now, 0
-  for _, at in entries(redis.call('HGET', shards, shard)) do
-    if is_recent(at) then
-      at, number = tonumber(at), number + 1
+  local open_token, answer_by = entries(redis.call('HGET', state, 'claim:' .. number .. ':' .. key))()
+  local used, earliest, latest = 0, now, 0
+  for token, at in entries(redis.call('HGET', shards, shard)) do
+    local may_be_given_back = token == open_token and now <= tonumber(answer_by)
+    if is_recent(at) and not may_be_given_back then
+      at, used = tonumber(at), used + 1
       earliest, latest = math.min(earliest, at), math.max(latest, at)
     end
   end
-  local excess = number - free_starts
+  local excess = used - free_starts
   if excess < 0 then
     return 0
   end
@@ -418,7 +421,7 @@ end
 
 -- Returns the verdict on a claim, and how long to wait; for a grant, how long all has been open.
 local function decide(number, key, shard, came_at, caution)
-  local held = shard_wait(shard)
+  local held = shard_wait(shard, number, key)
   if held > 0 then
     return SHARD_HELD, held
   end
@@ -484,8 +487,7 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
     if tonumber(its_lease) > lease then
       set_identifying(token, number, key, now + its_lease)
     end
-    -- For the loop guard it counts when it is used: until then its shard has the same key.
-    redis.call('ZADD', starts, word(now), token)
+    count_start(token, now)
   end
   return answer(verdict, wait)
 end
@@ -520,6 +522,15 @@ function commands.give_back(number, key, token)
   set_release(token, nil)
   set_identifying(token, nil)
   uncount_start(token)
+  return answer(GRANTED, 0)
+end
+
+-- A replica with a ticket that will claim the key for the first time at some time.
+function commands.announce(number, key, came_at, asks_at)
+  set_head(number .. ':' .. key, tonumber(came_at), tonumber(asks_at))
+  if most_releases > 0 then
+    set_head('queue', tonumber(came_at), tonumber(asks_at))
+  end
   return answer(GRANTED, 0)
 end
 

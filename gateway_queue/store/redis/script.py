@@ -20,7 +20,7 @@ CONCERNS: dict[int, Literal["shard", "key", "queue"]] = {1: "key", 2: "shard", 3
 """What a claim with another verdict has to wait for."""
 
 
-class Answer(NamedTuple):
+class ScriptReply(NamedTuple):
     """What the script returns; times are in microseconds."""
 
     verdict: int

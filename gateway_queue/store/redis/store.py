@@ -37,8 +37,8 @@ from gateway_queue.store.redis.link import FIRST_RETRY, Link
 from gateway_queue.store.redis.script import (
     CONCERNS,
     GRANTED,
-    Answer,
     Lease,
+    ScriptReply,
     answer_seconds,
     lease_seconds,
     leases_in,
@@ -62,7 +62,7 @@ class RedisStore:
     """A :class:`~gateway_queue.store.WindowStore` for several replicas of a server.
 
     A claim is a lease: the answer has to be out soon after it was sent for, and the lease ends a
-    window later. So the next release is never early, even if nobody says when the answer was.
+    window later. So the next release is never early, even if the time of the answer is lost.
 
     A server that was restarted, or has taken over from another one, may have missed the last
     lease, and so may one that has lost data while the connection lived: the script notices, and its
@@ -96,14 +96,14 @@ class RedisStore:
         self._seen = (0, 0)
         self._hold = self._lease if rules.hold else 0.0
         self._trusted_at = math.inf
-        # Claims that nobody has used, though they may have been granted.
+        # Claims that were not used here, though the server may have granted them.
         self._doubtful: list[Claim] = []
         # The confirmed claims whose shards are identifying, by token, also those of other replicas.
         self._identifying: dict[str, Lease] = {}
         self._starts = KnownStarts(self._replica, self._limit)
         self._looked_at = 0
         self._discord_budget: DiscordBudget | None = None
-        self._known = Answer(0, 0, 0, 0, 0, self._limit or -1, microseconds(DAY), 0)
+        self._known = ScriptReply(0, 0, 0, 0, 0, self._limit or -1, microseconds(DAY), 0)
         self._known_at = trio.current_time()
 
     def _set_rules(self, rules: Rules) -> None:
@@ -234,8 +234,8 @@ class RedisStore:
             if asked_at > claim.answer_by + CALL_SECONDS:
                 self._doubtful.remove(claim)
 
-    async def _ask(self, command: str, *arguments: str | int) -> tuple[Answer, list[bytes]]:
-        """Let the server decide.
+    async def _ask(self, command: str, *arguments: str | int) -> tuple[ScriptReply, list[bytes]]:
+        """Run a command of the script in Redis.
 
         Returns:
           Its answer, and what follows it.
@@ -251,28 +251,28 @@ class RedisStore:
         reply = await connection.call(self._prefix, command, *told)
         answered_at = trio.current_time()
         self._link.observe_round_trip(answered_at - asked_at)
-        answer = Answer(*reply[: len(Answer._fields)])
+        answer = ScriptReply(*reply[: len(ScriptReply._fields)])
         if not self._clock.agrees(answer.now, asked_at, answered_at):
             self._seen = (0, 0)
             connection.close("its clock was set")
         if self._since is None:
             self._since = answer.since
         if self._since != answer.since:
-            connection.close("its data is gone")
+            connection.close("its data was lost")
         since, last = self._seen
-        # Answers that came in one go may be read in another order.
+        # Answers that arrive together can be read in another order.
         self._seen = answer.since, max(answer.now, last if answer.since == since else 0)
         self._known, self._known_at = answer, asked_at
-        return answer, reply[len(Answer._fields) :]
+        return answer, reply[len(ScriptReply._fields) :]
 
     async def claim(
         self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
     ) -> Claim | Refusal:
         asked_at = trio.current_time()
-        if self._trusted_at == math.inf:
-            return Refusal(FIRST_RETRY, "key")
         if asked_at < self._trusted_at:
-            return Refusal(self._trusted_at - asked_at, "key")
+            await self._announce(key, came_at)
+            left = self._trusted_at - trio.current_time()
+            return Refusal(FIRST_RETRY if left == math.inf else max(0.0, left), "key")
         answer_by = asked_at + self._answer_seconds
         claim = Claim(
             key=key,
@@ -300,6 +300,13 @@ class RedisStore:
             return Refusal(LOOK_SECONDS, "key")
         wait = asked_at + answer.wait / MICROSECONDS - trio.current_time()
         return Refusal(max(0.0, wait), CONCERNS[answer.verdict])
+
+    async def _announce(self, key: int, came_at: float) -> None:
+        """Tell other replicas of a ticket here that cannot be released yet but may be older."""
+        if self._trusted_at < math.inf:
+            times = self._clock.at(came_at), self._clock.at(self._trusted_at)
+            with suppress(Unreachable):
+                await self._ask("announce", self._max_concurrency, key, *times)
 
     async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
         self._identifying.pop(claim.token, None)
