@@ -765,3 +765,18 @@ async def test_an_option_that_cannot_be_used_is_a_fault(option: str) -> None:
     async with opened(f"rediss://localhost?{option}", Rules(0.2, hold=False)) as store:
         await until(lambda: "not connected" not in str(store.fault))
         assert store.fault
+
+
+async def test_other_rules_hold_after_a_window_of_theirs(redis: RedisServer) -> None:
+    async with opened(redis.url, Rules(0.1, hold=False)) as store:
+        await connected(store)
+        claim = await claimed(store)
+        await store.start_window(claim, trio.current_time())
+        changed_at = trio.current_time()
+        store.change_rules(Rules(0.8, hold=False))
+        claim = await claimed(store)
+        assert trio.current_time() - changed_at >= 0.8
+        started_at = trio.current_time()
+        await store.start_window(claim, started_at)
+        await claimed(store)
+        assert trio.current_time() - started_at >= 0.8
