@@ -169,6 +169,8 @@ def test_the_status_of_the_default_bot_lists_all(tmp_path: Path) -> None:
         assert "8 of 9" in page
         page = bots.server.get("/dashboard?bot=busy").body.decode()
         assert "Gateway queue: busy" in page
+        page_of_idle = bots.server.get("/dashboard?bot=idle").body.decode()
+        assert 'data-ask="?bot=idle&amp;shard=0"' in page_of_idle
         assert "idle" not in page
 
 
