@@ -326,6 +326,7 @@ async def test_a_claim_that_arrives_after_it_was_given_back_is_given_back_again(
             proxy.holds_back = None
             await until(lambda: redis.command("ZCARD", "test:starts") == ":1")
             await until(lambda: redis.command("ZCARD", "test:starts") == ":0")
+            await until(lambda: redis.command("HEXISTS", "test:state", "claim:1:0") == ":0")
             assert isinstance(await other.claim(0, None, trio.current_time()), Claim)
 
 
