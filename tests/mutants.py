@@ -225,12 +225,6 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/store.py",
-        "            self._doubtful.append(claim)\n",
-        "            pass\n",
-        "a claim whose reply was lost keeps the key closed",
-    ),
-    Mutant(
-        "store/redis/store.py",
         "lease = self._confirm_lease if confirm else self._claim_lease",
         "lease = self._claim_lease",
         "the claim of a confirmed ticket ends before its shard has identified",
@@ -311,7 +305,7 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/decisions.lua",
-        "  uncount_start(token)",
+        "  redis.call('ZREM', starts, token)\n",
         "",
         "a claim that was given back counts as a session start",
     ),
@@ -386,7 +380,7 @@ class Simulation:
         if self._mutant.without:
             module += ["--without", *sorted(self._mutant.without)]
         if self._mutant.is_of_http:
-            module = ["tests.exploration.wire_run", "0", str(seeds)]
+            module.append("--http")
         return subprocess.Popen(
             [sys.executable, "-u", "-m", *module],
             cwd=root,

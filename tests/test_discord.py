@@ -303,11 +303,13 @@ def test_max_concurrency_above_discords_limits_nothing() -> None:
 
 
 def test_at_the_end_of_the_budget_tickets_are_held_until_the_reset() -> None:
-    with playing(remaining=5, reset_after=3000) as discord, serving_with(discord) as server:
-        start = time.monotonic()
+    # Discord is asked again when six windows are over: after the reset.
+    with (
+        playing(remaining=5, reset_after=3000) as discord,
+        serving_with(discord, WINDOW_SECONDS=0.6) as server,
+    ):
         clients = [server.ask(shard) for shard in range(9)]
-        first = first_answers(clients[:5], 5)
-        assert max(answer.at for _, answer in first) < start + 2
+        first_answers(clients[:5], 5)
         status = server.status()
         assert status["session_starts"]["remaining"] == 0
         assert {t["state"] for t in status["lanes"][0]["tickets"]} == {"waiting"}
@@ -317,7 +319,7 @@ def test_at_the_end_of_the_budget_tickets_are_held_until_the_reset() -> None:
         later = [client.answer().at for client in clients[5:]]
         assert any("spent" in line for line in server.lines)
     assert later[0] > discord.requests[0][0] + 3
-    assert min(b - a for a, b in pairwise(later)) >= 0.049, "no burst"
+    assert min(b - a for a, b in pairwise(later)) >= 0.599, "no burst"
     assert len(discord.requests) >= 2, "asked again at the reset"
 
 

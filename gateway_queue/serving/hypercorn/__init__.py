@@ -34,7 +34,18 @@ used                            needed for                       without it; not
 ``priority``, ``has_data``,
 ``StreamBuffer._complete``,
 ``_is_empty``, ``buffer``
+``TCPServer._close``            10,000 connections close in      1 s more of CPU time;
+                                2.7 s                            ``test_command``
+``TaskGroup.__aexit__``,        an exception ends where it       a fault ends the server;
+``TrioSingleTask``              belongs; the idle time is a      ``test_hypercorn``
+                                deadline
+``H2Protocol.stream_send``      head, body and end are one       a client gets a part of an
+                                write                            answer; ``test_http2``
 ==============================  ===============================  =================================
+
+Beside Hypercorn: :mod:`gateway_queue.serving.event_loop` replaces the private ``_epoll`` of trio's
+event loop (optional, ``test_event_loop``), and :mod:`gateway_queue.serving.process` reads
+``_target`` of ``multiprocessing.Process`` (``test_command``).
 """
 
 from __future__ import annotations
