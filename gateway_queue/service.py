@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
+from structlog.contextvars import bound_contextvars
 
-from gateway_queue.discord.api import connect
+from gateway_queue.discord.api import Api, BadToken, Discord
 from gateway_queue.discord.limits import Limits
+from gateway_queue.faults import Fault
 from gateway_queue.observing.event_log import EventLog
-from gateway_queue.observing.gauges import gauges
-from gateway_queue.observing.metrics import Metrics
+from gateway_queue.observing.metrics import BotMetrics
 from gateway_queue.observing.recent import Recent
 from gateway_queue.observing.starts import Starts
 from gateway_queue.queue import Queue
@@ -19,78 +23,130 @@ from gateway_queue.settings import Settings
 from gateway_queue.store import Rules, WindowStore
 from gateway_queue.store.memory import MemoryStore
 
+if TYPE_CHECKING:
+    from gateway_queue.store.redis import Link
+
+
+@dataclass(frozen=True)
+class Links:
+    """The connections that all bots of a server share."""
+
+    discord: Api
+    redis: Link | None
+    """None if the windows are in memory."""
+
 
 class Service:
     """Everything that one bot's tickets need.
 
     Args:
-      settings: of the server.
+      settings: of the bot.
+      links: of the server.
+      metrics: of the bot; its labels are in the lines of the log, too.
+      refuse_token: called if Discord rejects the token of the settings.
+      phase: see :class:`~gateway_queue.discord.limits.Limits`.
     """
 
     queue: Queue
+    _nursery: trio.Nursery
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        links: Links,
+        metrics: BotMetrics,
+        *,
+        refuse_token: Callable[[], None],
+        phase: float = 1.0,
+    ) -> None:
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = metrics
+        self.labels = metrics.labels
         self.recent = Recent()
         self.starts = Starts()
         self.started_at = time.time()
         """Seconds since the epoch."""
         self.limits: Limits | None = None
         """None if Discord is not asked."""
+        self._links = links
+        self._refuse_token = refuse_token
+        self._phase = phase
+        self._following = trio.CancelScope()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve tickets until cancelled.
+        """Serve tickets until stopped or cancelled."""
+        settings = self.settings
+        with bound_contextvars(**self.labels):
+            async with trio.open_nursery() as self._nursery:
+                event_log = EventLog()
+                self._nursery.start_soon(event_log.run)
+                self.queue = Queue(
+                    self._open_store(),
+                    max_concurrency=known_max_concurrency(settings),
+                    place_seconds=settings.place_seconds,
+                    observers=(
+                        self.metrics.observe,
+                        self.recent.observe,
+                        self.starts.observe,
+                        event_log.observe,
+                    ),
+                )
+                self._start_following()
+                # Not in a task of its own: a bot is to cost little while it is idle.
+                await self.queue.run(task_status=task_status)
 
-        Raises:
-          ExceptionGroup: with :class:`~gateway_queue.discord.api.BadToken` in it if Discord rejects
-            the token of the settings.
+    def change(self, settings: Settings) -> None:
+        """Serve by other settings from now on.
+
+        Tickets keep waiting, and earlier releases stay known. No key opens for one window of the
+        new settings; with another token, also not until Discord has told its limits.
         """
-        settings = self.settings
-        event_log = EventLog()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(event_log.run)
-            self.queue = Queue(
-                self._open_store(nursery),
-                max_concurrency=known_max_concurrency(settings),
-                place_seconds=settings.place_seconds,
-                observers=(
-                    self.metrics.observe,
-                    self.recent.observe,
-                    self.starts.observe,
-                    event_log.observe,
-                ),
-            )
-            self.metrics.watch(partial(gauges, self.queue, self.not_ready))
-            if settings.discord_token is not None and self.queue.max_concurrency is None:
-                nursery.start_soon(self._follow_discord, settings.discord_token)
-            await nursery.start(self.queue.run)
-            task_status.started()
+        former, self.settings = self.settings, settings
+        self.queue.change_rules(rules_of(settings), place_seconds=settings.place_seconds)
+        known = known_max_concurrency(settings)
+        has_other_token = settings.discord_token != former.discord_token
+        if known is not None or has_other_token or self.queue.max_concurrency == 0:
+            self.queue.set_max_concurrency(known)
+        self._following.cancel()
+        self._start_following()
 
-    def _open_store(self, nursery: trio.Nursery) -> WindowStore:
-        settings = self.settings
-        rules = rules_of(settings)
-        if settings.redis_url is None:
-            return MemoryStore(rules)
+    def stop(self) -> None:
+        """Let go all clients that wait, without an answer, and end."""
+        self.queue.dismiss()
+        self._nursery.cancel_scope.cancel()
+
+    def _open_store(self) -> WindowStore:
+        settings, link = self.settings, self._links.redis
+        if link is None:
+            return MemoryStore(rules_of(settings))
         # Not at the top, for most servers run alone, and it takes a while.
         from gateway_queue.store.redis import RedisStore  # noqa: PLC0415
 
-        store = RedisStore(
-            settings.redis_url,
-            settings.redis_prefix,
-            rules,
-            count_error=self.metrics.store_errors.inc,
-            observe_round_trip=self.metrics.observe_redis_round_trip,
-        )
-        nursery.start_soon(store.run)
+        store = RedisStore(link, settings.redis_prefix, rules_of(settings))
+        self._nursery.start_soon(store.run)
         return store
 
-    async def _follow_discord(self, token: str) -> None:
-        """Keep within the limits that Discord gives the bot."""
+    def _start_following(self) -> None:
+        token = self.settings.discord_token
+        if token is None or known_max_concurrency(self.settings) is not None:
+            self.limits = None
+            return
+        self.metrics.expect_discord_requests()
         url, count_request = self.settings.discord_api_url, self.metrics.count_discord_request
-        async with connect(token, url, count_request) as discord:
-            self.limits = Limits(discord, self.queue, self.settings)
-            await self.limits.run()
+        discord = Discord(self._links.discord, token, url, count_request)
+        self.limits = Limits(discord, self.queue, self.settings, phase=self._phase)
+        self._following = trio.CancelScope()
+        self._nursery.start_soon(self._follow, self.limits, self._following)
+
+    async def _follow(self, limits: Limits, scope: trio.CancelScope) -> None:
+        """Keep within the limits that Discord gives the bot."""
+        with scope:
+            try:
+                await limits.run()
+            except BadToken:
+                now = trio.current_time()
+                limits.fault = Fault("Discord rejected its token (401 Unauthorized)", now, math.inf)
+                self._refuse_token()
 
     def not_ready(self) -> str | None:
         """Tell why no ticket can be released, if so."""

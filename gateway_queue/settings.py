@@ -27,6 +27,7 @@ class BadSetting(ValueError):
 
     def __init__(self, variable: str, got: str, takes: str) -> None:
         super().__init__(f"{variable}: got {got}, takes {takes}")
+        self.variable, self.got, self.takes = variable, got, takes
 
 
 def _host(text: str) -> str:
@@ -95,6 +96,12 @@ def _redis_url(text: str) -> str:
     if (is_local and not database) or not (is_local or url.hostname) or url.port == 0:
         raise ValueError(text)
     if not is_local and database and not re.fullmatch(r"[0-9]{1,9}", database, re.ASCII):
+        raise ValueError(text)
+    return text
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
         raise ValueError(text)
     return text
 
@@ -219,6 +226,12 @@ class Settings:
         about="token that every request has to have, but for /healthz and /readyz",
         secret=True,
     )
+    bots_file: str | None = _variable(
+        None,
+        _path,
+        takes="the path of a TOML file",
+        about="TOML file with a table of settings for each further bot; SIGHUP reads it again",
+    )
     log_level: str = _variable(
         "info", _one_of(LOG_LEVELS), takes=f"one of {', '.join(LOG_LEVELS)}", about="least level"
     )
@@ -241,16 +254,28 @@ class Settings:
         Raises:
           BadSetting: a variable holds what it does not take.
         """
-        return cls(**dict(_read(environ)))
+        return cls(**dict(read_fields(environ)))
 
 
-def _read(environ: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+def read_fields(
+    texts: Mapping[str, str], spell: Callable[[str], str] = str.upper
+) -> Iterator[tuple[str, Any]]:
+    """Read the settings that are given, and yield each with its name.
+
+    Args:
+      texts: what is given, by the names in their spelling.
+      spell: makes that spelling of a name.
+
+    Raises:
+      BadSetting: a text is not what its setting takes.
+    """
     for field in dataclasses.fields(Settings):
-        variable, secret = field.name.upper(), field.metadata["secret"]
-        if secret and f"{variable}_FILE" in environ:
-            variable, text = f"{variable}_FILE", _from_file(variable, environ)
-        elif variable in environ:
-            text = environ[variable]
+        variable, secret = spell(field.name), field.metadata["secret"]
+        file = spell(f"{field.name}_file")
+        if secret and file in texts:
+            variable, text = file, _from_file(texts, file, variable)
+        elif variable in texts:
+            text = texts[variable]
         else:
             continue
         try:
@@ -260,17 +285,17 @@ def _read(environ: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
             raise BadSetting(variable, got, field.metadata["takes"]) from None
 
 
-def _from_file(variable: str, environ: Mapping[str, str]) -> str:
+def _from_file(texts: Mapping[str, str], file: str, variable: str) -> str:
     """Read a secret from the file that ``NAME_FILE`` names, as Docker hands them over."""
-    path = environ[f"{variable}_FILE"]
+    path = texts[file]
     takes = f"the path of a text file to read, and no {variable} beside it"
-    if variable in environ:
-        raise BadSetting(f"{variable}_FILE", f"{path!r} and {variable}", takes)
+    if variable in texts:
+        raise BadSetting(file, f"{path!r} and {variable}", takes)
     try:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise BadSetting(f"{variable}_FILE", f"{path!r} ({reason})", takes) from None
+        raise BadSetting(file, f"{path!r} ({reason})", takes) from None
 
 
 def describe() -> str:

@@ -111,7 +111,7 @@ MUTANTS = (
     ),
     Mutant(
         "queue/queue.py",
-        "at = answer.at + self._confirm_seconds",
+        "at = answer.at + confirm_seconds",
         "at = answer.at",
         "a shard that is not confirmed is taken to have identified at once",
     ),
@@ -153,8 +153,8 @@ MUTANTS = (
     ),
     Mutant(
         "queue/places.py",
-        "            last.expires_at = trio.current_time() + self._seconds",
-        "            last.expires_at = trio.current_time() + self._seconds / 2",
+        "            last.expires_at = trio.current_time() + self.seconds",
+        "            last.expires_at = trio.current_time() + self.seconds / 2",
         "a place is kept for half of its time",
     ),
     Mutant(

@@ -9,8 +9,13 @@ from typing import Any
 import trio
 from trio.testing import MockClock
 
+from gateway_queue.bots_file import DEFAULT_BOT
+from gateway_queue.discord.api import Api
 from gateway_queue.observing.event_log import EventLog
+from gateway_queue.observing.metrics import Metrics
 from gateway_queue.queue import Queue
+from gateway_queue.service import Links, Service
+from gateway_queue.settings import Settings
 from gateway_queue.store import Claim, Refusal, Rules
 from gateway_queue.store.memory import MemoryStore
 
@@ -80,3 +85,13 @@ def stopwatch() -> Callable[[], float]:
     """Return what tells the seconds since now."""
     start = trio.current_time()
     return lambda: trio.current_time() - start
+
+
+def service_of(settings: Settings) -> Service:
+    """Return the service of the only bot of a server."""
+    metrics = Metrics().of(DEFAULT_BOT)
+    return Service(settings, Links(Api(), None), metrics, refuse_token=_no_bad_token)
+
+
+def _no_bad_token() -> None:
+    raise AssertionError

@@ -16,7 +16,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
 from gateway_queue.web.app import GatewayQueue
-from gateway_queue.web.auth import Guard
 from gateway_queue.web.tickets import ANSWER_SECONDS, TicketRequest
 from tests.harness import GO
 
@@ -30,7 +29,7 @@ async def started(settings: Settings) -> AsyncIterator[GatewayQueue]:
     app = GatewayQueue(lambda: settings, refused)
     async with app.test_app():
         yield app
-        await app.queue.close()
+        await app.bots.default.queue.close()
 
 
 async def test_tickets_take_turns(autojump_clock: MockClock) -> None:
@@ -125,7 +124,7 @@ async def test_a_fault_of_our_own_is_held_until_the_client_leaves(
     if what == "send":
         await trio.sleep(1)
     send = never_sent if what == "send" else wire.send
-    request = TicketRequest(SCOPE, wire.receive, send, failing_turn, Guard(None))
+    request = TicketRequest(SCOPE, wire.receive, send, lambda _: failing_turn)
     async with trio.open_nursery() as nursery:
         ended = trio.Event()
 
@@ -152,10 +151,10 @@ async def test_a_client_that_does_not_take_its_answer_is_not_waited_for(
 
     settings = Settings(window_seconds=5, margin_seconds=0, hold_on_start=False)
     async with started(settings) as app, trio.open_nursery() as nursery:
-        turn = app.queue.turn
-        nursery.start_soon(TicketRequest(SCOPE, slow.receive, never, turn, Guard(None)).run)
+        turn = app.bots.default.queue.turn
+        nursery.start_soon(TicketRequest(SCOPE, slow.receive, never, lambda _: turn).run)
         await wait_all_tasks_blocked()
-        await TicketRequest(SCOPE, next_in_line.receive, next_in_line.send, turn, Guard(None)).run()
+        await TicketRequest(SCOPE, next_in_line.receive, next_in_line.send, lambda _: turn).run()
         assert trio.current_time() == pytest.approx(5 + ANSWER_SECONDS)
         slow.hang_up()
     assert [event["type"] for event in next_in_line.sent] == [
@@ -181,7 +180,7 @@ async def test_nobody_is_answered_when_the_slot_is_not_good_any_more(
         sent_at.append(trio.current_time())
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(TicketRequest(SCOPE, wire.receive, slow_send, turn, Guard(None)).run)
+        nursery.start_soon(TicketRequest(SCOPE, wire.receive, slow_send, lambda _: turn).run)
         await trio.sleep(10)
         wire.hang_up()
     assert sent_at == []

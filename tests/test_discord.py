@@ -8,15 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from email.utils import formatdate
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from gateway_queue.discord.api import Outcome, Unavailable, connect
+from gateway_queue.discord.api import Api, Discord, Outcome, Unavailable
 from tests.fake_discord import TOKEN, FakeDiscord, Trick, after, answer, playing, raw
 from tests.harness import SLACK, Server, environ, eventually, first_answers, installed, serving
 
@@ -32,6 +32,14 @@ def serving_with(discord: FakeDiscord, **variables: object) -> Iterator[Server]:
         yield server
         shown = [*server.lines, server.get("/status").body.decode()]
     assert not [line for line in shown if TOKEN in line]
+
+
+@asynccontextmanager
+async def connected(url: str, count: Callable[[Outcome], None]) -> AsyncIterator[Discord]:
+    """Open a client of the API until the end of the context."""
+    api = Api()
+    yield Discord(api, TOKEN, url, count)
+    await api.close()
 
 
 def waiting(server: Server) -> int:
@@ -130,7 +138,7 @@ async def test_what_cannot_be_used_is_no_answer(fault: str) -> None:
     with playing() as fake:
         fake.tricks.append(FAULTS[fault])
         outcomes: list[Outcome] = []
-        async with connect(TOKEN, fake.url, outcomes.append) as discord:
+        async with connected(fake.url, outcomes.append) as discord:
             with pytest.raises(Unavailable) as unavailable:
                 await discord.session_start_limit()
             assert str(unavailable.value)
@@ -142,7 +150,7 @@ async def test_what_cannot_be_used_is_no_answer(fault: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://a..b", "http://xn--/", "http://[v1.a]", "http://%zz"])
 async def test_a_host_that_cannot_be_is_a_fault_like_any(url: str) -> None:
-    async with connect(TOKEN, url, list[Outcome]().append) as discord:
+    async with connected(url, list[Outcome]().append) as discord:
         with pytest.raises(Unavailable):
             await discord.session_start_limit()
 
@@ -160,7 +168,7 @@ async def test_retry_after(header: str, seconds: float) -> None:
         header = formatdate(dates[header], usegmt=True)
     with playing() as fake:
         fake.tricks.append(answer(503, retry_after=header))
-        async with connect(TOKEN, fake.url, list[Outcome]().append) as discord:
+        async with connected(fake.url, list[Outcome]().append) as discord:
             with pytest.raises(Unavailable) as unavailable:
                 await discord.session_start_limit()
     assert unavailable.value.retry_after == pytest.approx(seconds, abs=60 if seconds > 60 else 0)
@@ -171,7 +179,7 @@ async def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPat
     with playing() as fake:
         done = threading.Event()
         fake.tricks.append(after(done, answer(200)))
-        async with connect(TOKEN, fake.url, list[Outcome]().append) as discord:
+        async with connected(fake.url, list[Outcome]().append) as discord:
             with pytest.raises(Unavailable, match="no answer within"):
                 await discord.session_start_limit()
         done.set()

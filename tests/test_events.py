@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from gateway_queue.web.dashboard.events import INTERVAL, Events
+from gateway_queue.web.dashboard.events import INTERVAL, Feeds
 from tests.harness import Answer, Client, Server, eventually, open_files, serving
 from tests.test_http2 import GET, H2Client, connect
 
@@ -31,7 +31,7 @@ class Numbered:
         self.number = 0
         self._failing = failing
 
-    async def write(self) -> str:
+    async def write(self, _: str) -> str:
         await trio.lowlevel.checkpoint()
         self.number += 1
         if self.number == self._failing:
@@ -43,9 +43,9 @@ def event(number: int) -> bytes:
     return b"data: event\ndata: %d\n\n" % number
 
 
-async def listen(events: Events, heard: Heard, pause: float) -> None:
+async def listen(feeds: Feeds[str], heard: Heard, pause: float) -> None:
     """Listen, and be busy for a while after each event."""
-    async with aclosing(events.listen()) as listening:
+    async with aclosing(feeds.listen("bot")) as listening:
         async for one in listening:
             heard.append((trio.current_time(), one))
             await trio.sleep(pause)
@@ -53,17 +53,16 @@ async def listen(events: Events, heard: Heard, pause: float) -> None:
 
 async def test_an_event_a_second_while_anybody_listens(autojump_clock: MockClock) -> None:
     numbered = Numbered()
-    events = Events(numbered.write)
     quick, slow = Heard(), Heard()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(events.run)
+        feeds = Feeds(numbered.write, nursery)
         await trio.sleep(50)
         assert numbered.number == 0
         with trio.move_on_after(3.5 * INTERVAL):
             async with trio.open_nursery() as listeners:
-                listeners.start_soon(listen, events, quick, 0.0)
-                listeners.start_soon(listen, events, quick, 0.0)
-                listeners.start_soon(listen, events, slow, 1.5 * INTERVAL)
+                listeners.start_soon(listen, feeds, quick, 0.0)
+                listeners.start_soon(listen, feeds, quick, 0.0)
+                listeners.start_soon(listen, feeds, slow, 1.5 * INTERVAL)
         await trio.sleep(50)
         assert numbered.number == 4
         nursery.cancel_scope.cancel()
@@ -73,12 +72,11 @@ async def test_an_event_a_second_while_anybody_listens(autojump_clock: MockClock
 
 
 async def test_a_fault_of_the_page_costs_one_event(autojump_clock: MockClock) -> None:
-    events = Events(Numbered(failing=2).write)
     heard = Heard()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(events.run)
+        feeds = Feeds(Numbered(failing=2).write, nursery)
         with trio.move_on_after(3.5 * INTERVAL):
-            await listen(events, heard, 0.0)
+            await listen(feeds, heard, 0.0)
         nursery.cancel_scope.cancel()
     assert [one for _, one in heard] == [event(1), event(3), event(4)]
 

@@ -10,6 +10,7 @@ from prometheus_client.registry import CollectorRegistry
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.about import __version__
+from gateway_queue.bots_file import DEFAULT_BOT
 from gateway_queue.observing.metrics import Metrics
 from gateway_queue.queue import Queue
 from gateway_queue.store import DiscordBudget, Rules
@@ -187,8 +188,9 @@ async def test_lateness_counts_from_when_the_window_is_open_and_somebody_waits(
     autojump_clock: MockClock, idle: float
 ) -> None:
     metrics = Metrics()
+    observe = metrics.of(DEFAULT_BOT).observe
     store = MemoryStore(Rules(WINDOW, hold=True))
-    queue = Queue(store, max_concurrency=1, place_seconds=30, observers=[metrics.observe])
+    queue = Queue(store, max_concurrency=1, place_seconds=30, observers=[observe])
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)
         await trio.sleep(idle)
@@ -217,9 +219,10 @@ async def test_a_window_that_opens_earlier_than_expected_is_not_late_before_it_o
 ) -> None:
     """Another replica has told the store that the day's session starts are back."""
     metrics = Metrics()
+    observe = metrics.of(DEFAULT_BOT).observe
     store = MemoryStore(Rules(WINDOW, hold=False))
     await store.update_budget(DiscordBudget(total=10, remaining=0, resets_at=5e4, asked_at=0))
-    queue = Queue(store, max_concurrency=1, place_seconds=30, observers=[metrics.observe])
+    queue = Queue(store, max_concurrency=1, place_seconds=30, observers=[observe])
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)
         with trio.move_on_after(10):

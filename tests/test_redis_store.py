@@ -17,7 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules
 from gateway_queue.store.memory import MemoryStore
-from gateway_queue.store.redis import RedisStore, connection
+from gateway_queue.store.redis import Link, RedisStore, connection
 from gateway_queue.store.redis.clock import DRIFT, ServerClock
 from gateway_queue.store.redis.store import LOOK_SECONDS, RESTORE_SECONDS
 from tests.harness import PATIENCE, free_port
@@ -47,8 +47,10 @@ async def opened(
 ) -> AsyncIterator[RedisStore]:
     """Run a store, as one replica has it, until the end of the context."""
     count_error = (lambda: None) if errors is None else (lambda: errors.append(None))
-    store = RedisStore(url, "test", rules, count_error=count_error)
+    link = Link(url, count_error=count_error)
+    store = RedisStore(link, "test", rules)
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
         nursery.start_soon(store.run)
         yield store
         nursery.cancel_scope.cancel()
@@ -324,6 +326,7 @@ async def test_a_claim_that_arrives_after_it_was_given_back_is_given_back_again(
             proxy.holds_back = None
             await until(lambda: redis.command("ZCARD", "test:starts") == ":1")
             await until(lambda: redis.command("ZCARD", "test:starts") == ":0")
+            await until(lambda: redis.command("HEXISTS", "test:state", "claim:1:0") == ":0")
             assert isinstance(await other.claim(0, None, trio.current_time()), Claim)
 
 
@@ -763,3 +766,18 @@ async def test_an_option_that_cannot_be_used_is_a_fault(option: str) -> None:
     async with opened(f"rediss://localhost?{option}", Rules(0.2, hold=False)) as store:
         await until(lambda: "not connected" not in str(store.fault))
         assert store.fault
+
+
+async def test_other_rules_hold_after_a_window_of_theirs(redis: RedisServer) -> None:
+    async with opened(redis.url, Rules(0.1, hold=False)) as store:
+        await connected(store)
+        claim = await claimed(store)
+        await store.start_window(claim, trio.current_time())
+        changed_at = trio.current_time()
+        store.change_rules(Rules(0.8, hold=False))
+        claim = await claimed(store)
+        assert trio.current_time() - changed_at >= 0.8
+        started_at = trio.current_time()
+        await store.start_window(claim, started_at)
+        await claimed(store)
+        assert trio.current_time() - started_at >= 0.8

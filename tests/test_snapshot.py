@@ -16,7 +16,7 @@ from gateway_queue.queue.overview import lanes
 from gateway_queue.service import Service
 from gateway_queue.settings import Settings
 from gateway_queue.web.dashboard.snapshot import KEYS_MAX, TICKETS_MAX, take
-from tests.running import TOLERANCE, WINDOW
+from tests.running import TOLERANCE, WINDOW, service_of
 
 
 async def wait_for_turn(queue: Queue, shard: int) -> None:
@@ -35,7 +35,7 @@ async def with_waiters(number: int, keys: int, **options: Any) -> AsyncIterator[
         place_seconds=600,
         **{"session_start_limit": None, "loop_free_starts": 0, **options},
     )
-    service = Service(settings)
+    service = service_of(settings)
     async with trio.open_nursery() as nursery, trio.open_nursery() as us:
         await nursery.start(service.run)
         for _ in range(2):

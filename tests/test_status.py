@@ -22,13 +22,13 @@ from gateway_queue.store.budget import DAY
 from gateway_queue.web.status import TICKETS_PER_STEP, status_document
 from tests.fake_discord import TOKEN, answer, playing
 from tests.harness import eventually, free_port, serving
-from tests.running import WINDOW
+from tests.running import WINDOW, service_of
 
 
 @asynccontextmanager
 async def served(**options: Any) -> AsyncIterator[Service]:
     settings = Settings(window_seconds=WINDOW, margin_seconds=0, hold_on_start=False, **options)
-    service = Service(settings)
+    service = service_of(settings)
     async with trio.open_nursery() as nursery:
         await nursery.start(service.run)
         yield service

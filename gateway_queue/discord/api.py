@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -19,6 +19,9 @@ from gateway_queue.about import URL, __version__
 
 USER_AGENT = f"DiscordBot ({URL}, {__version__})"
 """The form that Discord demands: https://discord.com/developers/docs/reference#user-agent"""
+
+REQUEST_INTERVAL = 0.05
+"""Seconds between two requests, over all bots: Discord allows 50 requests per second."""
 
 REQUEST_SECONDS = 30.0
 """The longest that one request may take, however slowly an answer trickles."""
@@ -78,14 +81,51 @@ class SessionStartLimit:
         return cls(total, remaining, reset_after / 1000, max_concurrency)
 
 
+class Api:
+    """Discord's API for all bots of a server: one client, and no bursts of requests."""
+
+    def __init__(self) -> None:
+        self._client: httpx.AsyncClient | None = None
+        self._free_at = -math.inf
+
+    async def get(self, url: str, headers: dict[str, str]) -> httpx.Response:
+        """Send a request as soon as the rate of requests allows it.
+
+        Raises:
+          trio.TooSlowError: the answer took longer than ``REQUEST_SECONDS``.
+        """
+        at = max(trio.current_time(), self._free_at)
+        self._free_at = at + REQUEST_INTERVAL
+        await trio.sleep_until(at)
+        if self._client is None:  # not before: a client takes 7 MB
+            # A bot whose requests hang must not take the connections of the others.
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+            self._client = httpx.AsyncClient(timeout=10.0, limits=limits)
+        with trio.fail_after(REQUEST_SECONDS):
+            return await self._client.get(url, headers=headers)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._client is not None:
+            await self._client.aclose()
+
+
 class Discord:
-    """A bot's view of the API; :func:`connect` makes one."""
+    """A bot's view of the API.
+
+    Args:
+      api: to send requests by.
+      token: of the bot.
+      base_url: of the API, with its version.
+      count_request: called after each request with its outcome.
+    """
 
     def __init__(
-        self, client: httpx.AsyncClient, base_url: str, count_request: Callable[[Outcome], None]
+        self, api: Api, token: str, base_url: str, count_request: Callable[[Outcome], None]
     ) -> None:
-        self._client = client
-        self._base_url = base_url
+        self._api = api
+        self._headers = {"authorization": f"Bot {token}", "user-agent": USER_AGENT}
+        self._url = f"{base_url}/gateway/bot"
         self._count_request = count_request
 
     async def session_start_limit(self) -> SessionStartLimit:
@@ -111,8 +151,7 @@ class Discord:
 
     async def _get_session_start_limit(self) -> SessionStartLimit:
         try:
-            with trio.fail_after(REQUEST_SECONDS):
-                response = await self._client.get(f"{self._base_url}/gateway/bot")
+            response = await self._api.get(self._url, self._headers)
         except trio.TooSlowError:
             raise Unavailable(f"no answer within {REQUEST_SECONDS:.0f} s") from None
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
@@ -127,22 +166,6 @@ class Discord:
             return SessionStartLimit.from_gateway_bot(json.loads(response.content))
         except (LookupError, TypeError, ValueError, RecursionError):
             raise Unavailable("the answer is not one to Get Gateway Bot") from None
-
-
-@asynccontextmanager
-async def connect(
-    token: str, base_url: str, count_request: Callable[[Outcome], None]
-) -> AsyncIterator[Discord]:
-    """Open a client of the API.
-
-    Args:
-      token: of the bot.
-      base_url: of the API, with its version.
-      count_request: called after each request with its outcome.
-    """
-    headers = {"authorization": f"Bot {token}", "user-agent": USER_AGENT}
-    async with httpx.AsyncClient(headers=headers, timeout=10.0) as client:
-        yield Discord(client, base_url, count_request)
 
 
 def _whole_number(value: object) -> int:

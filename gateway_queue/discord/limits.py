@@ -29,12 +29,17 @@ class Limits:
       discord: the API to ask.
       queue: the queue to keep up to date.
       settings: the interval, and the user's own limits, which hold where they are lower.
+      phase: the part of the first interval after which Discord is asked again. With a phase for
+        each bot, the requests of many bots that start together are spread over the interval.
     """
 
-    def __init__(self, discord: Discord, queue: Queue, settings: Settings) -> None:
+    def __init__(
+        self, discord: Discord, queue: Queue, settings: Settings, *, phase: float = 1.0
+    ) -> None:
         self._discord = discord
         self._queue = queue
         self._settings = settings
+        self._refresh = phase * settings.discord_refresh_seconds
         self.fault: Fault | None = None
         """Why Discord's figures are not known, if they are not."""
         self._is_announced = False
@@ -59,11 +64,11 @@ class Limits:
                 continue
             log.debug("Discord session limits", **_in_log(limit))
             await self._adopt(limit, asked_at)
-            wait = min(
-                self._settings.discord_refresh_seconds, max(NEAREST_RESET, limit.reset_after)
-            )
+            wait = min(self._refresh, max(NEAREST_RESET, limit.reset_after))
             if asked_at < landed_at:  # the figure may be without starts that are in flight
                 wait = min(wait, max(0.0, landed_at - trio.current_time()))
+            else:
+                self._refresh = self._settings.discord_refresh_seconds
             await trio.sleep(wait)
 
     def _may_be_spent(self, limit: SessionStartLimit) -> bool:

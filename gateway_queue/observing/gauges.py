@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.metrics_core import GaugeMetricFamily
 
 from gateway_queue.about import __version__
 from gateway_queue.observing.metrics import KEYS_MAX
 from gateway_queue.queue import Queue
+
+
+def build_info() -> GaugeMetricFamily:
+    """Return the version of the server."""
+    return _gauge("build_info", "1 for the version of the server.", 1, version=__version__)
+
+
+def merged(
+    looks: Iterable[tuple[dict[str, str], Iterable[GaugeMetricFamily]]],
+) -> Iterable[GaugeMetricFamily]:
+    """Merge the gauges of several bots.
+
+    Args:
+      looks: for each bot the labels that tell it from others, and its gauges.
+    """
+    families: dict[str, GaugeMetricFamily] = {}
+    for labels, look in looks:
+        for gauge in look:
+            family = families.setdefault(
+                gauge.name, GaugeMetricFamily(gauge.name, gauge.documentation)
+            )
+            family.samples += [
+                sample._replace(labels={**labels, **sample.labels}) for sample in gauge.samples
+            ]
+    return families.values()
 
 
 def gauges(queue: Queue, not_ready: Callable[[], str | None]) -> Iterator[GaugeMetricFamily]:
@@ -18,7 +43,6 @@ def gauges(queue: Queue, not_ready: Callable[[], str | None]) -> Iterator[GaugeM
       queue: the queue to describe.
       not_ready: tells why no ticket can be released, if so.
     """
-    yield _gauge("build_info", "1 for the version of the server.", 1, version=__version__)
     yield _gauge("ready", "1 while tickets can be released, 0 otherwise.", not not_ready())
     yield _waiting(queue)
     lanes = queue.lanes.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,12 +45,13 @@ class Limiter:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._past = {event: _Past() for event in SELDOM}
+        # By the event and the bot that it concerns.
+        self._past = defaultdict[tuple[str, str | None], _Past](_Past)
 
     def __call__(self, logger: WrappedLogger, method: str, line: EventDict) -> EventDict:  # noqa: ARG002
-        past = self._past.get(line["event"])
-        if past is None:
+        if line["event"] not in SELDOM:
             return line
+        past = self._past[line["event"], line.get("bot")]
         now = self._clock()
         if now < past.next_at:
             past.unlogged += 1

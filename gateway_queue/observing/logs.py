@@ -31,6 +31,7 @@ def configure(settings: Settings) -> None:
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
+            structlog.contextvars.merge_contextvars,
             Limiter(),
             *shared,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,

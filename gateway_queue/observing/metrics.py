@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import get_args
+from typing import TypeVar, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,6 +14,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -47,83 +48,67 @@ LATENESS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.
 """Seconds: from what the kernel's timer allows to what takes shards out of their windows."""
 
 
-class Metrics:
-    """What is counted while the queue runs; all of it belongs to one registry."""
+M = TypeVar("M", bound=MetricWrapperBase)
 
-    def __init__(self) -> None:
+
+class Metrics:
+    """What is counted while the server runs; all of it belongs to one registry.
+
+    Args:
+      by_bot: whether what concerns a bot has the label ``bot``.
+    """
+
+    def __init__(self, *, by_bot: bool = False) -> None:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        self._released = self._counter("released", "Tickets that had their turn.", "rate_limit_key")
-        self._abandoned = self._counter("abandoned", "Clients that left without their turn.")
-        self._unkeyed = self._counter(
+        self._bot = ("bot",) if by_bot else ()
+        self._of_bots: list[MetricWrapperBase] = []
+        self.released = self._counter("released", "Tickets that had their turn.", "rate_limit_key")
+        self.abandoned = self._counter("abandoned", "Clients that left without their turn.")
+        self.unkeyed = self._counter(
             "unkeyed", "Tickets that named no shard though there are several rate limit keys."
         )
-        self._loop_held = self._counter(
+        self.loop_held = self._counter(
             "loop_held", "Times that a ticket was held because its shard starts too often."
         )
-        self.store_errors = self._counter("store_errors", "Failures of the window store.")
-        self._discord_requests = self._counter(
+        self.discord_requests = self._counter(
             "discord_requests", "Requests for Discord's limits, by outcome.", "outcome"
         )
-        for outcome in get_args(Outcome):
-            self._discord_requests.labels(outcome)
-        self._redis_round_trip = self._histogram(
-            "redis_round_trip_seconds",
-            "From a command to the answer of Redis.",
-            ROUND_TRIP_BUCKETS,
-        )
-        self._wait = self._histogram(
+        self.wait = self._histogram(
             "wait_seconds", "From the first request to the answer.", WAIT_BUCKETS
         )
-        self._identify = self._histogram(
+        self.identify = self._histogram(
             "identify_seconds",
             "From the answer of a confirmed ticket to its confirmation.",
             IDENTIFY_BUCKETS,
         )
-        self._unconfirmed = self._counter(
+        self.unconfirmed = self._counter(
             "unconfirmed", "Confirmed tickets without a confirmation within CONFIRM_SECONDS."
         )
-        self._lateness = self._histogram(
+        self.lateness = self._histogram(
             "lateness_seconds",
             "From the moment in which the window was open and somebody waited to the answer.",
             LATENESS_BUCKETS,
         )
+        self.store_errors = Counter(
+            "gateway_queue_store_errors", "Failures of the window store.", registry=self.registry
+        )
+        self.redis_round_trip = Histogram(
+            "gateway_queue_redis_round_trip_seconds",
+            "From a command to the answer of Redis.",
+            buckets=ROUND_TRIP_BUCKETS,
+            registry=self.registry,
+        )
 
-    def observe(self, event: Event) -> None:
-        """Count what the queue reports."""
-        match event:
-            case Released():
-                self._lateness.observe(event.lateness)
-                self._wait.observe(event.waited)
-                self._released.labels(event.rate_limit_key).inc()
-            case ReleasedAtOnce():
-                self._released.labels(0).inc()
-            case Abandoned():
-                self._abandoned.inc()
-            case Held():
-                self._loop_held.inc()
-            case Unkeyed():
-                self._unkeyed.inc()
-            case Identified():
-                self._identify.observe(event.seconds)
-            case NotConfirmed():
-                self._unconfirmed.inc()
-            case KeysChanged():
-                self._create_series(event.max_concurrency)
+    def of(self, bot: str) -> BotMetrics:
+        """Return what counts for one bot."""
+        return BotMetrics(self, dict.fromkeys(self._bot, bot))
 
-    def count_discord_request(self, outcome: Outcome) -> None:
-        """Count a request to Discord."""
-        self._discord_requests.labels(outcome).inc()
-
-    def observe_redis_round_trip(self, seconds: float) -> None:
-        """Count a command that Redis has answered."""
-        self._redis_round_trip.observe(seconds)
-
-    def _create_series(self, max_concurrency: int) -> None:
-        """Show 0 before the first release of a key: Prometheus counts from the first value on."""
-        for key in range(min(max_concurrency or 1, KEYS_MAX)):
-            self._released.labels(key)
+    def forget(self, bot: str) -> None:
+        """Drop the series of a bot that is gone."""
+        for metric in self._of_bots:
+            metric.remove_by_labels({"bot": bot})
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Write all metrics in the best format that an Accept header allows.
@@ -139,10 +124,80 @@ class Metrics:
         self.registry.register(_Gauges(look))
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
-        return Counter(f"gateway_queue_{name}", about, labels, registry=self.registry)
+        names = (*self._bot, *labels)
+        counter = Counter(f"gateway_queue_{name}", about, names, registry=self.registry)
+        self._of_bots.append(counter)
+        return counter
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"gateway_queue_{name}", about, buckets=buckets, registry=self.registry)
+        name = f"gateway_queue_{name}"
+        histogram = Histogram(name, about, self._bot, buckets=buckets, registry=self.registry)
+        self._of_bots.append(histogram)
+        return histogram
+
+
+class BotMetrics:
+    """Counts what one bot's queue reports; :meth:`Metrics.of` makes it.
+
+    Args:
+      metrics: of the server.
+      labels: that tell the bot from others.
+    """
+
+    def __init__(self, metrics: Metrics, labels: dict[str, str]) -> None:
+        self._metrics = metrics
+        self.labels = labels
+        for counter in (
+            metrics.abandoned,
+            metrics.unkeyed,
+            metrics.loop_held,
+            metrics.unconfirmed,
+        ):
+            self._series(counter)
+
+    def observe(self, event: Event) -> None:
+        """Count what the queue reports."""
+        metrics = self._metrics
+        match event:
+            case Released():
+                self._series(metrics.lateness).observe(event.lateness)
+                self._series(metrics.wait).observe(event.waited)
+                self._count_release(event.rate_limit_key)
+            case ReleasedAtOnce():
+                self._count_release(0)
+            case Abandoned():
+                self._series(metrics.abandoned).inc()
+            case Held():
+                self._series(metrics.loop_held).inc()
+            case Unkeyed():
+                self._series(metrics.unkeyed).inc()
+            case Identified():
+                self._series(metrics.identify).observe(event.seconds)
+            case NotConfirmed():
+                self._series(metrics.unconfirmed).inc()
+            case KeysChanged():
+                self._create_series(event.max_concurrency)
+
+    def expect_discord_requests(self) -> None:
+        """Show 0 before the first request to Discord."""
+        for outcome in get_args(Outcome):
+            self._series(self._metrics.discord_requests, outcome=outcome)
+
+    def count_discord_request(self, outcome: Outcome) -> None:
+        """Count a request to Discord."""
+        self._series(self._metrics.discord_requests, outcome=outcome).inc()
+
+    def _count_release(self, rate_limit_key: int) -> None:
+        self._series(self._metrics.released, rate_limit_key=str(rate_limit_key)).inc()
+
+    def _create_series(self, max_concurrency: int) -> None:
+        """Show 0 before the first release of a key: Prometheus counts from the first value on."""
+        for key in range(min(max_concurrency or 1, KEYS_MAX)):
+            self._series(self._metrics.released, rate_limit_key=str(key))
+
+    def _series(self, metric: M, **labels: str) -> M:
+        labels = {**self.labels, **labels}
+        return metric.labels(**labels) if labels else metric
 
 
 class _Gauges(Collector):

@@ -84,6 +84,12 @@ async def lanes(queue: Queue, most: int | None = None) -> list[LaneStatus]:
     return statuses
 
 
+def next_release(lane: LaneStatus) -> float:
+    """Return when the next connected ticket of a lane is released, infinite if not known."""
+    turns = [ticket.eta for ticket in lane.tickets if ticket.state != "away"]
+    return min(turns, default=lane.opens_in if lane.waiting else math.inf)
+
+
 class Steps:
     """Lets other tasks run from time to time during a long description."""
 

@@ -20,26 +20,26 @@ class Places:
     not matter which of a shard's clients leaves.
 
     Args:
-      seconds: how long an empty place is kept; 0 keeps none.
+      seconds: how long an empty place is kept; 0 keeps none. It may be changed.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         self._numbers = count()
         # In their order: first those of connected clients, then the empty ones.
-        self._of_shard: dict[int, list[Place]] = {}
+        self._of_shard: dict[int | None, list[Place]] = {}
 
     def take(self, ticket: Ticket) -> Place:
         """Give a ticket the first empty place of its shard, or a new place at the end."""
-        places = self._of_shard.get(self._key(ticket.shard), [])
+        places = self._of_shard.get(ticket.shard, [])
         for place in places[_occupied(places) :]:
             if place.expires_at > trio.current_time():
                 place.seat(ticket)
                 return place
             self.end(place, "gone")
         place = Place(next(self._numbers), ticket)
-        if (shard := self._key(ticket.shard)) >= 0:
-            self._of_shard.setdefault(shard, []).append(place)
+        if ticket.shard is not None and self.seconds:
+            self._of_shard.setdefault(ticket.shard, []).append(place)
         return place
 
     def leave(self, ticket: Ticket) -> Place:
@@ -48,9 +48,10 @@ class Places:
         The client that had that place gets the ticket's.
         """
         place = last = ticket.place
-        if places := self._of_shard.get(self._key(ticket.shard)):
+        places = self._of_shard.get(ticket.shard, [])
+        if _index(places, place) is not None:
             last = places[_occupied(places) - 1]
-            last.expires_at = trio.current_time() + self._seconds
+            last.expires_at = trio.current_time() + self.seconds
             if last is not place and last.ticket is not None:
                 place.seat(last.ticket)
         last.ticket = None
@@ -60,14 +61,17 @@ class Places:
         """Forget a place."""
         place.unlist()
         place.state = state
-        if places := self._of_shard.get(shard := self._key(place.shard)):
-            del places[bisect_left(places, place.number, key=lambda one: one.number)]
+        places = self._of_shard.get(place.shard, [])
+        if (index := _index(places, place)) is not None:
+            del places[index]
             if not places:
-                del self._of_shard[shard]
+                del self._of_shard[place.shard]
 
-    def _key(self, shard: int | None) -> int:
-        """Return the shard whose places are kept, or -1 if they are not."""
-        return -1 if shard is None or not self._seconds else shard
+
+def _index(places: list[Place], place: Place) -> int | None:
+    """Find a place; one that came while none was kept is not there."""
+    index = bisect_left(places, place.number, key=lambda one: one.number)
+    return index if index < len(places) and places[index] is place else None
 
 
 def _occupied(places: list[Place]) -> int:

@@ -25,7 +25,7 @@ from gateway_queue.queue.gate import Gate
 from gateway_queue.queue.lane import Identifying, Lane, Place
 from gateway_queue.queue.places import Places
 from gateway_queue.queue.ticket import Slot, Ticket, Turn, UnpacedTicket
-from gateway_queue.store import Claim, DiscordBudget, Refusal, WindowStore
+from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules, WindowStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,6 @@ class Queue:
         observers: Iterable[Observer] = (),
     ) -> None:
         self.store = store
-        self._confirm_seconds = store.rules.confirm_seconds
         self._observers = tuple(observers)
         self.max_concurrency = max_concurrency
         if max_concurrency is not None:
@@ -101,11 +100,44 @@ class Queue:
         self._open.cancel()
         await self._closed.wait()
 
-    def set_max_concurrency(self, number: int) -> None:
-        """Change the number of rate limit keys: all places move to their new lanes."""
+    def dismiss(self) -> None:
+        """Let every waiting client go without an answer, and keep no places."""
+        for place in [place for lane in self.lanes.values() for place in lane]:
+            ticket = place.ticket
+            self._places.end(place, "gone")
+            if ticket is not None:
+                ticket.dismiss()
+
+    def change_rules(self, rules: Rules, *, place_seconds: float) -> None:
+        """Hold to other rules from now on. Tickets keep waiting, for at least one more window.
+
+        Args:
+          rules: for the store.
+          place_seconds: how long the place of a named shard is kept from now on.
+        """
+        self.store.change_rules(rules)
+        self._places.seconds = place_seconds
+        if rules.releases_per_window is not None and self._gate is None:
+            self._gate = Gate()
+            if self._dispatchers is not None:
+                self._dispatchers.start_soon(self._gate.run)
+        self._retry_claims()
+
+    def set_max_concurrency(self, number: int | None) -> None:
+        """Change the number of rate limit keys: all places move to their new lanes.
+
+        Args:
+          number: as for the constructor. Clients that wait when it becomes 0 are let go: they ask
+            again, and are released at once.
+        """
         if number == self.max_concurrency:
             return
-        was_known = self.max_concurrency is not None
+        if not number:
+            self.max_concurrency = number  # the store keeps its windows of the former one
+            if number == 0:
+                self.dismiss()
+            return
+        was_known = bool(self.max_concurrency)
         places = sorted(
             (place for lane in self.lanes.values() for place in lane), key=lambda one: one.number
         )
@@ -234,10 +266,11 @@ class Queue:
 
     async def _claim(self, lane: Lane) -> None:
         """Claim the key for the first ticket, and release that ticket or wait as the store says."""
-        if self._gate is not None:
-            await self._gate.enter(lane)
+        gate = self._gate
+        if gate is not None:
+            await gate.enter(lane)
         with trio.CancelScope(shield=True):  # a claim is used or given back, whatever comes
-            claimed = await self._claim_for_first(lane)
+            claimed = await self._claim_for_first(lane, gate)
             if claimed is None:
                 return
             place, claim = claimed
@@ -250,7 +283,7 @@ class Queue:
             await self._start_window(lane, claim, answer)
         lane.retry_claim()
 
-    async def _claim_for_first(self, lane: Lane) -> tuple[Place, Claim] | None:
+    async def _claim_for_first(self, lane: Lane, gate: Gate | None) -> tuple[Place, Claim] | None:
         """Claim the key for the first place of a lane, and return both if the store agrees."""
         lane.claim_at = math.inf  # set back by whatever changes until the store has answered
         try:
@@ -268,8 +301,8 @@ class Queue:
             lane.opens_at = min(lane.opens_at, asked_at)
             return place, outcome
         finally:
-            if self._gate is not None:
-                self._gate.leave()
+            if gate is not None:
+                gate.leave()
 
     def _wait(self, lane: Lane, place: Place, refusal: Refusal) -> None:
         """Note when it makes sense to claim again."""
@@ -319,18 +352,19 @@ class Queue:
     async def _start_window(self, lane: Lane, claim: Claim, answer: Answered) -> None:
         """Let the window of a release start: after the answer, or when the shard has identified."""
         at, confirmed = answer.at, False
+        confirm_seconds = self.store.rules.confirm_seconds  # not those of a later change
         if claim.confirm:
             lane.identifying = Identifying(claim.shard, answer.at)
             try:
                 at, confirmed = await answer.outcome.receive(), True
             except trio.EndOfChannel:
-                at = answer.at + self._confirm_seconds
+                at = answer.at + confirm_seconds
             finally:
                 lane.identifying = None
             if confirmed:
                 self.report(Identified(claim.shard, at, at - answer.at))
             else:
-                self.report(NotConfirmed(claim.shard, at, self._confirm_seconds))
+                self.report(NotConfirmed(claim.shard, at, confirm_seconds))
         # If the queue closes before, the lease of the claim keeps the key closed.
         with trio.CancelScope(shield=True):
             await self.store.start_window(claim, at, confirmed=confirmed)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class NotAnswered(Exception):
-    """A client has left before the first byte of its answer."""
+    """A client has left, or is let go, before the first byte of its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,9 @@ class Ticket:
                     return self
                 self._queue.report(SlotTooLate())
                 self._slot.outcome.close()
+        except trio.EndOfChannel:
+            self._leave()
+            raise NotAnswered from None
         except BaseException:
             self._leave()
             raise
@@ -146,10 +149,14 @@ class Ticket:
         """Send the slot to the client."""
         self._send.send_nowait(slot)
 
+    def dismiss(self) -> None:
+        """Let the client go without an answer."""
+        self._send.close()
+
     def _leave(self) -> None:
         """Leave the queue. A slot may have come in the moment in which the client left."""
         self._queue.leave(self)
-        with suppress(trio.WouldBlock):
+        with suppress(trio.WouldBlock, trio.EndOfChannel):
             self._receive.receive_nowait().outcome.close()
 
 

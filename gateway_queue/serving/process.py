@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from gateway_queue.bots_file import read_bots
 from gateway_queue.observing import logs
 from gateway_queue.serving import event_loop, hypercorn
 from gateway_queue.settings import BadSetting, Settings
@@ -27,9 +28,15 @@ EXIT_USAGE = 2
 def load_settings() -> Settings:
     """Read the settings from the environment, or end the process with one line on stderr."""
     try:
-        return Settings.from_environ(os.environ)
+        return _checked_settings()
     except BadSetting as error:
         exit_with_usage_error(error)
+
+
+def _checked_settings() -> Settings:
+    settings = Settings.from_environ(os.environ)
+    read_bots(settings)
+    return settings
 
 
 def exit_with_usage_error(error: BadSetting) -> NoReturn:
@@ -52,7 +59,7 @@ def prepare() -> Settings:
 def prepare_process() -> Settings:
     """Prepare the process, without changing Hypercorn and trio."""
     try:
-        settings = Settings.from_environ(os.environ)
+        settings = _checked_settings()
     except BadSetting as error:
         exit_unable_to_serve(str(error))
     if settings.redis_url is None and not _is_sole_worker():

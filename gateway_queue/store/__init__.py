@@ -173,6 +173,13 @@ class WindowStore(Protocol):
     async def withdraw(self, key: int) -> None:
         """Tell other replicas that no ticket waits here for a key."""
 
+    def change_rules(self, rules: Rules) -> None:
+        """Hold to other rules from now on.
+
+        What is known of earlier releases stays, and no key opens for one window of the new rules.
+        Claims of before stay good.
+        """
+
     def regroup(self, max_concurrency: int) -> None:
         """Change the number of rate limit keys. Earlier claims remain valid.
 

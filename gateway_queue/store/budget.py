@@ -25,14 +25,23 @@ class Budget:
     """
 
     def __init__(self, window: float, limit: int | None) -> None:
-        self._window = window
-        self._in_flight = IN_FLIGHT_WINDOWS * window
-        self._enforced = limit != 0
-        self._configured = limit or None
+        self._set(window, limit)
         self._discord_budget: DiscordBudget | None = None
         self._claimed = 0
         # Where nothing is enforced, there is no need to count to more than the last warning.
         self._starts = deque[float](maxlen=self._configured or USUAL_TOTAL)
+
+    def _set(self, window: float, limit: int | None) -> None:
+        self._window = window
+        self._in_flight = IN_FLIGHT_WINDOWS * window
+        self._enforced = limit != 0
+        self._configured = limit or None
+
+    def change(self, window: float, limit: int | None) -> None:
+        """Hold to other figures, see the constructor. The starts of before stay counted."""
+        self._set(window, limit)
+        if self._discord_budget is None:
+            self._starts = deque(self._starts, maxlen=limit or USUAL_TOTAL)
 
     def claim(self, now: float) -> float:
         """Take one start and return 0, or return when some are free again if none is left."""

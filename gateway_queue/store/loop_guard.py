@@ -21,6 +21,10 @@ class LoopGuard:
         # Each shard's starts of the last hour; the shard whose last start is the oldest in front.
         self._starts: OrderedDict[int | None, deque[float]] = OrderedDict()
 
+    def change(self, free_starts: int) -> None:
+        """Hold to another number, see the constructor. The starts of before stay counted."""
+        self._free_starts = free_starts
+
     def wait(self, shard: int | None, now: float) -> float:
         """Tell how long the shard must not start, 0 if it may now. Then ask again."""
         if shard not in self._starts:
@@ -29,7 +33,7 @@ class LoopGuard:
         while starts[0] + HOUR <= now < starts[-1] + HOUR:
             starts.popleft()
         excess = len(starts) - self._free_starts
-        if excess < 0 or starts[-1] + HOUR <= now:
+        if excess < 0 or not self._free_starts or starts[-1] + HOUR <= now:
             return 0.0
         delay = min(FIRST_DELAY * 2.0**excess, LONGEST_DELAY)
         return max(0.0, min(starts[-1] + delay, starts[0] + HOUR) - now)

@@ -66,6 +66,13 @@ class MemoryStore:
     async def withdraw(self, key: int) -> None:
         pass
 
+    def change_rules(self, rules: Rules) -> None:
+        self.rules = rules
+        self._windows.hold(trio.current_time() + rules.unconfirmed_window)
+        self._pace.change(rules.window, rules.releases_per_window)
+        self._budget.change(rules.window, rules.session_start_limit)
+        self._loop_guard.change(rules.loop_free_starts)
+
     def regroup(self, max_concurrency: int) -> None:
         self._windows.regroup(max_concurrency, trio.current_time())
         self._max_concurrency = max_concurrency

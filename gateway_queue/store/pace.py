@@ -20,6 +20,11 @@ class Pace:
         self._over_at: list[float] = []
         """When the window after each release is over."""
 
+    def change(self, window: float, most: int | None) -> None:
+        """Hold to other figures, see the constructor. The releases of before stay counted."""
+        self._window = window
+        self._most = most
+
     def wait(self, now: float) -> float:
         """Return how long no key may be claimed, 0 if one may be now."""
         while self._over_at and self._over_at[0] <= now:

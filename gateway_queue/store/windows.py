@@ -35,6 +35,10 @@ class Windows:
         ]
         return max(self._first_opening, self._closed.get(key, -math.inf), *shared)
 
+    def hold(self, until: float) -> None:
+        """Open no key before some time."""
+        self._first_opening = max(self._first_opening, until)
+
     def claim(self, claim: Claim) -> None:
         """Close a key until :meth:`close` or :meth:`open` says more."""
         self._note(claim, math.inf)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Coroutine
+from functools import partial
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import structlog
 import trio
@@ -18,25 +19,28 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import MapAdapter
 
 from gateway_queue.about import __version__
-from gateway_queue.discord.api import BadToken
-from gateway_queue.queue import Queue
+from gateway_queue.bots import Bots
 from gateway_queue.service import Service, in_log
-from gateway_queue.settings import Settings
-from gateway_queue.web.auth import Guard
-from gateway_queue.web.dashboard.events import Events
+from gateway_queue.settings import BadSetting, Settings
+from gateway_queue.web.access import Access
+from gateway_queue.web.auth import Unauthorized
+from gateway_queue.web.dashboard.events import Feeds
 from gateway_queue.web.dashboard.page import Page, icon
 from gateway_queue.web.dashboard.snapshot import take
 from gateway_queue.web.problems import CONTENT_TYPE, problem
 from gateway_queue.web.query import BadParameter, shard_in
 from gateway_queue.web.status import status_document
-from gateway_queue.web.tickets import TicketRequest
+from gateway_queue.web.summary import BotSummary, summaries
+from gateway_queue.web.tickets import TicketRequest, Turns
 
 log = structlog.stdlib.get_logger(__name__)
 
 PUBLIC = frozenset({"/healthz", "/readyz"})
 """Endpoints for health checks, which need no token."""
 
-ENDPOINTS = PUBLIC | {"/status", "/metrics", "/dashboard", "/events", "/favicon.ico"}
+OF_ONE_BOT = frozenset({"/status", "/dashboard", "/events"})
+
+ENDPOINTS = PUBLIC | OF_ONE_BOT | {"/metrics", "/favicon.ico"}
 
 LISTENING_SECONDS = 3600
 """How long a page gets events until it has to ask anew. So one that is there only in name, as
@@ -51,7 +55,7 @@ class GatewayQueue(QuartTrio):
       fail: ends the process, with one line that says why it cannot serve.
     """
 
-    service: Service
+    bots: Bots
     addresses: tuple[str, ...] = ()
     """Where the command listens; for the log."""
 
@@ -79,56 +83,69 @@ class GatewayQueue(QuartTrio):
         # Under Hypercorn's own command, its next line says where it listens.
         addresses = {"addresses": self.addresses} if self.addresses else {}
         log.info("gateway-queue starts", version=__version__, **addresses, **in_log(settings))
-        self.service = Service(settings)
-        self._guard = Guard(self.service.settings.auth_token)
+        self.bots = Bots(settings, self._refuse_token)
+        self._access = Access(self.bots, settings.auth_token)
         self._page = Page()
-        self._events = Events(self._write_event)
-        self.nursery.start_soon(self._events.run)
-        await self.nursery.start(self._run_service)
+        self._feeds = Feeds(self._write_event, self.nursery)
+        await self.nursery.start(self._run_bots)
 
-    async def _run_service(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _run_bots(self, *, task_status: trio.TaskStatus[None]) -> None:
         try:
-            await self.service.run(task_status=task_status)
-        except* BadToken:
-            self._fail(
-                "Discord rejected DISCORD_TOKEN (401 Unauthorized); set it to the token of a bot"
-            )
+            await self.bots.run(task_status=task_status)
+        except BadSetting as error:
+            self._fail(str(error))
 
-    @property
-    def queue(self) -> Queue:
-        """The queue, once the app serves."""
-        return self.service.queue
+    def _refuse_token(self) -> None:
+        self._fail(
+            "Discord rejected DISCORD_TOKEN (401 Unauthorized); set it to the token of a bot"
+        )
+
+    def _asked_for(self) -> Service:
+        return self._access.service(cast("HTTPScope", request.scope))
+
+    async def _list_beside(self, service: Service) -> list[BotSummary]:
+        """Describe all bots, if there are several, beside the default one."""
+        if not self.bots.are_several or service is not self.bots.default:
+            return []
+        return await summaries(self.bots.services())
 
     async def _readyz(self) -> Response | dict[str, str]:
         """Say whether tickets can be released."""
-        if fault := self.service.not_ready():
+        if fault := self.bots.default.not_ready():
             return problem_response(HTTPStatus.SERVICE_UNAVAILABLE, fault)
         return {"status": "ready"}
 
     async def _status(self) -> Response:
         """Describe the queue, or where one shard is."""
-        shard = shard_in(request.query_string)
-        document = await status_document(self.service, shard)
+        service, shard = self._asked_for(), shard_in(request.query_string)
+        document = await status_document(service, shard, await self._list_beside(service))
         return Response(document, content_type="application/json")
 
     async def _show_metrics(self) -> Response:
         """Hand the metrics to Prometheus."""
-        text, content_type = self.service.metrics.exposition(request.headers.get("accept", ""))
+        text, content_type = self.bots.metrics.exposition(request.headers.get("accept", ""))
         return Response(text, content_type=content_type)
 
-    async def _write_event(self) -> str:
-        return await self._page.live(await take(self.service))
+    async def _write_event(self, service: Service) -> str | None:
+        if service not in self.bots.services().values():
+            return None  # its bot is gone
+        bots = await self._list_beside(service)
+        return await self._page.live(await take(service), service.labels, bots)
 
     async def _dashboard(self) -> Response:
         """Show the queue to people."""
-        response = Response(self._page.whole(await take(self.service)), mimetype="text/html")
+        service = self._asked_for()
+        bots = await self._list_beside(service)
+        page = self._page.whole(await take(service), service.labels, bots)
+        response = Response(page, mimetype="text/html")
         response.headers["Content-Security-Policy"] = self._page.security_policy
         return response
 
     async def _listen(self) -> Response:
         """Keep a page up to date."""
+        service = self._asked_for()
         gzip = request.accept_encodings["gzip"] > 0
-        events = b"" if request.method == "HEAD" else self._events.listen(gzip=gzip)
+        events = b"" if request.method == "HEAD" else self._feeds.listen(service, gzip=gzip)
         response = Response(events, mimetype="text/event-stream")
         response.headers["Vary"] = "Accept-Encoding"
         if gzip:
@@ -144,9 +161,27 @@ class GatewayQueue(QuartTrio):
             return self._live(scope, receive, send)
         if scope["type"] != "http":
             return super().asgi_app(scope, receive, send)
-        if self._is_for_endpoint(path := _path(scope["path"]), scope):
-            return super().asgi_app({**scope, "path": path}, receive, send)
-        return TicketRequest(scope, receive, send, self.queue.turn, self._guard).run()
+        if (path := _path(scope["path"])) not in ENDPOINTS:
+            return TicketRequest(scope, receive, send, self._admit).run()
+        if path not in PUBLIC and (refusal := self._refusal(path, scope)):
+            return TicketRequest(scope, receive, send, partial(_refuse, refusal)).run()
+        return super().asgi_app({**scope, "path": path}, receive, send)
+
+    def _admit(self, scope: HTTPScope) -> Turns:
+        return self._access.service(scope).queue.turn
+
+    def _refusal(self, path: str, scope: HTTPScope) -> Unauthorized | None:
+        """Tell why a request has no right to the answer of an endpoint, if so."""
+        try:
+            if path in OF_ONE_BOT:
+                self._access.service(scope)
+            else:
+                self._access.check_server(scope)
+        except Unauthorized as refusal:
+            return refusal
+        except BadParameter:  # the endpoint tells what is wrong
+            pass
+        return None
 
     async def _live(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
@@ -157,12 +192,6 @@ class GatewayQueue(QuartTrio):
         except Exception:
             log.exception("the queue has failed")
             self._fail("the queue has failed, see the log")
-
-    def _is_for_endpoint(self, path: str, scope: HTTPScope) -> bool:
-        """Tell whether one of Quart's routes answers, as it does whoever has the right to ask."""
-        if path not in ENDPOINTS:
-            return False
-        return path in PUBLIC or self._guard.admits(scope["headers"])
 
     def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
         """Find routes whatever host a client names: some names are none to Werkzeug."""
@@ -201,6 +230,10 @@ async def explain(error: HTTPException) -> Response:
 async def explain_parameter(error: BadParameter) -> Response:
     """Answer a request to an endpoint with a bad parameter."""
     return problem_response(error.status, str(error))
+
+
+def _refuse(refusal: Unauthorized, _: HTTPScope) -> NoReturn:
+    raise refusal
 
 
 def problem_response(status: HTTPStatus, detail: str) -> Response:

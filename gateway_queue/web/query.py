@@ -1,4 +1,4 @@
-"""The parameters of a ticket request: ``shard`` and ``confirm``."""
+"""The parameters of a request: ``shard``, ``confirm`` and ``bot``."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ def shard_in(query: bytes) -> int | None:
       BadParameter: ``shard`` is not one whole number from 0 to ``SHARD_MAX``.
     """
     return _shard(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+
+
+def bots_in(query: bytes) -> set[str]:
+    """Read the names of bots in a raw query string; most often there is none."""
+    if b"bot" not in query and b"%" not in query:
+        return set()
+    parameters = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    return {value for name, value in parameters if name == "bot"}
 
 
 def _shard(parameters: list[tuple[str, str]]) -> int | None:

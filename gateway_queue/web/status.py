@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,17 +15,22 @@ from gateway_queue.faults import Fault
 from gateway_queue.queue import overview
 from gateway_queue.queue.events import Released
 from gateway_queue.service import Service
+from gateway_queue.store import SessionStarts
+from gateway_queue.web.summary import BotSummary
 
 TICKETS_PER_STEP = 100
 """Tickets to write in one step of the event loop: a third of a millisecond."""
 
 
-async def status_document(service: Service, shard: int | None = None) -> bytes:
+async def status_document(
+    service: Service, shard: int | None = None, bots: Sequence[BotSummary] = ()
+) -> bytes:
     """Describe the queue as JSON, in steps: a release that is due does not wait for the whole.
 
     Args:
       service: whose queue it is.
       shard: if given, only its tickets are listed, and more is said of it.
+      bots: to list beside it.
     """
     lanes = await overview.lanes(service.queue)
     document = _summary(service)
@@ -33,6 +39,8 @@ async def status_document(service: Service, shard: int | None = None) -> bytes:
         lanes = [
             _only(lane, shard) for lane in lanes if lane.rate_limit_key == service.queue.key(shard)
         ]
+    if bots:
+        document["bots"] = [_bot(bot) for bot in bots]
     head = json.dumps(document).removesuffix("}")
     written = ", ".join([await _lane(lane) for lane in lanes])
     return f'{head}, "lanes": [{written}]}}'.encode()
@@ -43,6 +51,7 @@ def _summary(service: Service) -> dict[str, Any]:
     reason = service.not_ready()
     return {
         "version": __version__,
+        **service.labels,
         "started_at": datetime.fromtimestamp(service.started_at, UTC).isoformat(timespec="seconds"),
         "ready": reason is None,
         "reason": reason,
@@ -59,8 +68,21 @@ def _summary(service: Service) -> dict[str, Any]:
         "released": queue.released,
         "abandoned": queue.abandoned,
         "starts_used": queue.store.session_starts().used,
-        "session_starts": _session_starts(service),
+        "session_starts": _session_starts(queue.store.session_starts()),
     }
+
+
+def _bot(bot: BotSummary) -> dict[str, Any]:
+    return _json_object(
+        {
+            "bot": bot.name,
+            "ready": bot.not_ready is None,
+            "reason": bot.not_ready,
+            "waiting": bot.waiting,
+            "next_release": bot.next_release,
+            "session_starts": _session_starts(bot.starts),
+        }
+    )
 
 
 def _fault(fault: Fault | None) -> dict[str, Any] | None:
@@ -76,8 +98,7 @@ def _fault(fault: Fault | None) -> dict[str, Any] | None:
     )
 
 
-def _session_starts(service: Service) -> dict[str, Any] | None:
-    starts = service.queue.store.session_starts()
+def _session_starts(starts: SessionStarts) -> dict[str, Any] | None:
     if starts.total is None:
         return None
     return _json_object(

@@ -7,7 +7,7 @@ answers below, and where none is right it stays without: held until its client l
 from __future__ import annotations
 
 import math
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, suppress
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -23,7 +23,6 @@ from hypercorn.typing import (
 )
 
 from gateway_queue.queue.ticket import NotAnswered, Turn
-from gateway_queue.web.auth import Guard
 from gateway_queue.web.problems import CONTENT_TYPE, RequestError, page, problem
 from gateway_queue.web.query import asked_for
 
@@ -51,36 +50,33 @@ class TicketRequest:
     """One request, from its arrival to its answer; its client's leaving cancels it.
 
     Args:
-      turn: makes the context in which a shard is answered.
-      guard: refuses whoever has no right to ask.
+      admit: lets the request in, or raises :class:`RequestError`.
     """
 
-    __slots__ = ("_guard", "_is_http_1", "_receive", "_scope", "_send", "_turn")
+    __slots__ = ("_admit", "_is_http_1", "_receive", "_scope", "_send")
 
     def __init__(
         self,
         scope: HTTPScope,
         receive: ASGIReceiveCallable,
         send: ASGISendCallable,
-        turn: Turns,
-        guard: Guard,
+        admit: Callable[[HTTPScope], Turns],
     ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._turn = turn
-        self._guard = guard
+        self._admit = admit
         self._is_http_1 = scope["http_version"] != "2"
 
     def run(self) -> Coroutine[Any, Any, None]:
         """Refuse the request, or let it stall until it is answered."""
         try:
-            self._guard.check(self._scope["headers"])
+            turns = self._admit(self._scope)
             shard, confirm = asked_for(self._scope["query_string"])
         except RequestError as refused:
             return self._refuse(refused)
         self._scope["headers"] = ()  # not needed any more, and long for some clients
-        return self._stall(shard, confirm=confirm)
+        return self._stall(turns, shard, confirm=confirm)
 
     async def _refuse(self, refused: RequestError) -> None:
         status, client = refused.status.value, self._client()
@@ -91,11 +87,11 @@ class TicketRequest:
             await self._answer(refused.status, headers, document)
             await self._end_http_1()
 
-    async def _stall(self, shard: int | None, *, confirm: bool) -> None:
+    async def _stall(self, turns: Turns, shard: int | None, *, confirm: bool) -> None:
         """Stall, answer, and end."""
         came_at, is_answered = trio.current_time(), False
         try:
-            async with self._turn(shard, confirm=confirm) as turn:
+            async with turns(shard, confirm=confirm) as turn:
                 by = turn.answer_by
                 await self._answer(HTTPStatus.OK, JSON, GO, by=by, stays_open=confirm)
                 is_answered = True

@@ -16,7 +16,7 @@ from gateway_queue.service import rules_of
 from gateway_queue.settings import Settings
 from gateway_queue.store import WindowStore
 from gateway_queue.store.memory import MemoryStore
-from gateway_queue.store.redis import RedisStore
+from gateway_queue.store.redis import Link, RedisStore
 from tests.exploration.discord import SimulatedDiscord
 from tests.exploration.record import Call, ProcessRecord, Record
 from tests.exploration.redis_server import SimulatedPool, SimulatedRedis
@@ -150,7 +150,9 @@ class Process:
         if self.run_record.scenario.store == "memory":
             return MemoryStore(rules)
         url = f"redis://{self.record.number}"
-        store = RedisStore(url, settings.redis_prefix, rules, count_error=lambda: None)
+        link = Link(url, count_error=lambda: None)
+        store = RedisStore(link, settings.redis_prefix, rules)
+        self.nursery.start_soon(link.run)
         self.nursery.start_soon(store.run)
         return store
 
@@ -207,7 +209,7 @@ def settings_of(scenario: Scenario, *, hold_on_start: bool) -> Settings:
 
 
 def connections_to(processes: Callable[[int], Process]) -> Callable[[str], Any]:
-    """Return what stands in for :func:`gateway_queue.store.redis.connection.connections`."""
+    """Return what stands in for :func:`gateway_queue.store.redis.link.connections`."""
     return lambda url: processes(int(url.removeprefix("redis://"))).pool()
 
 

@@ -167,7 +167,7 @@ class _Run:
         check(record)
 
     def _look_for_leftovers(self, before: list[str]) -> None:
-        queue = self.replica.app.queue
+        queue = self.replica.app.bots.default.queue
         more = Counter(self.replica.tasks()) - Counter(before)
         for what, number in (
             ("tasks", sum(more.values())),

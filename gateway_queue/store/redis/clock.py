@@ -68,6 +68,10 @@ class ServerClock:
         """
         return self._most - self._former_least[0][0]
 
+    def remember(self, memory: float) -> None:
+        """Make the memory longer, if it is shorter, see the constructor."""
+        self._memory = max(self._memory, memory)
+
     def at(self, time: float) -> int:
         """Return what the server's clock shows at a time of ours, in microseconds."""
         return round((time + self._offset) * MICROSECONDS)

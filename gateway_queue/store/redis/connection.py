@@ -49,18 +49,17 @@ class Connection:
 
     Args:
       pool: where to get it from, open.
-      prefix: the first part of every key.
     """
 
     _connection: BaseConnection
     _script: Any
 
-    def __init__(self, pool: ConnectionPool[Any], prefix: str) -> None:
+    def __init__(self, pool: ConnectionPool[Any]) -> None:
         self.lost = trio.Event()
         """Set when it cannot be used any more."""
-        self._reason = ""
+        self.reason = ""
+        """Why it is lost."""
         self._pool = pool
-        self._keys = [f"{prefix}:{key}" for key in KEYS]
 
     async def open(self) -> None:
         """Connect, and load the script into Redis.
@@ -77,13 +76,19 @@ class Connection:
             self.close(str(error))
         self._script = await self._request(b"SCRIPT LOAD", SCRIPT.read_bytes())
 
-    async def call(self, command: str, *arguments: RedisValueT) -> Any:
+    async def call(self, prefix: str, command: str, *arguments: RedisValueT) -> Any:
         """Run a command of the script.
+
+        Args:
+          prefix: the first part of every key.
+          command: for the script.
+          arguments: of the command.
 
         Raises:
           Unreachable: there is no answer, and to nothing else will there be one.
         """
-        script = (self._script, len(self._keys), *self._keys)
+        keys = [f"{prefix}:{key}" for key in KEYS]
+        script = (self._script, len(keys), *keys)
         return await self._request(b"EVALSHA", *script, command, *arguments)
 
     async def eviction_policy(self) -> str | None:
@@ -107,15 +112,15 @@ class Connection:
           Unreachable: with the first reason to do so.
         """
         if not self.lost.is_set():
-            self._reason = reason
+            self.reason = reason
             self.lost.set()
-        raise Unreachable(self._reason)
+        raise Unreachable(self.reason)
 
     async def _request(
         self, command: bytes, *arguments: RedisValueT, may_be_refused: bool = False
     ) -> Any:
         if self.lost.is_set():
-            raise Unreachable(self._reason)
+            raise Unreachable(self.reason)
         try:
             with trio.fail_after(CALL_SECONDS):
                 return await self._connection.create_request(

@@ -29,10 +29,14 @@ class KnownStarts:
 
     def __init__(self, replica: str, limit: int | None) -> None:
         self._replica = replica
-        self._kept = max(KEPT_STARTS, limit or 0)
+        self.keep(limit)
         self._times: dict[str, float] = {}
         # Own claims that will not be used, the last ones.
         self._unused: dict[str, None] = {}
+
+    def keep(self, limit: int | None) -> None:
+        """Keep as many starts as another limit needs."""
+        self._kept = max(KEPT_STARTS, limit or 0)
 
     def add(self, token: str, at: float) -> None:
         """Remember a start, and forget those of a day before."""

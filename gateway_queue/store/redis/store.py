@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
-from typing import Any, NoReturn
+from typing import NoReturn
 from uuid import uuid4
+from zlib import crc32
 
 import structlog
 import trio
-from coredis.pool import ConnectionPool
 
-from gateway_queue.faults import Fault, next_fault
+from gateway_queue.faults import Fault
 from gateway_queue.store import (
     IN_FLIGHT_WINDOWS,
     Claim,
@@ -32,7 +32,8 @@ from gateway_queue.store.redis.clock import (
     longest_here,
     longest_there,
 )
-from gateway_queue.store.redis.connection import CALL_SECONDS, Connection, Unreachable, connections
+from gateway_queue.store.redis.connection import CALL_SECONDS, Connection, Unreachable
+from gateway_queue.store.redis.link import FIRST_RETRY, Link
 from gateway_queue.store.redis.script import (
     CONCERNS,
     GRANTED,
@@ -49,9 +50,6 @@ from gateway_queue.store.redis.starts import KnownStarts
 
 LOOK_SECONDS = 1.0
 """How often at least to look after the connection, and the day's session starts."""
-
-FIRST_RETRY, LONGEST_RETRY = 0.1, 2.0
-"""Seconds between two tries to connect, each time twice as many."""
 
 RESTORE_SECONDS = 2 * LOOK_SECONDS + FIRST_RETRY
 """After so long, every replica that is connected has noticed that data was lost, and has restored
@@ -73,44 +71,23 @@ class RedisStore:
     starts of all replicas, and restores those that the server has lost.
 
     Args:
-      url: of the server.
+      link: to the server.
       prefix: the first part of every key there.
       rules: to hold each key for a lease from now, among others.
-      count_error: called when the server is lost, or cannot be reached.
-      observe_round_trip: called after each answer with the seconds that it took.
     """
 
-    def __init__(
-        self,
-        url: str,
-        prefix: str,
-        rules: Rules,
-        *,
-        count_error: Callable[[], None],
-        observe_round_trip: Callable[[float], None] = lambda _: None,
-    ) -> None:
-        limit = rules.session_start_limit
-        self.rules = rules
-        self._url = url
+    def __init__(self, link: Link, prefix: str, rules: Rules) -> None:
+        self._link = link
         self._prefix = prefix
-        self._answer_seconds = answer_seconds(rules)
-        lease = lease_seconds(rules)
-        self._in_flight = IN_FLIGHT_WINDOWS * rules.window
-        self._limit = limit
-        self._count_error = count_error
-        self._observe_round_trip = observe_round_trip
-        self._script_settings = script_settings(rules)
+        self._set_rules(rules)
+        # The stores of many bots look at different times of a second.
+        self._first_look = LOOK_SECONDS * (1 - crc32(prefix.encode()) / 2**32)
         self._replica = uuid4().hex
         self._numbers = count()
         self._max_concurrency = 1
         now = trio.current_time()
-        self.fault: Fault | None = Fault("not connected to Redis yet", now, now)
-        self._is_announced = False
+        self._fault: Fault | None = Fault("not connected to Redis yet", now, now)
         self._connection: Connection | None = None
-        self._lease = longest_here(longest_there(lease))
-        self._longest_lease = self._lease + longest_here(longest_there(rules.confirm_seconds))
-        self._claim_lease = microseconds(longest_there(lease))
-        self._confirm_lease = microseconds(longest_there(lease + rules.confirm_seconds))
         self._clock = ServerClock(self._longest_lease)
         self._since: int | None = None
         # Since when the data is kept that has all starts of other replicas that are known here.
@@ -123,56 +100,55 @@ class RedisStore:
         self._doubtful: list[Claim] = []
         # The confirmed claims whose shards are identifying, by token, also those of other replicas.
         self._identifying: dict[str, Lease] = {}
-        self._starts = KnownStarts(self._replica, limit)
+        self._starts = KnownStarts(self._replica, self._limit)
         self._looked_at = 0
         self._discord_budget: DiscordBudget | None = None
-        self._known = ScriptReply(0, 0, 0, 0, 0, limit or -1, microseconds(DAY), 0)
+        self._known = ScriptReply(0, 0, 0, 0, 0, self._limit or -1, microseconds(DAY), 0)
         self._known_at = trio.current_time()
+
+    def _set_rules(self, rules: Rules) -> None:
+        lease = lease_seconds(rules)
+        self.rules = rules
+        self._limit = rules.session_start_limit
+        self._in_flight = IN_FLIGHT_WINDOWS * rules.window
+        self._answer_seconds = answer_seconds(rules)
+        self._script_settings = script_settings(rules)
+        self._lease = longest_here(longest_there(lease))
+        self._longest_lease = self._lease + longest_here(longest_there(rules.confirm_seconds))
+        self._claim_lease = microseconds(longest_there(lease))
+        self._confirm_lease = microseconds(longest_there(lease + rules.confirm_seconds))
+
+    @property
+    def fault(self) -> Fault | None:
+        return self._link.fault or self._fault
 
     async def run(self) -> NoReturn:
         """Stay connected until cancelled."""
-        delay = FIRST_RETRY
         while True:
-            try:
-                pool = connections(self._url)
-            except (OSError, ValueError) as error:  # a certificate, or an option in the URL
-                reason = str(error)
-            else:
-                async with pool:
-                    reason = await self._use(pool)
-            if self.fault is None:
-                delay = FIRST_RETRY
-            if self.fault is None or not self._is_announced:
-                log.warning("Redis cannot be reached, no ticket is released", reason=reason)
-                self._is_announced = True
-            elif self.fault.reason != reason:
-                log.info("Redis still cannot be reached", reason=reason)
-            self.fault = next_fault(self.fault, reason, trio.current_time(), delay)
-            self._count_error()
-            await trio.sleep(delay)
-            delay = min(2 * delay, LONGEST_RETRY)
+            await self._use(await self._link.connected())
 
-    async def _use(self, pool: ConnectionPool[Any]) -> str:
-        """Use one connection until it is lost, and return why."""
+    async def _use(self, connection: Connection) -> None:
+        """Use a connection until it is lost."""
         try:
             self._clock, self._since = ServerClock(self._longest_lease), None
-            connection = Connection(pool, self._prefix)
-            await connection.open()
             self._connection = connection
-            await self._warn_of_eviction(connection)
-            await self._catch_up()
+            async with self._link.housekeeping:
+                await self._catch_up()
             self._trusted_at = self._when_to_trust()
             self._hold = self._lease
-            after = trio.current_time() - self.fault.since if self.fault else 0.0
-            self.fault, self._is_announced = None, False
-            log.info("connected to Redis", after=round(after, 3))
+            self._fault = None
+            self._link.confirm(connection)
+            look_in = self._first_look
             while True:
-                with trio.move_on_after(LOOK_SECONDS):
+                with trio.move_on_after(look_in):
                     await connection.lost.wait()
-                await self._look()
-                await self._settle_doubtful()
+                look_in = LOOK_SECONDS
+                async with self._link.housekeeping:
+                    await self._look()
+                    await self._settle_doubtful()
         except Unreachable as error:
-            return str(error)
+            now = trio.current_time()
+            self._fault = Fault(str(error), now, now)
         finally:
             self._connection = None
             self._trusted_at = math.inf
@@ -183,14 +159,6 @@ class RedisStore:
             return trio.current_time()
         restored_at = self._clock.when(self._since or 0) + RESTORE_SECONDS
         return max(trio.current_time() + self._hold, restored_at)
-
-    async def _warn_of_eviction(self, connection: Connection) -> None:
-        policy = await connection.eviction_policy()
-        if policy is not None:
-            log.warning(
-                "Redis removes data when it is full: set its maxmemory-policy to noeviction",
-                maxmemory_policy=policy,
-            )
 
     async def _catch_up(self) -> None:
         """Tell a server what it may have missed.
@@ -280,9 +248,9 @@ class RedisStore:
             raise Unreachable("not connected")
         asked_at = trio.current_time()
         told = (self._replica, *self._seen, *self._script_settings, *arguments)
-        reply = await connection.call(command, *told)
+        reply = await connection.call(self._prefix, command, *told)
         answered_at = trio.current_time()
-        self._observe_round_trip(answered_at - asked_at)
+        self._link.observe_round_trip(answered_at - asked_at)
         answer = ScriptReply(*reply[: len(ScriptReply._fields)])
         if not self._clock.agrees(answer.now, asked_at, answered_at):
             self._seen = (0, 0)
@@ -359,6 +327,13 @@ class RedisStore:
     async def withdraw(self, key: int) -> None:
         with suppress(Unreachable):  # then it is forgotten soon
             await self._ask("withdraw", self._max_concurrency, key)
+
+    def change_rules(self, rules: Rules) -> None:
+        self._set_rules(rules)
+        self._hold = self._lease
+        self._clock.remember(self._longest_lease)
+        self._starts.keep(self._limit)
+        self._trusted_at = max(self._trusted_at, trio.current_time() + self._lease)
 
     def regroup(self, max_concurrency: int) -> None:
         self._max_concurrency = max_concurrency  # the server knows all the windows that it has

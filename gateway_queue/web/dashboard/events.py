@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import NoReturn
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
+from contextlib import aclosing
+from functools import partial
+from typing import Generic, TypeVar
 
 import structlog
 import trio
@@ -19,36 +21,69 @@ GZIP_HEADER = bytes.fromhex("1f8b0800000000000003")
 
 log = structlog.stdlib.get_logger(__name__)
 
+Subject = TypeVar("Subject", bound=Hashable)
 
-class Events:
+
+class Feeds(Generic[Subject]):
+    """Writes the events of each subject that anybody listens to.
+
+    Args:
+      write: makes the text of an event; None ends the events of a subject that is gone.
+      nursery: to write in.
+    """
+
+    def __init__(
+        self, write: Callable[[Subject], Awaitable[str | None]], nursery: trio.Nursery
+    ) -> None:
+        self._write = write
+        self._nursery = nursery
+        self._feeds: dict[Subject, _Feed] = {}
+
+    async def listen(self, subject: Subject, *, gzip: bool = False) -> AsyncGenerator[bytes, None]:
+        """Yield each event from now on.
+
+        Args:
+          subject: whose events.
+          gzip: whether to compress, as the content coding of HTTP.
+        """
+        if subject not in self._feeds:
+            self._feeds[subject] = _Feed(partial(self._write, subject))
+            self._nursery.start_soon(self._run, subject)
+        async with aclosing(self._feeds[subject].listen(gzip=gzip)) as events:
+            async for event in events:
+                yield event
+
+    async def _run(self, subject: Subject) -> None:
+        await self._feeds[subject].run()
+        del self._feeds[subject]
+
+
+class _Feed:
     """Writes an event a second while anybody listens.
 
     Who is slow to take one misses those that come meanwhile. So nobody waits for a slow listener,
     and nothing is kept for one.
-
-    Args:
-      write: makes the text of an event.
     """
 
-    def __init__(self, write: Callable[[], Awaitable[str]]) -> None:
+    def __init__(self, write: Callable[[], Awaitable[str | None]]) -> None:
         self._write = write
         self._latest = b""
+        self._has_ended = False
         self._latest_gzip = b""
         self._listeners = 0
-        self._arrivals = trio.lowlevel.ParkingLot()
         self._changed = trio.lowlevel.ParkingLot()
 
-    async def run(self) -> NoReturn:
-        """Write events, until cancelled."""
-        while True:
-            while not self._listeners:
-                await self._arrivals.park()
+    async def run(self) -> None:
+        """Write events until nobody listens any more."""
+        while self._listeners and not self._has_ended:
             try:
-                self._latest = _event(await self._write())
-                self._latest_gzip = await _deflated(self._latest)
+                text = await self._write()
             except Exception:
                 log.exception("cannot show the queue")  # which goes on without being seen
             else:
+                self._has_ended = text is None
+                self._latest = _event(text or "")
+                self._latest_gzip = await _deflated(self._latest)
                 self._changed.unpark_all()
             await trio.sleep(INTERVAL)
 
@@ -59,13 +94,13 @@ class Events:
           gzip: whether to compress, as the content coding of HTTP.
         """
         self._listeners += 1
-        self._arrivals.unpark_all()
         try:
             if gzip:
                 yield GZIP_HEADER
-            while True:
+            while not self._has_ended:
                 await self._changed.park()
-                yield self._latest_gzip if gzip else self._latest
+                if not self._has_ended:
+                    yield self._latest_gzip if gzip else self._latest
         finally:
             self._listeners -= 1
 

@@ -43,7 +43,7 @@ function tick(root) {
 /** Write times of day in the reader's zone, and addresses as the reader's browser has them. */
 function localise(root) {
   for (const each of root.querySelectorAll("[data-ask]")) {
-    write(each, `curl "${new URL(".", location)}?shard=0"`);
+    write(each, `curl "${new URL(".", location)}${each.dataset.ask}"`);
   }
   const clock = { hour: "2-digit", minute: "2-digit", second: "2-digit" };
   const today = new Intl.DateTimeFormat([], clock);

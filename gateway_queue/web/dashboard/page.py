@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.resources import files
 from urllib.parse import quote
@@ -14,6 +15,7 @@ from jinja2 import Environment, PackageLoader
 from gateway_queue.about import URL, __version__
 from gateway_queue.web.dashboard.clock import Clock, duration, milliseconds
 from gateway_queue.web.dashboard.snapshot import WINDOWS_AHEAD, WINDOWS_BEHIND, Snapshot
+from gateway_queue.web.summary import BotSummary
 
 PIECES_AT_ONCE = 100
 """Each is some characters; so many take a fifth of a millisecond, a whole page 4 ms."""
@@ -59,18 +61,34 @@ class Page:
         self._page = environment.get_template("page.html")
         self._live = environment.get_template("live.html")
 
-    def whole(self, snapshot: Snapshot) -> str:
-        """Write the whole page."""
-        return self._page.render(now=snapshot, clock=Clock(snapshot.taken_at))
+    def whole(
+        self, snapshot: Snapshot, labels: Mapping[str, str], bots: Sequence[BotSummary]
+    ) -> str:
+        """Write the whole page.
 
-    async def live(self, snapshot: Snapshot) -> str:
+        Args:
+          snapshot: of the queue.
+          labels: of the bot whose queue it is.
+          bots: to list in front of it.
+        """
+        return self._page.render(_context(snapshot, labels, bots))
+
+    async def live(
+        self, snapshot: Snapshot, labels: Mapping[str, str], bots: Sequence[BotSummary]
+    ) -> str:
         """Write the part of it that changes, in steps: a release that is due does not wait."""
         written: list[str] = []
-        for piece in self._live.generate(now=snapshot, clock=Clock(snapshot.taken_at)):
+        for piece in self._live.generate(_context(snapshot, labels, bots)):
             if len(written) % PIECES_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
             written.append(piece)
         return "".join(written)
+
+
+def _context(
+    snapshot: Snapshot, labels: Mapping[str, str], bots: Sequence[BotSummary]
+) -> dict[str, object]:
+    return {**labels, "now": snapshot, "clock": Clock(snapshot.taken_at), "bots": bots}
 
 
 def icon(*, trouble: bool = False) -> str:

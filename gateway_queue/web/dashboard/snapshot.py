@@ -16,7 +16,7 @@ import trio
 from gateway_queue.faults import Fault
 from gateway_queue.queue import Queue
 from gateway_queue.queue.events import Identified, NotConfirmed, Released
-from gateway_queue.queue.overview import IdentifyingStatus, LaneStatus, lanes
+from gateway_queue.queue.overview import IdentifyingStatus, LaneStatus, lanes, next_release
 from gateway_queue.service import Service
 from gateway_queue.store import SessionStarts
 
@@ -148,7 +148,7 @@ async def take(service: Service) -> Snapshot:
         released=queue.released,
         abandoned=queue.abandoned,
         starts=starts,
-        next_release=min(map(_next_release, all_lanes), default=math.inf),
+        next_release=min(map(next_release, all_lanes), default=math.inf),
         last_release=_last_release(all_lanes, starts, window),
         lateness=_spread(late),
         identifying=[
@@ -201,18 +201,12 @@ def _aside(queue: Queue, now: float) -> Iterator[AsideStatus]:
         )
 
 
-def _next_release(lane: LaneStatus) -> float:
-    """Return when the next connected ticket of a lane is released, infinite if not known."""
-    turns = [ticket.eta for ticket in lane.tickets if ticket.state != "away"]
-    return min(turns, default=lane.opens_in if lane.waiting else math.inf)
-
-
 def _key(lane: LaneStatus, released: list[float], window: float) -> KeyStatus:
     turns = [ticket.eta for ticket in lane.tickets if ticket.state != "away"]
     return KeyStatus(
         rate_limit_key=lane.rate_limit_key,
         waiting=lane.waiting,
-        next_release=_next_release(lane),
+        next_release=next_release(lane),
         released=released,
         expected=[eta for eta in turns if eta < WINDOWS_AHEAD * window],
     )

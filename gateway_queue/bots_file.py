@@ -1,0 +1,140 @@
+"""``BOTS_FILE``: a TOML file with a table for each bot, read and checked."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from gateway_queue.settings import BadSetting, Settings, read_fields
+
+DEFAULT_BOT = "default"
+"""The name of the bot that the environment configures."""
+
+KEYS = (
+    "discord_token",
+    "discord_token_file",
+    "discord_api_url",
+    "max_concurrency",
+    "session_start_limit",
+    "window_seconds",
+    "margin_seconds",
+    "confirm_seconds",
+    "hold_on_start",
+    "place_seconds",
+    "loop_free_starts",
+    "auth_token",
+    "auth_token_file",
+)
+"""The settings that concern one bot. All others are the server's."""
+
+TEXTS = frozenset(f.name for f in fields(Settings) if f.type in {"str", "str | None"})
+SWITCHES = frozenset(field.name for field in fields(Settings) if field.type == "bool")
+
+
+def read_bots(settings: Settings) -> dict[str, Settings]:
+    """Read the settings of each bot in ``BOTS_FILE``, by its name.
+
+    What a table lacks is as in the environment, except the two tokens: these belong to one bot.
+
+    Args:
+      settings: of the environment. Without ``bots_file`` there are no bots.
+
+    Raises:
+      BadSetting: the file cannot be read, or something in it is not right.
+    """
+    if settings.bots_file is None:
+        return {}
+    path = settings.bots_file
+    tables = _parse(path)
+    bots: dict[str, Settings] = {}
+    for name, table in tables.items():
+        _check_name(path, name, table)
+        try:
+            bots[name] = _read_table(name, table, settings)
+        except BadSetting as error:
+            raise BadSetting(_place(path, name, error.variable), error.got, error.takes) from None
+    _check_tokens(path, bots, settings)
+    return bots
+
+
+def _place(path: str, name: str, key: str) -> str:
+    return f"BOTS_FILE {path}: [{name}] {key}"
+
+
+def _parse(path: str) -> dict[str, Any]:
+    takes = "the path of a TOML file with a table for each bot"
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    except (ValueError, RecursionError):
+        reason = "not TOML"
+    raise BadSetting("BOTS_FILE", f"{path!r} ({reason})", takes)
+
+
+def _check_name(path: str, name: str, table: object) -> None:
+    where = f"BOTS_FILE {path}"
+    if not isinstance(table, dict):
+        raise BadSetting(where, f"{_short(name)} outside a table", "a table for each bot: [NAME]")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
+        takes = "up to 100 letters, digits, dots, hyphens and underscores as the name of a bot"
+        raise BadSetting(where, f"the table {_short(name)}", takes)
+    if name == DEFAULT_BOT:
+        takes = "another name: this one means the bot that the environment configures"
+        raise BadSetting(where, f"the table {_short(name)}", takes)
+
+
+def _read_table(name: str, table: Mapping[str, object], settings: Settings) -> Settings:
+    texts = {key: _text(key, value) for key, value in table.items()}
+    prefix = f"{settings.redis_prefix}:bot:{name}"
+    base = replace(settings, discord_token=None, auth_token=None, redis_prefix=prefix)
+    return replace(base, **dict(read_fields(texts, str.lower)))
+
+
+def _text(key: str, value: object) -> str:
+    """Write a value as the environment has it.
+
+    Raises:
+      BadSetting: a bot has no such setting, or its value is of another type.
+    """
+    if isinstance(value, dict):
+        takes = 'a value. If the name of the bot has a dot, put it in quotes: ["NAME"]'
+        raise BadSetting(_short(key), "a table", takes)
+    if key not in KEYS:
+        # Without its value, which may be a token.
+        raise BadSetting(_short(key), "a setting that a bot has not", f"one of {', '.join(KEYS)}")
+    setting = key.removesuffix("_file")
+    if setting in TEXTS:
+        fits, kind = isinstance(value, str), "a text in quotes"
+    elif setting in SWITCHES:
+        fits, kind = isinstance(value, bool), "true or false, without quotes"
+    else:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        kind = "a number, without quotes"
+    if not fits:
+        got = f"a {type(value).__name__}" if "token" in key else _short(value)
+        raise BadSetting(key, got, kind)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _check_tokens(path: str, bots: Mapping[str, Settings], settings: Settings) -> None:
+    """Refuse a second queue for one bot: together they would release too fast."""
+    owners = {settings.discord_token: "the environment"}
+    for name, bot in bots.items():
+        if bot.discord_token is None:
+            continue
+        if bot.discord_token in owners:
+            got = f"the same as in {owners[bot.discord_token]}"
+            raise BadSetting(_place(path, name, "discord_token"), got, "a token of its own")
+        owners[bot.discord_token] = f"[{name}]"

@@ -1,0 +1,111 @@
+"""The connection to Redis that the stores of all bots share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import structlog
+import trio
+from coredis.pool import ConnectionPool
+
+from gateway_queue.faults import Fault, next_fault
+from gateway_queue.store.redis.connection import Connection, Unreachable, connections
+
+FIRST_RETRY, LONGEST_RETRY = 0.1, 2.0
+"""Seconds between two tries to connect, each time twice as many."""
+
+HOUSEKEEPERS_MAX = 20
+"""Stores that look after their data at the same time: a release never waits for hundreds."""
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class Link:
+    """Connects to a server, and again whenever the connection is lost.
+
+    Stores that are in doubt close the connection, for all stores: whatever makes one of them doubt,
+    such as a server that was restarted, concerns the others too.
+
+    Args:
+      url: of the server.
+      count_error: called when the server is lost, or cannot be reached.
+      observe_round_trip: called after each answer with the seconds that it took.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        count_error: Callable[[], None],
+        observe_round_trip: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        now = trio.current_time()
+        self.fault: Fault | None = Fault("not connected to Redis yet", now, now)
+        """Why no store can use the server, if so."""
+        self.observe_round_trip = observe_round_trip
+        self.housekeeping = trio.CapacityLimiter(HOUSEKEEPERS_MAX)
+        self._url = url
+        self._count_error = count_error
+        self._is_announced = False
+        self._connection: Connection | None = None
+        self._changed = trio.Event()
+
+    async def connected(self) -> Connection:
+        """Wait for a connection that is not lost."""
+        while self._connection is None or self._connection.lost.is_set():
+            await self._changed.wait()
+        return self._connection
+
+    def confirm(self, connection: Connection) -> None:
+        """Note that a store can use a connection."""
+        if self.fault is None or connection.lost.is_set():
+            return
+        after = trio.current_time() - self.fault.since
+        self.fault, self._is_announced = None, False
+        log.info("connected to Redis", after=round(after, 3))
+
+    async def run(self) -> NoReturn:
+        """Stay connected until cancelled."""
+        delay = FIRST_RETRY
+        while True:
+            try:
+                pool = connections(self._url)
+            except (OSError, ValueError) as error:  # a certificate, or an option in the URL
+                reason = str(error)
+            else:
+                async with pool:
+                    reason = await self._offer(pool)
+            if self.fault is None:
+                delay = FIRST_RETRY
+            if self.fault is None or not self._is_announced:
+                log.warning("Redis cannot be reached, no ticket is released", reason=reason)
+                self._is_announced = True
+            elif self.fault.reason != reason:
+                log.info("Redis still cannot be reached", reason=reason)
+            self.fault = next_fault(self.fault, reason, trio.current_time(), delay)
+            self._count_error()
+            await trio.sleep(delay)
+            delay = min(2 * delay, LONGEST_RETRY)
+
+    async def _offer(self, pool: ConnectionPool[Any]) -> str:
+        """Let the stores use one connection until it is lost, and return why."""
+        connection = Connection(pool)
+        try:
+            await connection.open()
+            await self._warn_of_eviction(connection)
+        except Unreachable as error:
+            return str(error)
+        self._connection = connection
+        self._changed.set()
+        self._changed = trio.Event()
+        await connection.lost.wait()
+        return connection.reason
+
+    async def _warn_of_eviction(self, connection: Connection) -> None:
+        policy = await connection.eviction_policy()
+        if policy is not None:
+            log.warning(
+                "Redis removes data when it is full: set its maxmemory-policy to noeviction",
+                maxmemory_policy=policy,
+            )
