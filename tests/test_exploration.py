@@ -45,6 +45,7 @@ FIXED_SEEDS = (
     842628,
     843141,
     860788,
+    900929,
 )
 """Add each seed that has found a fault."""
 

@@ -527,9 +527,10 @@ end
 
 -- A replica with a ticket that will claim the key for the first time at some time.
 function commands.announce(number, key, came_at, asks_at)
-  set_head(number .. ':' .. key, tonumber(came_at), tonumber(asks_at))
+  asks_at = asks_at + grace -- by its own clock: its claim takes the whole way here after that
+  set_head(number .. ':' .. key, tonumber(came_at), asks_at)
   if most_releases > 0 then
-    set_head('queue', tonumber(came_at), tonumber(asks_at))
+    set_head('queue', tonumber(came_at), asks_at)
   end
   return answer(GRANTED, 0)
 end
