@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import json
+import os
 import ssl
 import sys
 import time
@@ -105,6 +106,9 @@ def watch(server: Server, shard: int | None) -> int:
             print(f"{CLEAR}{text}" if sys.stdout.isatty() else f"{text}\n", flush=True)
             time.sleep(WATCH_SECONDS)
     except KeyboardInterrupt:
+        return exit_status
+    except BrokenPipeError:  # as with `| head`; Python would report it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_status
 
 

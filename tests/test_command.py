@@ -409,9 +409,20 @@ def test_the_log_level_is_respected() -> None:
     assert quiet.returncode == 0
 
 
+WITHOUT_PYGMENTS = """
+import sys
+sys.modules["pygments"] = None
+from gateway_queue.__main__ import main
+main([])
+"""
+
+
 def test_idle_it_neither_wakes_up_nor_grows() -> None:
-    """Between two looks nothing happens: no context switch of its own accord."""
-    with serving(WINDOW_SECONDS=0.05) as server:
+    """Between two looks nothing happens: no context switch of its own accord.
+
+    The command runs as where only the server is installed: with pygments, httpx imports rich.
+    """
+    with serving(sys.executable, "-c", WITHOUT_PYGMENTS, WINDOW_SECONDS=0.05) as server:
         server.connect().answer()
         server.settle()
         time.sleep(6)  # Hypercorn closes the connections of the two after 5 s

@@ -68,8 +68,8 @@ bodies = st.sampled_from(
 requests = st.builds(
     "{} {} HTTP/{}\r\nHost: q\r\n{}\r\n".format, methods, targets, versions, headers.map("".join)
 )
-EXAMPLES, REQUESTS = 400, 50
-"""Together 20,000."""
+EXAMPLES, REQUESTS = 200, 50
+"""Together 10,000."""
 QUIET_SECONDS = 0.02
 """When for so long no answer comes, none is expected any more: some are no whole requests."""
 

@@ -278,7 +278,7 @@ async def test_who_is_held_keeps_its_place_too(autojump_clock: MockClock) -> Non
     assert line.order == [7, 20, 21, 7, 22]
 
 
-async def test_100_000_who_come_and_go_leave_nothing_behind(autojump_clock: MockClock) -> None:
+async def test_20_000_that_come_and_go_leave_nothing_behind(autojump_clock: MockClock) -> None:
     async def visit(queue: Queue, shard: int) -> None:
         with trio.CancelScope() as scope:
             scope.cancel()
@@ -289,11 +289,11 @@ async def test_100_000_who_come_and_go_leave_nothing_behind(autojump_clock: Mock
         await visit(queue, 0)
         await trio.sleep(2 * KEPT)
         before = sys.getallocatedblocks()
-        for number in range(50_000):
+        for number in range(10_000):
             await visit(queue, 0)
             await visit(queue, number)
         await wait_all_tasks_blocked()
-        assert sum(len(lane.away) for lane in queue.lanes.values()) == 50_000
+        assert sum(len(lane.away) for lane in queue.lanes.values()) == 10_000
         await trio.sleep(KEPT + 1)
         gc.collect()
         assert sys.getallocatedblocks() - before < 1000

@@ -156,7 +156,23 @@ def test_watching() -> None:
             for _ in range(2):
                 assert "Ready\n" in iter(output.readline, "")
             watching.send_signal(signal.SIGINT)
+            assert watching.wait(PATIENCE) == 0
+
+
+def test_watching_ends_with_its_reader() -> None:
+    with serving() as server:
+        watching = subprocess.Popen(
+            [*COMMAND, "--watch"],
+            env=environ(PORT=server.port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert watching.stdout is not None
+        with watching.stdout as output:
+            assert "Ready\n" in iter(output.readline, "")
         assert watching.wait(PATIENCE) == 0
+        assert watching.communicate()[1] == ""
 
 
 @contextmanager
