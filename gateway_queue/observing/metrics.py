@@ -88,7 +88,7 @@ class Metrics:
         )
         self.lateness = self._histogram(
             "lateness_seconds",
-            "From the moment in which the window was open and somebody waited to the answer.",
+            "From when the key was open and a client waited until the answer.",
             LATENESS_BUCKETS,
         )
         self.store_errors = Counter(
@@ -120,7 +120,7 @@ class Metrics:
         return encode(self.registry), content_type
 
     def watch(self, look: Callable[[], Iterable[GaugeMetricFamily]]) -> None:
-        """Add gauges that are looked up when somebody asks for them."""
+        """Add gauges that are computed for each scrape."""
         self.registry.register(_Gauges(look))
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:

@@ -20,16 +20,16 @@ class Gate:
         self._waiting: dict[Lane, trio.Event] = {}
         self._opens_at = -math.inf
         self._changed = trio.Event()
-        self._left = trio.Event()
+        self._admits_next = trio.Event()
 
     async def run(self) -> NoReturn:
         """Let lanes in until cancelled."""
         while True:
             await self._until_open()
             lane = min(self._waiting, key=_oldest)
-            self._left = trio.Event()
+            self._admits_next = trio.Event()
             self._waiting.pop(lane).set()
-            await self._left.wait()
+            await self._admits_next.wait()
 
     async def _until_open(self) -> None:
         """Wait until some lane is here and the store may grant a claim."""
@@ -40,14 +40,14 @@ class Gate:
             await trio.sleep(SETTLE_SECONDS)
 
     async def enter(self, lane: Lane) -> None:
-        """Wait until it is the lane's turn to claim. The caller has to leave afterwards."""
+        """Wait until it is the lane's turn to claim. The caller calls admit_next() afterwards."""
         self._waiting[lane] = admitted = trio.Event()
         self._changed.set()
         await admitted.wait()
 
-    def leave(self) -> None:
+    def admit_next(self) -> None:
         """Let the next lane in."""
-        self._left.set()
+        self._admits_next.set()
 
     def close(self, seconds: float) -> None:
         """Let no lane in for some time, and not before the refused lane is here again."""

@@ -302,7 +302,7 @@ class Queue:
             return place, outcome
         finally:
             if gate is not None:
-                gate.leave()
+                gate.admit_next()
 
     def _wait(self, lane: Lane, place: Place, refusal: Refusal) -> None:
         """Note when it makes sense to claim again."""

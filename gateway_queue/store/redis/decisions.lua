@@ -53,7 +53,7 @@ local function entries(list)
   return (list or ''):gmatch('(%S+)=(%S+)')
 end
 
--- A list without the entry of this name, and without those whose value is not kept.
+-- A list without the entry of this name, and without the entries whose values are not kept.
 local function without(list, name, is_kept)
   local kept = {}
   for other, value in entries(list) do

@@ -61,7 +61,7 @@ class Feeds(Generic[Subject]):
 class _Feed:
     """Writes an event a second while anybody listens.
 
-    Who is slow to take one misses those that come meanwhile. So nobody waits for a slow listener,
+    A slow listener misses the events that come meanwhile. So no other listener waits for it,
     and nothing is kept for one.
     """
 
@@ -74,7 +74,7 @@ class _Feed:
         self._changed = trio.lowlevel.ParkingLot()
 
     async def run(self) -> None:
-        """Write events until nobody listens any more."""
+        """Write events until there is no listener."""
         while self._listeners and not self._has_ended:
             try:
                 text = await self._write()

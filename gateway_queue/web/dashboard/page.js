@@ -113,7 +113,7 @@ function show(html) {
   drift();
 }
 
-/** Show in the title and in the icon how it is, for those who look at another tab. */
+/** Show the state in the title and in the icon, also for a tab in the background. */
 function showTrouble() {
   const { waiting, trouble } = document.getElementById("live").dataset;
   const bad = lost || trouble !== undefined;

@@ -63,7 +63,7 @@ class KeyStatus:
     rate_limit_key: int
     waiting: int
     next_release: float
-    """Infinite if nobody waits, or if it is not known."""
+    """Infinite if no client waits, or if it is not known."""
     released: list[float]
     expected: list[float]
 
@@ -87,7 +87,7 @@ class Snapshot:
     taken_at: float
     """Since the epoch."""
     not_ready: str | None
-    """Why nobody can be released, if so."""
+    """Why no ticket can be released, if so."""
     conditions: list[Condition]
     window: float
     """With the margin: between two releases that are not confirmed."""
@@ -116,7 +116,7 @@ class Snapshot:
     """Whether other replicas may release tickets first."""
     keys: list[KeyStatus]
     lanes: list[LaneStatus]
-    """Those that have tickets, with the foremost ones."""
+    """The lanes that have tickets, with their first tickets."""
     aside: list[AsideStatus]
     """Tickets that are held or away, of all keys; those that end first."""
     latest: list[tuple[float, Released]]
@@ -175,7 +175,7 @@ async def take(service: Service) -> Snapshot:
 def _keys(
     number: int, shown: list[LaneStatus], recent: list[Released], now: float, window: float
 ) -> list[KeyStatus]:
-    """Describe each rate limit key, also those that nobody waits for."""
+    """Describe each rate limit key, also without waiting clients."""
     released = defaultdict[int, list[float]](list)
     for release in recent:
         released[release.rate_limit_key].append(release.at - now)
