@@ -6,9 +6,10 @@ import http.client
 import ipaddress
 import json
 import os
+import signal
 import ssl
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -100,16 +101,17 @@ def show(server: Server, shard: int | None) -> int:
 def watch(server: Server, shard: int | None) -> int:
     """Print the status every second until interrupted, and return the last exit status."""
     exit_status = NOT_READY
+    # Not KeyboardInterrupt, which is lost where Python ignores exceptions.
+    interrupted = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
-        while True:
+        while not interrupted.is_set():
             text, exit_status = look(server, shard)
             print(f"{CLEAR}{text}" if sys.stdout.isatty() else f"{text}\n", flush=True)
-            time.sleep(WATCH_SECONDS)
-    except KeyboardInterrupt:
-        return exit_status
+            interrupted.wait(WATCH_SECONDS)
     except BrokenPipeError:  # as with `| head`; Python would report it once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exit_status
+    return exit_status
 
 
 def look(server: Server, shard: int | None) -> tuple[str, int]:
