@@ -46,6 +46,7 @@ FIXED_SEEDS = (
     843141,
     860788,
     900929,
+    913636,
 )
 """Add each seed that has found a fault."""
 

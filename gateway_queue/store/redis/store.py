@@ -167,15 +167,17 @@ class RedisStore:
           Unreachable: it is lost again.
         """
         self._looked_at = 0
+        known = tuple(self._identifying.values())
         await self._look()
         await self._settle_doubtful()
         if self._discord_budget is not None:
             await self._hand_over(self._discord_budget)
-        await self._restore(also_of_others=self._since != self._complete_since)
+        is_new = self._since != self._complete_since
+        await self._restore(also_of_others=is_new)
         self._complete_since = self._since
-        for lease in tuple(self._identifying.values()):
-            if lease.token not in self._identifying:
-                continue  # its shard has identified meanwhile
+        for lease in known:
+            if lease.token not in self._identifying or not (is_new or self._is_own(lease)):
+                continue  # its shard has identified meanwhile, or the server knows of the claim
             left = microseconds(longest_there(max(0.0, lease.until - trio.current_time())))
             await self._ask("restore_claim", *words(lease), left)
 
