@@ -497,6 +497,7 @@ function commands.start_window(number, key, token, started_ago, its_window)
   local until_when = started_at + its_window
   set_release(token, until_when, '')
   set_identifying(token, nil)
+  drop_head(number .. ':' .. key)
   if is_claimed_with(number, key, token) then
     redis.call('HDEL', state, 'claim:' .. number .. ':' .. key)
   else
