@@ -47,6 +47,7 @@ FIXED_SEEDS = (
     860788,
     900929,
     913636,
+    1300496,
 )
 """Add each seed that has found a fault."""
 

@@ -542,12 +542,10 @@ def test_a_step_that_is_shorter_than_the_way_is_bounded() -> None:
     trio.run(main, clock=MockClock())
 
 
-@pytest.fixture
-def clock_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the server decide by a clock that the test sets."""
+def decide_by(clock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = connection.SCRIPT.read_text()
     for original, replacement in (
-        ("redis.call('TIME')", "redis.call('HMGET', 'clock', 'seconds', 'micros')"),
+        ("redis.call('TIME')", clock),
         ("redis.call('PEXPIRE', key, math.ceil(after / 1000))", ""),  # it goes by the true clock
     ):
         assert script.count(original) == 1
@@ -556,58 +554,49 @@ def clock_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SCRIPT", tmp_path / "script.lua")
 
 
+@pytest.fixture
+def clock_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the server decide by a clock that goes only where the test sets it."""
+    decide_by("redis.call('HMGET', 'clock', 'seconds', 'micros')", tmp_path, monkeypatch)
+
+
 def set_clock(redis: RedisServer, seconds: float) -> None:
     whole, micros = divmod(round((EPOCH + seconds) * 1_000_000), 1_000_000)
     redis.command("HSET", "clock", "seconds", str(whole), "micros", str(micros))
 
 
-@pytest.mark.usefixtures("clock_of_the_test")
+@pytest.fixture
+def clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the server decide by its own clock, which :func:`step_clock` sets."""
+    clock = """(function()
+      local clock, step = redis.call('TIME'), redis.call('GET', 'step') or 0
+      return {clock[1], clock[2] + step}
+    end)()"""
+    decide_by(clock, tmp_path, monkeypatch)
+
+
+def step_clock(redis: RedisServer, seconds: float) -> None:
+    """Set the clock forward, or back if negative."""
+    redis.command("SET", "step", str(round(seconds * 1_000_000)))
+
+
+@pytest.mark.usefixtures("clock_that_is_set")
 @pytest.mark.parametrize("step", [100.0, -100.0])
 async def test_a_redis_whose_clock_is_set_is_not_believed(redis: RedisServer, step: float) -> None:
     """Forward, all windows would seem to be over; back, they would seem to last forever."""
     rules, errors = Rules(0.5, hold=False), list[None]()
-    set_clock(redis, trio.current_time())
-    stopped = trio.CancelScope()
-
-    async def keep_time() -> None:
-        with stopped:
-            while True:
-                set_clock(redis, trio.current_time() + (step if stepped else 0))
-                await trio.lowlevel.checkpoint()
-
-    stepped = False
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(keep_time)
-        async with opened(redis.url, rules, errors) as store:
-            await connected(store)
-            await store.start_window(await claimed(store), answered_at := trio.current_time())
-            stepped = True
-            await trio.sleep(0.01)
-            assert isinstance(await store.claim(0, None, trio.current_time()), Refusal)
-            set_at = trio.current_time()
-            await claimed(store)
-            assert trio.current_time() - answered_at >= rules.window
-            # Forward, the data stays the same; back, it begins anew.
-            most = 4 * rules.window if step > 0 else RESTORE_SECONDS + 2 * rules.window
-            assert trio.current_time() - set_at < most
-            assert errors
-        stopped.cancel()
-
-
-@asynccontextmanager
-async def time_kept(redis: RedisServer, clock: Callable[[float], float]) -> AsyncIterator[None]:
-    """Let the server's clock show a function of ours until the end of the context."""
-
-    async def keep() -> None:
-        while True:
-            set_clock(redis, clock(trio.current_time()))
-            await trio.lowlevel.checkpoint()
-
-    set_clock(redis, clock(trio.current_time()))
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(keep)
-        yield
-        nursery.cancel_scope.cancel()
+    async with opened(redis.url, rules, errors) as store:
+        await connected(store)
+        await store.start_window(await claimed(store), answered_at := trio.current_time())
+        step_clock(redis, step)
+        assert isinstance(await store.claim(0, None, trio.current_time()), Refusal)
+        set_at = trio.current_time()
+        await claimed(store)
+        assert trio.current_time() - answered_at >= rules.window
+        # Forward, the data stays the same; back, it begins anew.
+        most = 4 * rules.window if step > 0 else RESTORE_SECONDS + 2 * rules.window
+        assert trio.current_time() - set_at < most
+        assert errors
 
 
 async def test_windows_and_leases_are_long_enough_by_a_clock_that_runs_fast(
@@ -629,11 +618,11 @@ async def test_windows_and_leases_are_long_enough_by_a_clock_that_runs_fast(
         assert opens_in() + trio.current_time() >= answered_at + rules.window
 
 
-@pytest.mark.usefixtures("clock_of_the_test")
+@pytest.mark.usefixtures("clock_that_is_set")
 async def test_a_step_that_a_far_replica_cannot_notice_makes_nobody_early(
     redis: RedisServer,
 ) -> None:
-    rules, stepped, granted_at = Rules(2.0, hold=False), 0.0, list[float]()
+    rules, granted_at = Rules(2.0, hold=False), list[float]()
 
     async def claim_after(seconds: float) -> None:
         await trio.sleep(seconds)
@@ -641,15 +630,11 @@ async def test_a_step_that_a_far_replica_cannot_notice_makes_nobody_early(
             granted_at.append(trio.current_time())
 
     with Proxy(redis.port, delay=0.1) as proxy:
-        async with (
-            time_kept(redis, lambda time: time + stepped),
-            opened(redis.url, rules) as near,
-            opened(proxy.url, rules) as far,
-        ):
+        async with opened(redis.url, rules) as near, opened(proxy.url, rules) as far:
             await connected(near)
             await connected(far)
             await near.start_window(await claimed(near), answered_at := trio.current_time())
-            stepped = 0.19
+            step_clock(redis, 0.19)
             async with trio.open_nursery() as nursery:
                 for number in range(300):
                     nursery.start_soon(claim_after, number / 100)

@@ -468,14 +468,16 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
   end
   local verdict, wait = decide(number, key, shard_of(token), came_at, caution)
   local field = number .. ':' .. key
+  -- The caution is about as long as the way here and back, which the next claim takes on top.
+  local asks_at = now + wait + math.min(2 * caution, window / 2)
   if verdict == KEY_CLOSED then
-    set_head(field, came_at, now + wait)
+    set_head(field, came_at, asks_at)
   elseif verdict == GRANTED then
     set_head(field, came_at, now) -- if this claim is given back, this replica claims again at once
   end
   if most_releases > 0 then
     if verdict == QUEUE_CLOSED then
-      set_head('queue', came_at, now + wait)
+      set_head('queue', came_at, asks_at)
     else
       drop_head('queue')
     end
