@@ -56,7 +56,7 @@ def read_bots(settings: Settings) -> dict[str, Settings]:
         try:
             bots[name] = _read_table(name, table, settings)
         except BadSetting as error:
-            raise BadSetting(_place(path, name, error.variable), error.got, error.takes) from None
+            raise BadSetting(_place(path, name, error.setting), error.problem) from None
     _check_tokens(path, bots, settings)
     return bots
 
@@ -66,7 +66,6 @@ def _place(path: str, name: str, key: str) -> str:
 
 
 def _parse(path: str) -> dict[str, Any]:
-    takes = "the path of a TOML file with a table for each bot"
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -75,19 +74,22 @@ def _parse(path: str) -> dict[str, Any]:
         reason = error.strerror or type(error).__name__
     except (ValueError, RecursionError):
         reason = "not TOML"
-    raise BadSetting("BOTS_FILE", f"{path!r} ({reason})", takes)
+    takes = "the path of a TOML file with a table for each bot"
+    raise BadSetting("BOTS_FILE", f"must be {takes}, not {path!r} ({reason})")
 
 
 def _check_name(path: str, name: str, table: object) -> None:
-    where = f"BOTS_FILE {path}"
+    where = f"BOTS_FILE {path}:"
     if not isinstance(table, dict):
-        raise BadSetting(where, f"{_short(name)} outside a table", "a table for each bot: [NAME]")
+        raise BadSetting(
+            where, f"must have a table [NAME] for each bot, not {_short(name)} outside one"
+        )
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
-        takes = "up to 100 letters, digits, dots, hyphens and underscores as the name of a bot"
-        raise BadSetting(where, f"the table {_short(name)}", takes)
+        takes = "up to 100 letters, digits, dots, hyphens and underscores"
+        raise BadSetting(where, f"the name of a bot must be {takes}, not {_short(name)}")
     if name == DEFAULT_BOT:
-        takes = "another name: this one means the bot that the environment configures"
-        raise BadSetting(where, f"the table {_short(name)}", takes)
+        problem = "is the name of the bot that the environment configures; choose another name"
+        raise BadSetting(where, f"{_short(name)} {problem}")
 
 
 def _read_table(name: str, table: Mapping[str, object], settings: Settings) -> Settings:
@@ -104,11 +106,11 @@ def _text(key: str, value: object) -> str:
       BadSetting: a bot has no such setting, or its value is of another type.
     """
     if isinstance(value, dict):
-        takes = 'a value. If the name of the bot has a dot, put it in quotes: ["NAME"]'
-        raise BadSetting(_short(key), "a table", takes)
+        problem = 'must be a value, not a table; a name of a bot with a dot needs quotes: ["NAME"]'
+        raise BadSetting(_short(key), problem)
     if key not in KEYS:
         # Without its value, which may be a token.
-        raise BadSetting(_short(key), "a setting that a bot has not", f"one of {', '.join(KEYS)}")
+        raise BadSetting(_short(key), f"is not a setting of a bot; these are {', '.join(KEYS)}")
     setting = key.removesuffix("_file")
     if setting in TEXTS:
         fits, kind = isinstance(value, str), "a text in quotes"
@@ -119,7 +121,7 @@ def _text(key: str, value: object) -> str:
         kind = "a number, without quotes"
     if not fits:
         got = f"a {type(value).__name__}" if "token" in key else _short(value)
-        raise BadSetting(key, got, kind)
+        raise BadSetting(key, f"must be {kind}, not {got}")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -135,6 +137,6 @@ def _check_tokens(path: str, bots: Mapping[str, Settings], settings: Settings) -
         if bot.discord_token is None:
             continue
         if bot.discord_token in owners:
-            got = f"the same as in {owners[bot.discord_token]}"
-            raise BadSetting(_place(path, name, "discord_token"), got, "a token of its own")
+            problem = f"must be a token of its own, not the same as in {owners[bot.discord_token]}"
+            raise BadSetting(_place(path, name, "discord_token"), problem)
         owners[bot.discord_token] = f"[{name}]"

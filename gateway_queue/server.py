@@ -14,6 +14,8 @@ settings = load_settings()
 worker_class = "trio"
 bind = [f"{settings.host}:{settings.port}"]
 
+certfile, keyfile = settings.tls_cert_file, settings.tls_key_file
+
 # A fleet connects all at once: a client that finds the backlog full waits for its next SYN, a
 # second or more. The kernel takes no more than net.core.somaxconn.
 backlog = 65_535

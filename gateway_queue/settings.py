@@ -16,6 +16,8 @@ LOG_FORMATS = ("console", "json")
 LONGEST_SECONDS = 24 * 60 * 60.0
 """The longest time that a setting takes."""
 
+IS_EMPTY = "is empty; set it or unset it"
+
 _SWITCH = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
@@ -23,11 +25,11 @@ _SWITCH = {
 
 
 class BadSetting(ValueError):
-    """A variable holds what it does not take; the message is one line that says so."""
+    """A setting has a wrong value. The message is one line: the setting and what is wrong."""
 
-    def __init__(self, variable: str, got: str, takes: str) -> None:
-        super().__init__(f"{variable}: got {got}, takes {takes}")
-        self.variable, self.got, self.takes = variable, got, takes
+    def __init__(self, setting: str, problem: str) -> None:
+        super().__init__(f"{setting} {problem}")
+        self.setting, self.problem = setting, problem
 
 
 def _host(text: str) -> str:
@@ -130,7 +132,9 @@ def _variable(
 
 
 def _count(default: int | None, *, about: str) -> Any:
-    return _variable(default, _whole_number, takes="a whole number from 0", about=about)
+    return _variable(
+        default, _whole_number, takes="a whole number from 0 to 999999999", about=about
+    )
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class Settings:
     window_seconds: float = _variable(
         5.0,
         _seconds,
-        takes="a number over 0, at most 86400",
+        takes="a number over 0 and up to 86400",
         about="Discord's window: least time between two IDENTIFYs of one rate limit key",
     )
     margin_seconds: float = _variable(
@@ -161,7 +165,7 @@ class Settings:
     confirm_seconds: float = _variable(
         15.0,
         _seconds,
-        takes="a number over 0, at most 86400",
+        takes="a number over 0 and up to 86400",
         about="longest time from the answer of a confirmed ticket to its confirmation",
     )
     hold_on_start: bool = _variable(
@@ -197,7 +201,7 @@ class Settings:
     discord_refresh_seconds: float = _variable(
         300.0,
         _seconds,
-        takes="a number over 0, at most 86400",
+        takes="a number over 0 and up to 86400",
         about="how often Discord is asked again",
     )
     session_start_limit: int | None = _count(
@@ -225,6 +229,18 @@ class Settings:
         takes="a token without spaces",
         about="token that every request has to have, but for /healthz and /readyz",
         secret=True,
+    )
+    tls_cert_file: str | None = _variable(
+        None,
+        _path,
+        takes="the path of a PEM file",
+        about="PEM file with the certificate chain; with it, the server speaks TLS only",
+    )
+    tls_key_file: str | None = _variable(
+        None,
+        _path,
+        takes="the path of a PEM file",
+        about="PEM file with the key of the certificate",
     )
     bots_file: str | None = _variable(
         None,
@@ -282,20 +298,28 @@ def read_fields(
             yield field.name, field.metadata["parse"](text)
         except (ValueError, KeyError):
             got = f"a secret of {len(text)} characters" if secret else repr(text)
-            raise BadSetting(variable, got, field.metadata["takes"]) from None
+            problem = f"must be {field.metadata['takes']}, not {got}"
+            raise BadSetting(
+                variable, problem if text else "is empty; set it or unset it"
+            ) from None
 
 
 def _from_file(texts: Mapping[str, str], file: str, variable: str) -> str:
     """Read a secret from the file that ``NAME_FILE`` names, as Docker hands them over."""
-    path = texts[file]
-    takes = f"the path of a text file to read, and no {variable} beside it"
     if variable in texts:
-        raise BadSetting(file, f"{path!r} and {variable}", takes)
+        raise BadSetting(file, f"and {variable} are both set; unset one of them")
+    path = texts[file]
+    if not path:
+        raise BadSetting(file, IS_EMPTY)
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        text = Path(path).read_text(encoding="utf-8").strip()
+        reason = "empty"
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise BadSetting(file, f"{path!r} ({reason})", takes) from None
+        text = ""
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not text"
+    if not text:
+        raise BadSetting(file, f"must be the path of a text file, not {path!r} ({reason})")
+    return text
 
 
 def describe() -> str:

@@ -79,7 +79,8 @@ class Server:
 def own_server(settings: Settings) -> str:
     """Return the URL of a server with these settings on this machine."""
     host = WILDCARDS.get(settings.host, settings.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    scheme = "http" if settings.tls_cert_file is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
 
 
 def is_url(text: str) -> bool:

@@ -68,36 +68,40 @@ def test_a_token_can_come_from_a_file(tmp_path: Path) -> None:
 LONG = "n" * 101
 
 MISTAKES = {
-    "window_seconds = 5": ["'window_seconds' outside a table", "a table for each bot: [NAME]"],
-    "[a]\nwindow_seconds = 0": ["[a] window_seconds: got '0', takes a number over 0"],
-    "[a]\nwindow_seconds = -1": ["[a] window_seconds: got '-1'"],
-    "[a]\nwindow_seconds = inf": ["[a] window_seconds: got 'inf'"],
-    "[a]\nwindow_seconds = '5'": ["[a] window_seconds: got '5'", "a number, without quotes"],
-    "[a]\nwindow_seconds = true": ["[a] window_seconds: got True", "a number, without quotes"],
-    "[a]\nwindow_seconds = [5]": ["[a] window_seconds: got [5]", "a number, without quotes"],
-    "[a]\nmax_concurrency = 1.5": ["[a] max_concurrency: got '1.5', takes a whole number"],
-    "[a]\nhold_on_start = 1": ["[a] hold_on_start: got 1", "true or false"],
-    "[a]\ndiscord_token = 5": ["[a] discord_token: got a int", "a text in quotes"],
-    "[a]\ndiscord_token = 'Bot x'": ["[a] discord_token: got a secret of 5 characters"],
+    "window_seconds = 5": ["must have a table [NAME]", "not 'window_seconds' outside one"],
+    "[a]\nwindow_seconds = 0": ["[a] window_seconds must be a number over 0", "not '0'"],
+    "[a]\nwindow_seconds = -1": ["[a] window_seconds must be", "not '-1'"],
+    "[a]\nwindow_seconds = inf": ["[a] window_seconds must be", "not 'inf'"],
+    "[a]\nwindow_seconds = '5'": ["[a] window_seconds must be a number, without quotes, not '5'"],
+    "[a]\nwindow_seconds = true": ["[a] window_seconds must be a number, without quotes, not True"],
+    "[a]\nwindow_seconds = [5]": ["[a] window_seconds must be a number, without quotes, not [5]"],
+    "[a]\nmax_concurrency = 1.5": ["[a] max_concurrency must be a whole number", "not '1.5'"],
+    "[a]\nhold_on_start = 1": ["[a] hold_on_start must be true or false, without quotes, not 1"],
+    "[a]\ndiscord_token = ''": ["[a] discord_token is empty"],
+    "[a]\ndiscord_token = 5": ["[a] discord_token must be a text in quotes, not a int"],
+    "[a]\ndiscord_token = 'Bot x'": ["[a] discord_token must be", "not a secret of 5 characters"],
     "[a]\ndiscord_token_file = '/nowhere'": [
-        "[a] discord_token_file: got '/nowhere' (No such file or directory)",
-        "no discord_token beside it",
+        "[a] discord_token_file must be the path of a text file",
+        "not '/nowhere' (No such file or directory)",
     ],
-    "[a]\nport = 5": ["[a] 'port': got a setting that a bot has not, takes one of discord_token,"],
-    "[a]\nredis_prefix = 'x'": ["[a] 'redis_prefix'"],
-    "[a.b]\nwindow_seconds = 5": ["[a] 'b': got a table", 'put it in quotes: ["NAME"]'],
-    "[default]": ["the table 'default'", "another name"],
-    "['']": ["the table ''", "letters"],
-    "['a b']": ["the table 'a b'", "up to 100 letters, digits"],
-    "['ä']": ["the table 'ä'"],
-    "['a\\n']": ["the table"],
+    "[a]\ndiscord_token = 'x'\ndiscord_token_file = '/nowhere'": [
+        "[a] discord_token_file and discord_token are both set"
+    ],
+    "[a]\nport = 5": ["[a] 'port' is not a setting of a bot; these are discord_token,"],
+    "[a]\nredis_prefix = 'x'": ["[a] 'redis_prefix' is not a setting"],
+    "[a.b]\nwindow_seconds = 5": ["[a] 'b' must be a value", 'needs quotes: ["NAME"]'],
+    "[default]": ["'default' is the name of the bot that the environment configures"],
+    "['']": ["the name of a bot must be", "letters", "not ''"],
+    "['a b']": ["up to 100 letters, digits", "not 'a b'"],
+    "['ä']": ["not 'ä'"],
+    "['a\\n']": ["the name of a bot must be"],
     f"[{LONG}]": ["up to 100 letters"],
     "[a]\ndiscord_token = 'x'\n[b]\ndiscord_token = 'x'": [
-        "[b] discord_token: got the same as in [a], takes a token of its own"
+        "[b] discord_token must be a token of its own, not the same as in [a]"
     ],
-    "[a]\ndiscord_token = 'mine'": ["[a] discord_token: got the same as in the environment"],
+    "[a]\ndiscord_token = 'mine'": ["a token of its own, not the same as in the environment"],
     "[a]\n[a]": ["line 2"],
-    "[a": ["bots.toml", "takes the path of a TOML file with a table for each bot"],
+    "[a": ["bots.toml", "must be the path of a TOML file with a table for each bot"],
 }
 
 
@@ -125,5 +129,5 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes |
     path = tmp_path / "bots.toml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(BadSetting, match=r"BOTS_FILE: got '.*' \(.+\), takes the path of"):
+    with pytest.raises(BadSetting, match=r"BOTS_FILE must be the path of .* not '.*' \(.+\)"):
         read_bots(Settings(bots_file=str(path)))

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import trustme
 
 import gateway_queue
 from gateway_queue.serving.listener import listen
@@ -186,8 +187,16 @@ def test_a_bad_value_is_named(variable: str) -> None:
     for value in BAD_VALUES[variable]:
         with pytest.raises(BadSetting) as bad:
             Settings.from_environ({variable: value})
-        assert str(bad.value).startswith(f"{variable}: got {value!r}, takes ")
-        assert "\n" not in str(bad.value)
+        says_what_is_wrong(str(bad.value), variable, value)
+
+
+def says_what_is_wrong(line: str, variable: str, value: str) -> None:
+    assert "\n" not in line
+    if not value:
+        assert line == f"{variable} is empty; set it or unset it"
+    else:
+        assert line.startswith(f"{variable} must be ")
+        assert line.endswith(f", not {value!r}")
 
 
 @pytest.mark.parametrize(
@@ -202,20 +211,21 @@ def test_a_bad_value_ends_the_command(variable: str, value: str) -> None:
     assert refused.returncode == 2
     assert refused.stdout == ""
     (line,) = refused.stderr.splitlines()
-    assert line.startswith(f"{variable}: got {value!r}, takes ")
+    says_what_is_wrong(line, variable, value)
 
 
 @pytest.mark.parametrize(
     "url",
     [
-        *("", "localhost", "http://h", "redis://", "redis://:word@", "redis://h:99999"),
+        *("localhost", "http://h", "redis://", "redis://:word@", "redis://h:99999"),
         *("redis://h:0", "redis://h/name", "redis://h /0", "redis://[::1", "unix://"),
     ],
 )
 def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(BadSetting) as bad:
         Settings.from_environ({"REDIS_URL": url})
-    assert str(bad.value).startswith(f"REDIS_URL: got a secret of {len(url)} characters, takes ")
+    assert str(bad.value).startswith("REDIS_URL must be a URL such as redis://")
+    assert str(bad.value).endswith(f", not a secret of {len(url)} characters")
 
 
 def test_redis_urls_of_all_kinds_are_taken() -> None:
@@ -234,7 +244,8 @@ def test_a_bad_secret_is_not_shown(tmp_path: Path) -> None:
         refused = run(GATEWAY_QUEUE, **{"PORT": 0, **variables})
         assert refused.returncode == 2
         (line,) = refused.stderr.splitlines()
-        assert line.startswith(f"{next(iter(variables))}: got a secret of 36 characters, takes ")
+        assert line.startswith(f"{next(iter(variables))} must be the token of a bot, ")
+        assert line.endswith(", not a secret of 36 characters")
         assert "ZnCjm1" not in line
 
 
@@ -246,15 +257,36 @@ def test_a_secret_file_that_cannot_be_used_is_named(content: bytes | None, tmp_p
     refused = run(GATEWAY_QUEUE, PORT=0, DISCORD_TOKEN_FILE=path)
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert line.startswith("DISCORD_TOKEN_FILE: got ")
+    assert line.startswith("DISCORD_TOKEN_FILE must be the path of a text file, not ")
 
 
 def test_a_secret_is_taken_from_one_place(tmp_path: Path) -> None:
     refused = run(GATEWAY_QUEUE, PORT=0, DISCORD_TOKEN="a", DISCORD_TOKEN_FILE=tmp_path)
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert line.startswith("DISCORD_TOKEN_FILE: got ")
-    assert "and DISCORD_TOKEN" in line
+    assert line == "DISCORD_TOKEN_FILE and DISCORD_TOKEN are both set; unset one of them"
+
+
+def test_tls_needs_a_certificate_and_its_key(tmp_path: Path) -> None:
+    names = ("certificate", "other", "none", "text")
+    certificate, other, none, text = (str(tmp_path / f"{name}.pem") for name in names)
+    for path in certificate, other:
+        issued = trustme.CA().issue_cert("localhost")
+        issued.private_key_and_cert_chain_pem.write_to_path(path)
+    Path(text).write_text("text")
+    for cert_file, key_file, problem in (
+        (certificate, None, "TLS_KEY_FILE is not set; TLS needs both"),
+        (None, certificate, "TLS_CERT_FILE is not set; TLS needs both"),
+        (none, certificate, "TLS_CERT_FILE must be the path of a PEM file, not "),
+        (certificate, none, "TLS_KEY_FILE must be the path of a PEM file, not "),
+        (text, text, "TLS_CERT_FILE and TLS_KEY_FILE must be a certificate and its key, not "),
+        (certificate, other, "TLS_CERT_FILE and TLS_KEY_FILE must be a certificate and its key, "),
+    ):
+        files = {"TLS_CERT_FILE": cert_file, "TLS_KEY_FILE": key_file}
+        refused = run(GATEWAY_QUEUE, **{name: path for name, path in files.items() if path})
+        assert refused.returncode == 2
+        (line,) = refused.stderr.splitlines()
+        assert line.startswith(problem)
 
 
 @pytest.mark.parametrize("way", ["hypercorn", "hypercorn with our settings", "hypercorn module"])
@@ -262,7 +294,7 @@ def test_hypercorn_refuses_a_bad_value_as_well(way: str) -> None:
     refused = run(*WAYS[way], WINDOW_SECONDS="0")
     assert refused.returncode != 0
     assert refused.stderr.splitlines() == [
-        "WINDOW_SECONDS: got '0', takes a number over 0, at most 86400"
+        "WINDOW_SECONDS must be a number over 0 and up to 86400, not '0'"
     ]
 
 
@@ -311,7 +343,7 @@ def test_a_bad_value_does_not_end_a_program_that_starts_the_queue_and_a_bot(
     assert ended.returncode == 0
     assert ended.stdout.splitlines()[-1] == status
     assert ended.stderr.splitlines() == [
-        "WINDOW_SECONDS: got '0', takes a number over 0, at most 86400"
+        "WINDOW_SECONDS must be a number over 0 and up to 86400, not '0'"
     ]
 
 

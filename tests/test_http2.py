@@ -261,18 +261,22 @@ def test_broken_headers_end_their_connection_and_no_other(
         server.settle()
 
 
-def test_tls(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_hypercorns", [False, True])
+def test_tls(is_hypercorns: bool, tmp_path: Path) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
     certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
     tls = ssl.create_default_context()
     authority.configure_trust(tls)
     pem = str(tmp_path / "server.pem")
-    command = (
-        *(installed("hypercorn"), "-c", "python:gateway_queue.server"),
-        *("--certfile", pem, "--keyfile", pem, "gateway_queue:app"),
+    options = ("--certfile", pem, "--keyfile", pem, "gateway_queue:app")
+    hypercorn = (installed("hypercorn"), "-c", "python:gateway_queue.server", *options)
+    started = (
+        serving(*hypercorn, WINDOW_SECONDS=0.01)
+        if is_hypercorns
+        else serving(TLS_CERT_FILE=pem, TLS_KEY_FILE=pem, WINDOW_SECONDS=0.01)
     )
-    with serving(*command, WINDOW_SECONDS=0.01) as server:
+    with started as server:
         for protocol in ("h2", "http/1.1"):
             tls.set_alpn_protocols([protocol])
             sock = tls.wrap_socket(connect(server), server_hostname="localhost")

@@ -136,9 +136,9 @@ def test_https_on_this_machine(tmp_path: Path) -> None:
     """The certificate is for the name by which clients know the server."""
     pem = tmp_path / "server.pem"
     trustme.CA().issue_cert("queue.example").private_key_and_cert_chain_pem.write_to_path(pem)
-    options = ("--certfile", str(pem), "--keyfile", str(pem), "gateway_queue:app")
-    command = (installed("hypercorn"), "-c", "python:gateway_queue.server", *options)
-    with serving(*command) as server:
+    settings = {"TLS_CERT_FILE": pem, "TLS_KEY_FILE": pem}
+    with serving(**settings) as server:
+        assert status(PORT=server.port, **settings)[0] == 0
         assert status("--url", f"https://127.0.0.1:{server.port}")[0] == 0
         assert status("--url", f"http://127.0.0.1:{server.port}")[0] == 1
 

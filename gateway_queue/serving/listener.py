@@ -57,4 +57,4 @@ def _listen(family: int, address: str, port: int, backlog: int) -> socket.socket
 
 
 def _no_such(host: str) -> BadSetting:
-    return BadSetting("HOST", repr(host), "an address or a host name of this machine")
+    return BadSetting("HOST", f"must be an address or a host name of this machine, not {host!r}")

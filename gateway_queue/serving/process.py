@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 from contextlib import suppress
@@ -36,7 +37,31 @@ def load_settings() -> Settings:
 def _checked_settings() -> Settings:
     settings = Settings.from_environ(os.environ)
     read_bots(settings)
+    _check_certificate(settings)
     return settings
+
+
+def _check_certificate(settings: Settings) -> None:
+    certificate, key = settings.tls_cert_file, settings.tls_key_file
+    if certificate is None and key is None:
+        return
+    if certificate is None or key is None:
+        lacks = "TLS_CERT_FILE" if certificate is None else "TLS_KEY_FILE"
+        raise BadSetting(lacks, "is not set; TLS needs both TLS_CERT_FILE and TLS_KEY_FILE")
+    for setting, path in (("TLS_CERT_FILE", certificate), ("TLS_KEY_FILE", key)):
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            problem = f"must be the path of a PEM file, not {path!r} ({error.strerror})"
+            raise BadSetting(setting, problem) from None
+    try:
+        # A key with a password would ask for it on the terminal.
+        ssl.create_default_context().load_cert_chain(certificate, key, password="")
+    except OSError:
+        problem = (
+            f"and TLS_KEY_FILE must be a certificate and its key, not {certificate!r} and {key!r}"
+        )
+        raise BadSetting("TLS_CERT_FILE", problem) from None
 
 
 def exit_with_usage_error(error: BadSetting) -> NoReturn:

@@ -50,12 +50,19 @@ class Guard:
                 "or Basic with the token as the password"
             )
         given = _token_in(credentials[0])
+        if given is None:
+            raise Unauthorized(
+                "the scheme must be Bearer or Basic: send Authorization: Bearer TOKEN"
+            )
         if not any(hmac.compare_digest(given, token) for token in self._tokens):
             raise Unauthorized("the token is wrong")
 
 
-def _token_in(credentials: bytes) -> bytes:
-    """Return the token of Bearer credentials, or the password of Basic ones, under any user."""
+def _token_in(credentials: bytes) -> bytes | None:
+    """Return the token of Bearer credentials, or the password of Basic ones, under any user.
+
+    Without a known scheme return None.
+    """
     scheme, _, value = credentials.partition(b" ")
     match scheme.lower():
         case b"bearer":
@@ -66,4 +73,4 @@ def _token_in(credentials: bytes) -> bytes:
             except binascii.Error:
                 return b""
         case _:
-            return b""
+            return None
