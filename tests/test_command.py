@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import trustme
 
@@ -20,6 +22,7 @@ from gateway_queue.serving.listener import listen
 from gateway_queue.settings import BadSetting, Settings
 from tests.harness import (
     GO,
+    PATIENCE,
     REQUEST,
     allow_10_000_connections,
     environ,
@@ -492,3 +495,41 @@ def test_the_open_files_limit_is_raised() -> None:
     with serving(*with_open_files(64), WINDOW_SECONDS=0.01) as server:
         clients = [server.connect() for _ in range(200)]
         assert len(first_answers(clients, 200)) == 200
+
+
+def test_a_server_without_trio_is_refused() -> None:
+    refused = run(HYPERCORN, "gateway_queue:app", "-b", "127.0.0.1:0")
+    assert refused.returncode != 0
+    assert refused.stderr.splitlines() == [
+        "this server has no trio: run it with hypercorn --worker-class trio"
+    ]
+
+
+def test_sigterm_ends_the_first_process_of_a_container_while_it_imports() -> None:
+    """Linux ignores signals to process 1 that it has no handler for."""
+    ready, imported = os.pipe()
+    # It stops in the middle of its imports, so that the signal comes then.
+    program = (
+        "import builtins, os, time; load = builtins.__import__\n"
+        "def load_slowly(name, *more, **named):\n"
+        "    if name == 'trio': os.write(int(os.environ['TOLD']), b'x'); time.sleep(60)\n"
+        "    return load(name, *more, **named)\n"
+        "builtins.__import__ = load_slowly\n"
+        "import gateway_queue\n"
+    )
+    may = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    unshare = ("unshare", *may, "--fork", "--pid", "--kill-child")
+    process = subprocess.Popen(
+        [*unshare, sys.executable, "-c", program],
+        env=environ(TOLD=imported),
+        pass_fds=[imported],
+    )
+    try:
+        os.close(imported)
+        assert os.read(ready, 1) == b"x"
+        (first,) = psutil.Process(process.pid).children()
+        first.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        os.close(ready)

@@ -187,6 +187,8 @@ class GatewayQueue(QuartTrio):
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
         """Run what serves besides requests; if it fails, Hypercorn would go on without it."""
+        if not trio.lowlevel.in_trio_run():
+            self._fail("this server has no trio: run it with hypercorn --worker-class trio")
         try:
             await super().asgi_app(scope, receive, send)
         except Exception:
