@@ -1,4 +1,4 @@
-FROM python:3.13-slim AS build
+FROM python:3.13-slim-trixie AS build
 
 # No cache: nothing would read it again.
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
@@ -18,10 +18,10 @@ RUN /opt/build/bin/python -m hatchling build --target wheel --directory dist \
  && /opt/build/bin/pip --python /opt/gateway-queue install --no-deps --no-index dist/*.whl
 
 
-FROM python:3.13-slim
+FROM python:3.13-slim-trixie
 
 LABEL org.opencontainers.image.title="gateway-queue" \
-      org.opencontainers.image.description="An HTTP queue that lets the shards of a Discord bot start their sessions one a window." \
+      org.opencontainers.image.description="An HTTP queue that lets the shards of a Discord bot identify one after the other, one per window." \
       org.opencontainers.image.licenses="ISC"
 
 COPY --from=build /opt/gateway-queue /opt/gateway-queue
