@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gateway-queue",
-        description="Lets the shards of a Discord bot start their sessions one a window.",
+        description="Lets the shards of a Discord bot identify in turn, one per window.",
         epilog=f"environment variables:\n{describe()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

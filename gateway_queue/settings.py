@@ -1,4 +1,4 @@
-"""Settings: the environment, read once and checked."""
+"""Settings: read from the environment at the start, and checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 LOG_FORMATS = ("console", "json")
 
 LONGEST_SECONDS = 24 * 60 * 60.0
-"""The longest time that a setting takes."""
+"""The longest time that a setting may have."""
 
 IS_EMPTY = "is empty; set it or unset it"
 
@@ -172,13 +172,13 @@ class Settings:
         True,
         _switch,
         takes="true or false",
-        about="open each rate limit key only one window after the start",
+        about="release nothing for one window and the margin after the start",
     )
     place_seconds: float = _variable(
         30.0,
         _seconds_or_zero,
         takes="a number from 0 to 86400",
-        about="how long a shard that went away while it waited keeps its place; 0 turns that off",
+        about="how long a shard that disconnects while it waits keeps its place; 0: not at all",
     )
     max_concurrency: int | None = _count(
         None,
@@ -189,7 +189,7 @@ class Settings:
         None,
         _token,
         takes="the token of a bot, without spaces and without the word Bot",
-        about="bot token, to ask Discord for the limits of the bot",
+        about="bot token, to ask Discord for the bot's limits",
         secret=True,
     )
     discord_api_url: str = _variable(
@@ -202,19 +202,19 @@ class Settings:
         300.0,
         _seconds,
         takes="a number over 0 and up to 86400",
-        about="how often Discord is asked again",
+        about="seconds between two refreshes of Discord's limits",
     )
     session_start_limit: int | None = _count(
         None, about="session starts in 24 hours; 0 never enforces a limit"
     )
     loop_free_starts: int = _count(
-        5, about="starts of a shard in an hour until the next ones are delayed; 0 delays none"
+        5, about="starts of a shard in one hour before the next ones have to wait; 0: no limit"
     )
     redis_url: str | None = _variable(
         None,
         _redis_url,
         takes="a URL such as redis://user:password@host:6379/0, rediss://… or unix:///path",
-        about="Redis or Valkey server in which several replicas share what they know",
+        about="Redis or Valkey server in which several replicas share their state",
         secret=True,
     )
     redis_prefix: str = _variable(
@@ -227,7 +227,7 @@ class Settings:
         None,
         _token,
         takes="a token without spaces",
-        about="token that every request has to have, but for /healthz and /readyz",
+        about="token that every request needs, except /healthz and /readyz",
         secret=True,
     )
     tls_cert_file: str | None = _variable(
@@ -249,13 +249,13 @@ class Settings:
         about="TOML file with a table of settings for each further bot; SIGHUP reads it again",
     )
     log_level: str = _variable(
-        "info", _one_of(LOG_LEVELS), takes=f"one of {', '.join(LOG_LEVELS)}", about="least level"
+        "info", _one_of(LOG_LEVELS), takes=f"one of {', '.join(LOG_LEVELS)}", about="minimum level"
     )
     log_format: str = _variable(
         "console",
         _one_of(LOG_FORMATS),
         takes=f"one of {', '.join(LOG_FORMATS)}",
-        about="lines to read, or one JSON object a line",
+        about="console, or json for one JSON object per line",
     )
 
     @property
@@ -268,7 +268,7 @@ class Settings:
         """Read every variable that is set.
 
         Raises:
-          BadSetting: a variable holds what it does not take.
+          BadSetting: a variable has a wrong value.
         """
         return cls(**dict(read_fields(environ)))
 
@@ -283,7 +283,7 @@ def read_fields(
       spell: makes that spelling of a name.
 
     Raises:
-      BadSetting: a text is not what its setting takes.
+      BadSetting: a text is wrong for its setting.
     """
     for field in dataclasses.fields(Settings):
         variable, secret = spell(field.name), field.metadata["secret"]
@@ -323,7 +323,7 @@ def _from_file(texts: Mapping[str, str], file: str, variable: str) -> str:
 
 
 def describe() -> str:
-    """One line a variable, for ``--help``."""
+    """Describe each variable in one line, for ``--help``."""
     lines = [
         f"  {field.name.upper():<25}{field.metadata['about']} (default: {_shown(field.default)})"
         for field in dataclasses.fields(Settings)
