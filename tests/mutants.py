@@ -231,7 +231,7 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/store.py",
-        "        if asked_at < self._trusted_at:",
+        "        if asked_at < self._opens_at:",
         "        if False:",
         "a server that may have missed leases is trusted at once",
     ),
@@ -246,6 +246,18 @@ MUTANTS = (
         '            connection.close("its data was lost")',
         "            self._since = answer.since",
         "a loss of data is overlooked",
+    ),
+    Mutant(
+        "store/redis/store.py",
+        "            if self._since != self._trusted_since or not is_identified:",
+        "            if True:",
+        "a connection that is lost costs a whole lease though nothing else was lost",
+    ),
+    Mutant(
+        "store/redis/decisions.lua",
+        "    and replid == server\n",
+        "",
+        "a server that has taken over is taken for the last one",
     ),
     Mutant(
         "store/redis/store.py",

@@ -158,7 +158,7 @@ def load_an_older_copy(redis: RedisServer) -> None:
 
 
 def run_as_another_server(redis: RedisServer) -> None:
-    redis.command("HSET", "test:state", "run_id", "0" * 40)
+    redis.command("HSET", "test:state", "replid", "0" * 40)
 
 
 FAULTS = {
@@ -370,6 +370,83 @@ async def test_a_claim_that_nobody_waits_for_is_given_back(redis: RedisServer) -
                 await store.claim(0, None, trio.current_time())
             assert redis.command("ZCARD", "test:starts") == ":1"
             await until(lambda: redis.command("ZCARD", "test:starts") == ":0")
+
+
+# --- connections that are lost -----------------------------------------------------------------
+
+
+@asynccontextmanager
+async def cut_off(redis: RedisServer, rules: Rules) -> AsyncIterator[tuple[RedisStore, Proxy]]:
+    """Run a store that has lost its connection and cannot connect again.
+
+    Until the target of the proxy is Redis.
+    """
+    with Proxy(redis.port) as proxy:
+        async with opened(proxy.url, rules) as store:
+            await connected(store)
+            proxy.target = free_port()
+            proxy.cut()
+            await until(lambda: store.fault is not None)
+            yield store, proxy
+
+
+async def test_a_connection_to_the_same_data_is_trusted_at_once(redis: RedisServer) -> None:
+    async with cut_off(redis, Rules(60, hold=False)) as (store, proxy):
+        proxy.target = redis.port
+        assert isinstance(await claimed(store), Claim)
+
+
+async def test_a_hold_goes_on_after_a_connection_was_lost(redis: RedisServer) -> None:
+    began, rules = trio.current_time(), Rules(1.5, hold=True)
+    async with cut_off(redis, rules) as (store, proxy):
+        proxy.target = redis.port
+        await claimed(store)
+        assert 2.5 <= trio.current_time() - began < 4
+
+
+def forbid_info(redis: RedisServer) -> None:
+    redis.command("ACL", "SETUSER", "default", "-info")
+
+
+def allow_info(redis: RedisServer) -> None:
+    redis.command("ACL", "SETUSER", "default", "+info")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lose("state"), run_as_another_server, forbid_info],
+    ids=["other data", "other server", "unknown server"],
+)
+async def test_a_connection_without_proof_that_the_data_is_the_same_waits_for_a_lease(
+    redis: RedisServer, change: Callable[[RedisServer], None]
+) -> None:
+    async with cut_off(redis, Rules(60, hold=False)) as (store, proxy):
+        change(redis)
+        proxy.target = redis.port
+        await connected(store)
+        try:
+            assert isinstance(await store.claim(0, None, trio.current_time()), Refusal)
+        finally:
+            allow_info(redis)
+
+
+async def test_a_window_that_started_without_a_connection_is_told_later(
+    redis: RedisServer,
+) -> None:
+    """Its claim would close the key until the shard may have identified."""
+    rules = Rules(0.5, hold=False, confirm_seconds=60)
+    with Proxy(redis.port) as proxy:
+        async with opened(proxy.url, rules) as store:
+            await connected(store)
+            claim = await store.claim(0, 1, trio.current_time(), confirm=True)
+            assert isinstance(claim, Claim)
+            proxy.target = free_port()
+            proxy.cut()
+            await until(lambda: store.fault is not None)
+            await store.start_window(claim, identified_at := trio.current_time(), confirmed=True)
+            proxy.target = redis.port
+            await claimed(store)
+            assert trio.current_time() >= identified_at + rules.window
 
 
 # --- one limit over all keys -------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Faults:
             "freeze": self._freeze,
             "stop": self._stop,
             "reset": self._reset,
+            "cuts": self._cut_often,
             "lost-request": self._lose_requests,
             "lost-reply": self._lose_replies,
             "slow": self._slow_down,
@@ -96,6 +97,14 @@ class Faults:
     async def _reset(self) -> None:
         self._record.note("Redis: connections reset")
         self._redis.reset_connections("Connection reset by peer")
+
+    async def _cut_often(self) -> None:
+        self._record.note("Redis: connections are cut often")
+        with trio.move_on_after(self._random.uniform(2, 8) * self._window):
+            while True:
+                await self._last(1, 1 + self._window)
+                self._record.cuts.append(trio.current_time())
+                await self._reset()
 
     async def _lose_requests(self) -> None:
         self._record.note("Redis: requests get lost")

@@ -14,7 +14,7 @@ from itertools import count
 from operator import itemgetter
 
 from tests.exploration.record import Call, ProcessRecord, Record
-from tests.exploration.scenario import PROCESS_ENDS
+from tests.exploration.scenario import CUTS, PROCESS_ENDS
 
 TOLERANCE = 1e-6
 """For floating point only: the clock is the simulation's."""
@@ -28,6 +28,11 @@ the answers under way, and asks Redis, first."""
 
 CLAIM_SECONDS = 1.1
 """The longest time from the choice of a ticket to its turn: what Redis may take to answer."""
+
+RECONNECT_SECONDS = 0.5
+"""How long it takes to connect again, and to claim again then, on a fast way to Redis."""
+
+RECONNECT_ROUND_TRIPS = 12
 
 MOMENT = 0.02
 """What a process needs to choose a ticket, with a millisecond for each key that waits its turn."""
@@ -269,7 +274,7 @@ def slots_used(record: Record) -> str | None:
     if _budget_may_be_spent(record):
         return None
     slack = MOMENT if scenario.store == "memory" else _delay_of_redis(record)
-    calm_since = 0.0 if set(scenario.faults) <= {*PROCESS_ENDS} else record.calm_since
+    calm_since = 0.0 if set(scenario.faults) <= {*PROCESS_ENDS, *CUTS} else record.calm_since
     for call in record.calls:
         at = call.chosen_at
         if at is None or at <= calm_since:
@@ -281,6 +286,7 @@ def slots_used(record: Record) -> str | None:
             calm_since,
             call.arrived_at or 0,
             _late_process_forgotten(record, at),
+            _reconnected(record, at),
             _key_opens(record, call, at),
             _queue_opens(record, call, at),
             free_at,
@@ -341,6 +347,12 @@ def _late_process_forgotten(record: Record, at: float) -> float:
         ),
         default=0.0,
     )
+
+
+def _reconnected(record: Record, at: float) -> float:
+    """Return until when the last connection that was cut may delay a release."""
+    latest = max((cut for cut in record.cuts if cut < at), default=-math.inf)
+    return latest + RECONNECT_SECONDS + RECONNECT_ROUND_TRIPS * 4 * record.scenario.latency
 
 
 def _queue_opens(record: Record, call: Call, at: float) -> float:

@@ -99,6 +99,8 @@ class Record:
     overspent: list[Overspending] = field(default_factory=list)
     losses: list[tuple[float, str]] = field(default_factory=list)
     """When Redis has lost data, or its clock was set, and how."""
+    cuts: list[float] = field(default_factory=list)
+    """When a connection to Redis was lost that can be used again at once."""
     wrong: list[tuple[str, str]] = field(default_factory=list)
     """What was seen to be wrong during the run: the invariant's name and an explanation."""
     healed_at: float = 0.0

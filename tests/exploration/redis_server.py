@@ -59,7 +59,7 @@ class SimulatedRedis:
         self._shown, self._shown_at = float(EPOCH), trio.current_time()
         self._connections: list[Connection] = []
         self._scripts = Scripts(self._execute)
-        self._new_run_id()
+        self._new_replid()
 
     def time(self) -> int:
         """Return what its clock shows, in microseconds."""
@@ -93,7 +93,7 @@ class SimulatedRedis:
     def start_anew(self, data: Database, *, keeps_connections: bool = False) -> None:
         """Become another process, with these data."""
         self.data = data
-        self._new_run_id()
+        self._new_replid()
         if keeps_connections:
             if self.random.random() < 0.5:  # Redis 6 hands scripts to its replicas, 7 does not
                 self._scripts.forget()
@@ -147,12 +147,12 @@ class SimulatedRedis:
 
     def _info(self) -> bytes:
         return (
-            b"# Server\r\nredis_version:7.2.0\r\nrun_id:%s\r\n"
-            b"# Memory\r\nmaxmemory:0\r\nmaxmemory_policy:%s\r\n# Replication\r\nrole:master\r\n"
-        ) % (self.run_id, self.policy)
+            b"# Server\r\nredis_version:7.2.0\r\n# Memory\r\nmaxmemory:0\r\nmaxmemory_policy:%s\r\n"
+            b"# Replication\r\nrole:master\r\nmaster_replid:%s\r\n"
+        ) % (self.policy, self._replid)
 
-    def _new_run_id(self) -> None:
-        self.run_id = b"%040x" % self.random.getrandbits(160)
+    def _new_replid(self) -> None:
+        self._replid = b"%040x" % self.random.getrandbits(160)
 
 
 class Connection:

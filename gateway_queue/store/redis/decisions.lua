@@ -7,7 +7,7 @@
 -- KEYS[1] PREFIX:state   a hash: everything that must not be lost in part
 --   since                when this data began
 --   last                 when the last command came
---   run_id               of the server that wrote this data
+--   replid               the replication id of the server that wrote this data
 --   starts_size          the size of PREFIX:starts after the last command
 --   shards_size          the size of PREFIX:shards after the last command
 --   kept_at              when the expiry of all keys was last put off
@@ -83,20 +83,21 @@ end
 
 -- ---- whether this is still the data that the replicas know ------------------------------------
 
--- Identifies the server process; empty where a server does not let a script ask.
-local function current_run_id()
-  local info = redis.pcall('INFO', 'server')
-  return type(info) == 'string' and info:match('run_id:(%w+)') or ''
+-- Identifies the history of the server's data: another one after a restart, a failover, or a copy
+-- of another server's data. Empty where a server does not let a script ask.
+local function current_replid()
+  local info = redis.pcall('INFO', 'replication')
+  return type(info) == 'string' and info:match('master_replid:(%w+)') or ''
 end
 
-local since, last, run_id, starts_size, shards_size, kept_at, seen_here = unpack(redis.call('HMGET',
-  state, 'since', 'last', 'run_id', 'starts_size', 'shards_size', 'kept_at', 'seen:' .. replica))
-local server = current_run_id()
+local since, last, replid, starts_size, shards_size, kept_at, seen_here = unpack(redis.call('HMGET',
+  state, 'since', 'last', 'replid', 'starts_size', 'shards_size', 'kept_at', 'seen:' .. replica))
+local server = current_replid()
 
 local function is_whole()
   return since and last
     and now >= tonumber(last) -- otherwise the clock was set back
-    and run_id == server
+    and replid == server
     and tonumber(starts_size) == redis.call('ZCARD', starts)
     and tonumber(shards_size) == redis.call('HLEN', shards)
     -- An older copy of the data lacks what this replica did last.
@@ -121,7 +122,7 @@ if not is_whole() then
   begin_anew()
 end
 -- A server without memory for more refuses this, before anything is changed.
-redis.call('HSET', state, 'since', since, 'last', word(now), 'run_id', server)
+redis.call('HSET', state, 'since', since, 'last', word(now), 'replid', server)
 
 -- No key may expire before the others: that would look like a loss. So all are put off together,
 -- and as soon as there is one more.
@@ -553,8 +554,8 @@ function commands.update_budget(total, remaining, resets_at, asked_at)
   return answer(GRANTED, 0)
 end
 
--- Returns in addition the confirmed claims that are not used yet, and the starts from a time on: their
--- tokens and times.
+-- Returns in addition the server's replication id, the confirmed claims that are not used yet, and
+-- the starts from a time on: their tokens and times.
 function commands.look(from)
   local some = redis.call('HRANDFIELD', state, 2, 'WITHVALUES')
   for i = 1, #some, 2 do
@@ -563,6 +564,7 @@ function commands.look(from)
     end
   end
   local reply = answer(GRANTED, 0)
+  reply[#reply + 1] = server
   reply[#reply + 1] = redis.call('HGET', state, 'identifying') or ''
   local recent = redis.call('ZRANGEBYSCORE', starts, from, '+inf', 'WITHSCORES')
   for i = 1, #recent do

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 from uuid import uuid4
 from zlib import crc32
 
@@ -58,6 +58,16 @@ the session starts that it knows."""
 log = structlog.stdlib.get_logger(__name__)
 
 
+class _Window(NamedTuple):
+    """A window that has started after a release."""
+
+    claim: Claim
+    at: float
+    """When it has started (:func:`trio.current_time`)."""
+    seconds: float
+    """How long it is."""
+
+
 class RedisStore:
     """A :class:`~gateway_queue.store.WindowStore` for several replicas of a server.
 
@@ -66,9 +76,10 @@ class RedisStore:
 
     A server that was restarted, or has taken over from another one, may have missed the last
     lease, and so may one that has lost data while the connection lived: the script notices, and its
-    data begins anew. So the answers count only when a whole lease has passed on the same
-    connection, with the same data and a clock that was not set. Each replica knows the session
-    starts of all replicas, and restores those that the server has lost.
+    data begins anew. So the answers count only when a whole lease has passed with the same data
+    and a clock that was not set. A new connection to a server where both are still the same does
+    not begin another lease. Each replica knows the session starts of all replicas, and restores
+    those that the server has lost.
 
     Args:
       link: to the server.
@@ -88,16 +99,22 @@ class RedisStore:
         now = trio.current_time()
         self._fault: Fault | None = Fault("not connected to Redis yet", now, now)
         self._connection: Connection | None = None
+        self._is_caught_up = False
         self._clock = ServerClock(self._longest_lease)
+        # Since when the data is kept that this connection leads to.
         self._since: int | None = None
         # Since when the data is kept that has all starts of other replicas that are known here.
         self._complete_since: int | None = None
         # Since when the data is kept that was seen last, and when that was, by the server's clock.
         self._seen = (0, 0)
         self._hold = self._lease if rules.hold else 0.0
+        # From when on answers count, if the data is kept since the same time.
         self._trusted_at = math.inf
+        self._trusted_since: int | None = None
         # Claims that were not used here, though the server may have granted them.
         self._doubtful: list[Claim] = []
+        # Windows that the server may not know, by the tokens of their claims.
+        self._untold: dict[str, _Window] = {}
         # The confirmed claims whose shards are identifying, by token, also those of other replicas.
         self._identifying: dict[str, Lease] = {}
         self._starts = KnownStarts(self._replica, self._limit)
@@ -130,12 +147,14 @@ class RedisStore:
     async def _use(self, connection: Connection) -> None:
         """Use a connection until it is lost."""
         try:
-            self._clock, self._since = ServerClock(self._longest_lease), None
+            self._since = None
             self._connection = connection
             async with self._link.housekeeping:
-                await self._catch_up()
-            self._trusted_at = self._when_to_trust()
+                is_identified = await self._catch_up()
+            if self._since != self._trusted_since or not is_identified:
+                self._trusted_at, self._trusted_since = self._when_to_trust(), self._since
             self._hold = self._lease
+            self._is_caught_up = True
             self._fault = None
             self._link.confirm(connection)
             look_in = self._first_look
@@ -151,7 +170,12 @@ class RedisStore:
             self._fault = Fault(str(error), now, now)
         finally:
             self._connection = None
-            self._trusted_at = math.inf
+            self._is_caught_up = False
+
+    @property
+    def _opens_at(self) -> float:
+        """From when on claims can be granted; infinite while that is not known."""
+        return self._trusted_at if self._is_caught_up else math.inf
 
     def _when_to_trust(self) -> float:
         """Return when no lease and no start can be left that the server does not know."""
@@ -160,16 +184,22 @@ class RedisStore:
         restored_at = self._clock.when(self._since or 0) + RESTORE_SECONDS
         return max(trio.current_time() + self._hold, restored_at)
 
-    async def _catch_up(self) -> None:
+    async def _catch_up(self) -> bool:
         """Tell a server what it may have missed.
+
+        Returns:
+          Whether it is certain that a server with the same data has missed nothing else: a server
+          that does not say which one it is may be an older copy.
 
         Raises:
           Unreachable: it is lost again.
         """
         self._looked_at = 0
         known = tuple(self._identifying.values())
-        await self._look()
+        is_identified = await self._look()
         await self._settle_doubtful()
+        for window in tuple(self._untold.values()):
+            await self._tell(window)
         if self._discord_budget is not None:
             await self._hand_over(self._discord_budget)
         is_new = self._since != self._complete_since
@@ -180,6 +210,7 @@ class RedisStore:
                 continue  # its shard has identified meanwhile, or the server knows of the claim
             left = microseconds(longest_there(max(0.0, lease.until - trio.current_time())))
             await self._ask("restore_claim", *words(lease), left)
+        return is_identified
 
     async def _restore(self, *, also_of_others: bool) -> None:
         for part in self._starts.to_restore(also_of_others=also_of_others):
@@ -188,10 +219,14 @@ class RedisStore:
                 arguments += token, self._clock.at_latest(at)
             await self._ask("restore", *arguments)
 
-    async def _look(self) -> None:
-        """Learn the starts and confirmed claims of other replicas, and notice a loss of data."""
+    async def _look(self) -> bool:
+        """Learn the starts and confirmed claims of other replicas, and notice a loss of data.
+
+        Returns:
+          Whether the server says which one it is.
+        """
         looked_at = self._looked_at
-        answer, (identifying, *starts) = await self._ask("look", looked_at)
+        answer, (server, identifying, *starts) = await self._ask("look", looked_at)
         self._compare_identifying(identifying.decode())
         listed = {
             token.decode(): self._clock.when(int(at))
@@ -199,10 +234,11 @@ class RedisStore:
         }
         since = self._clock.when(looked_at) + self._clock.longest_step()
         self._starts.compare(listed, since if self._since == self._complete_since else None)
-        if trio.current_time() >= self._trusted_at:  # until then, replicas may restore older ones
+        if trio.current_time() >= self._opens_at:  # until then, replicas may restore older ones
             self._looked_at = answer.now - microseconds(2 * self._lease)
         for unused in self._starts.unused(listed):
             await self._ask("uncount", *unused)
+        return bool(server)
 
     def _compare_identifying(self, listed: str) -> None:
         """Take over the confirmed claims of other replicas from the server's list."""
@@ -254,11 +290,18 @@ class RedisStore:
         answered_at = trio.current_time()
         self._link.observe_round_trip(answered_at - asked_at)
         answer = ScriptReply(*reply[: len(ScriptReply._fields)])
-        if not self._clock.agrees(answer.now, asked_at, answered_at):
-            self._seen = (0, 0)
-            connection.close("its clock was set")
+        is_same_clock = self._clock.agrees(answer.now, asked_at, answered_at)
         if self._since is None:
             self._since = answer.since
+            # After a long time without a connection, a fresh clock is more exact.
+            if not is_same_clock or self._clock.longest_step() > self._answer_seconds:
+                self._trusted_since = None
+            if self._trusted_since is None:
+                self._clock = ServerClock(self._longest_lease)
+                self._clock.agrees(answer.now, asked_at, answered_at)
+        elif not is_same_clock:
+            self._seen, self._trusted_since = (0, 0), None
+            connection.close("its clock was set")
         if self._since != answer.since:
             connection.close("its data was lost")
         since, last = self._seen
@@ -271,9 +314,9 @@ class RedisStore:
         self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
     ) -> Claim | Refusal:
         asked_at = trio.current_time()
-        if asked_at < self._trusted_at:
+        if asked_at < self._opens_at:
             await self._announce(key, came_at)
-            left = self._trusted_at - trio.current_time()
+            left = self._opens_at - trio.current_time()
             return Refusal(FIRST_RETRY if left == math.inf else max(0.0, left), "key")
         answer_by = asked_at + self._answer_seconds
         claim = Claim(
@@ -299,26 +342,32 @@ class RedisStore:
                         self._identifying[claim.token] = Lease(*words(claim), until)
                     return claim
         except Unreachable:
-            return Refusal(LOOK_SECONDS, "key")
+            return Refusal(FIRST_RETRY, "key")
         wait = asked_at + answer.wait / MICROSECONDS - trio.current_time()
         return Refusal(max(0.0, wait), CONCERNS[answer.verdict])
 
     async def _announce(self, key: int, came_at: float) -> None:
         """Tell other replicas of a ticket here that cannot be released yet but may be older."""
-        if self._trusted_at < math.inf:
-            times = self._clock.at(came_at), self._clock.at(self._trusted_at)
+        if self._opens_at < math.inf:
+            times = self._clock.at(came_at), self._clock.at(self._opens_at)
             with suppress(Unreachable):
                 await self._ask("announce", self._max_concurrency, key, *times)
 
     async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
         self._identifying.pop(claim.token, None)
         self._starts.add(claim.token, at)
-        # No more than has passed by the server's clock.
-        ago = math.floor((trio.current_time() - at) * (1 - DRIFT) * MICROSECONDS)
         seconds = self.rules.window if confirmed else self.rules.unconfirmed_window
-        window = microseconds(longest_there(seconds))
-        with suppress(Unreachable):  # then the lease ends in time, and the start is in _starts
-            await self._ask("start_window", *words(claim), ago, window)
+        window = self._untold[claim.token] = _Window(claim, at, seconds)
+        with suppress(Unreachable):  # then the lease closes the key until the server can be told
+            await self._tell(window)
+
+    async def _tell(self, window: _Window) -> None:
+        """Tell the server of a window that has started."""
+        # No more than has passed by the server's clock.
+        ago = math.floor((trio.current_time() - window.at) * (1 - DRIFT) * MICROSECONDS)
+        seconds = microseconds(longest_there(window.seconds))
+        await self._ask("start_window", *words(window.claim), ago, seconds)
+        self._untold.pop(window.claim.token, None)
 
     async def give_back(self, claim: Claim) -> None:
         self._identifying.pop(claim.token, None)
