@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
 import trio
 from structlog.contextvars import bound_contextvars
 
@@ -25,6 +26,9 @@ from gateway_queue.store.memory import MemoryStore
 
 if TYPE_CHECKING:
     from gateway_queue.store.redis import Link
+
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,15 @@ class Service:
         # Not at the top, for most servers run alone, and it takes a while.
         from gateway_queue.store.redis import RedisStore  # noqa: PLC0415
 
-        store = RedisStore(link, settings.redis_prefix, rules_of(settings))
+        store = RedisStore(link, settings.redis_prefix, rules_of(settings), self._send_away)
         self._nursery.start_soon(store.run)
         return store
+
+    def _send_away(self) -> None:
+        """Let clients ask another replica, which can release them."""
+        if len(self.queue):
+            log.warning("waiting clients are sent to other replicas", clients=len(self.queue))
+            self.queue.send_away()
 
     def _start_following(self) -> None:
         token = self.settings.discord_token
@@ -153,7 +163,7 @@ class Service:
         if self.queue.max_concurrency == 0:
             return None
         if fault := self.queue.store.fault:
-            return f"Redis cannot be reached: {fault}"
+            return f"Redis cannot be used: {fault}"
         if self.queue.max_concurrency is not None:
             return None
         fault = self.limits.fault if self.limits else None

@@ -254,6 +254,12 @@ MUTANTS = (
         "a connection that is lost costs a whole lease though nothing else was lost",
     ),
     Mutant(
+        "store/redis/store.py",
+        "            self._send_away()",
+        "            pass",
+        "clients wait at a replica for which Redis is too slow, though others are not",
+    ),
+    Mutant(
         "store/redis/decisions.lua",
         "    and replid == server\n",
         "",

@@ -392,6 +392,46 @@ def test_a_redis_that_is_too_slow_releases_nobody_and_says_so(redis: RedisServer
         assert redis.command("ZCARD", "gateway-queue:starts") == ":1"
 
 
+def store_errors(server: Server) -> float:
+    metrics = server.get("/metrics").body.decode()
+    return float(re.findall(r"(?m)^gateway_queue_store_errors_total (\S+)", metrics)[0])
+
+
+def test_clients_of_a_replica_that_is_too_slow_ask_another_one(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """The way of one replica to Redis takes 0.6 s there and back; that of the other does not."""
+    with (
+        Proxy(redis.port) as proxy,
+        replicas(1, proxy.url, WINDOW_SECONDS=1) as (slow,),
+        replicas(1, redis.url, WINDOW_SECONDS=1) as (fast,),
+        balancing([slow, fast], tmp_path) as port,
+    ):
+        eventually(lambda: is_ready(slow) and is_ready(fast))
+        fleet = Fleet(6, [port])
+        eventually(lambda: slow.status()["waiting"] > 0)
+        proxy.delay = 0.3
+        eventually(lambda: not is_ready(slow))
+        assert "within 0.45 s" in readiness(slow)[1]
+        assert store_errors(slow) == 1
+        assert is_ready(fast)
+        assert fleet.shortest_gap() >= 1 - SLACK
+        assert slow.status()["waiting"] == 0
+        proxy.delay = 0.0
+        eventually(lambda: is_ready(slow))
+
+
+def test_clients_stay_where_all_replicas_are_too_slow(redis: RedisServer) -> None:
+    with (
+        Proxy(redis.port, delay=0.3) as proxy,
+        replicas(2, proxy.url, WINDOW_SECONDS=1) as servers,
+    ):
+        clients = ask_in_turn(servers, 2)
+        eventually(lambda: not any(map(is_ready, servers)))
+        proxy.delay = 0.0
+        first_answers(clients, 2)
+
+
 def test_a_wrong_password_is_said_and_tried_again(redis: RedisServer) -> None:
     redis.command("CONFIG", "SET", "requirepass", "right")
     url = redis.url.replace("//", "//:wrong-one@")
@@ -415,7 +455,7 @@ def test_a_redis_that_is_not_there_yet_is_waited_for() -> None:
         with replicas(1, redis.url, WINDOW_SECONDS=0.2) as (server,):
             client = server.ask(0)
             eventually(lambda: readiness(server)[0] == 503)
-            assert "Redis cannot be reached" in readiness(server)[1]
+            assert "Redis cannot be used" in readiness(server)[1]
             assert server.get("/healthz").status == 200
             redis.start()
             assert client.answer().status == 200

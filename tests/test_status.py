@@ -153,7 +153,7 @@ def test_a_fault_of_redis_says_since_when_and_when_it_is_tried_again() -> None:
         seen = server.status()
     assert seen["ready"] is False
     fault = seen["faults"]["store"]
-    assert seen["reason"] == f"Redis cannot be reached: {fault['reason']}"
+    assert seen["reason"] == f"Redis cannot be used: {fault['reason']}"
     assert 0 <= fault["retry_in"] <= 2
 
 

@@ -62,7 +62,7 @@ def test_a_server_that_is_not_ready() -> None:
         eventually(lambda: "Unable" in (server.status()["reason"] or ""))
         exit_status, text = status(PORT=server.port)
     assert exit_status == 1
-    assert text.startswith("Not ready: Redis cannot be reached: ")
+    assert text.startswith("Not ready: Redis cannot be used: ")
     (fault,) = [line for line in text.splitlines() if line.startswith("  store ")]
     assert "next try in" in fault
 

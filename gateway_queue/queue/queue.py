@@ -108,6 +108,12 @@ class Queue:
             if ticket is not None:
                 ticket.dismiss()
 
+    def send_away(self) -> None:
+        """Let every waiting client go without an answer; the places of named shards stay."""
+        places = [place for lane in self.lanes.values() for place in lane]
+        for ticket in [place.ticket for place in places if place.ticket is not None]:
+            ticket.dismiss()
+
     def change_rules(self, rules: Rules, *, place_seconds: float) -> None:
         """Hold to other rules from now on. Tickets keep waiting, for at least one more window.
 
@@ -334,7 +340,9 @@ class Queue:
           The answer, or None if there was none.
         """
         ticket = place.ticket
-        if place.state != "waiting" or ticket is None or ticket.confirm != claim.confirm:
+        if place.state != "waiting" or ticket is None or ticket.is_dismissed:
+            return None
+        if ticket.confirm != claim.confirm:
             return None
         place.unlist()
         place.state = "chosen"

@@ -153,6 +153,11 @@ class Ticket:
         """Let the client go without an answer."""
         self._send.close()
 
+    @property
+    def is_dismissed(self) -> bool:
+        """Whether the client was let go; the ticket is still in its place for a moment."""
+        return not self._send.statistics().open_send_channels
+
     def _leave(self) -> None:
         """Leave the queue. A slot may have come in the moment in which the client left."""
         self._queue.leave(self)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import trio
 
+from gateway_queue.queue.ticket import NotAnswered
 from tests.exploration.process import Process
 from tests.exploration.record import Call
 
@@ -117,6 +118,8 @@ class _Visit:
                     turn.answered()
                     await trio.sleep(turn.confirm_seconds)
                     await self._process.thawed()
+        except NotAnswered:
+            self._record.step(self._call, "left")  # sent to another replica
         except trio.TooSlowError:
             self._record.note(f"{self._call}: too late to answer, closed")
             self._record.step(self._call, "failed")

@@ -32,6 +32,7 @@ class Faults:
             "stop": self._stop,
             "reset": self._reset,
             "cuts": self._cut_often,
+            "slow-way": self._slow_way_down,
             "lost-request": self._lose_requests,
             "lost-reply": self._lose_replies,
             "slow": self._slow_down,
@@ -105,6 +106,20 @@ class Faults:
                 await self._last(1, 1 + self._window)
                 self._record.cuts.append(trio.current_time())
                 await self._reset()
+
+    async def _slow_way_down(self) -> None:
+        """Let the answers of Redis come too late for one process, but within a second."""
+        process = self._fleet.any(self._random)
+        if process is None or process.way_latency:
+            return
+        self._record.note(f"Redis: the way of {process} is slow")
+        process.way_latency = self._random.uniform(0.26, 0.4)
+        began_at = trio.current_time()
+        try:
+            await self._last(5, 10 + self._window)
+        finally:
+            process.way_latency = 0.0
+            self._record.slow_ways.append((process.record, began_at, trio.current_time()))
 
     async def _lose_requests(self) -> None:
         self._record.note("Redis: requests get lost")

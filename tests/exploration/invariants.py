@@ -14,7 +14,7 @@ from itertools import count
 from operator import itemgetter
 
 from tests.exploration.record import Call, ProcessRecord, Record
-from tests.exploration.scenario import CUTS, PROCESS_ENDS
+from tests.exploration.scenario import CUTS, PROCESS_ENDS, SLOW_WAY
 
 TOLERANCE = 1e-6
 """For floating point only: the clock is the simulation's."""
@@ -28,6 +28,9 @@ the answers under way, and asks Redis, first."""
 
 CLAIM_SECONDS = 1.1
 """The longest time from the choice of a ticket to its turn: what Redis may take to answer."""
+
+NOTICE_SECONDS = 6.0
+"""In this time, a process notices that Redis answers too late."""
 
 RECONNECT_SECONDS = 0.5
 """How long it takes to connect again, and to claim again then, on a fast way to Redis."""
@@ -268,6 +271,22 @@ def nobody_forgotten(record: Record) -> str | None:
     return None
 
 
+def sent_away(record: Record) -> str | None:
+    """Section 5: no client stays with a process that cannot release, while another one can."""
+    if record.scenario.faults != SLOW_WAY:
+        return None
+    for slow, since, until in record.slow_ways:
+        others = [(one, a, b) for one, a, b in record.slow_ways if one is not slow]
+        if record.scenario.replicas == 1 or any(a < until and since < b for _, a, b in others):
+            continue
+        for call in record.calls:
+            began = max(since + NOTICE_SECONDS, call.arrived_at or 0)
+            ended = min(until, call.ended_at or until)
+            if call.process is slow and call.arrived_at is not None and ended - began > 3:
+                return f"{call} waits from {began:.3f} to {ended:.3f} where none is released"
+    return None
+
+
 def slots_used(record: Record) -> str | None:
     """Rule 10: while a client waits that can be released, its key is used as soon as it opens."""
     scenario = record.scenario
@@ -416,6 +435,7 @@ INVARIANTS: dict[str, Invariant] = {
     "crash-loop": crash_loops_slowed,
     "nobody-forgotten": nobody_forgotten,
     "slots-used": slots_used,
+    "sent-away": sent_away,
     # The states of a place change as the table in gateway_queue.queue says.
     "transitions": seen_during_the_run("transitions"),
     # A ticket never fails by itself.

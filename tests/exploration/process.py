@@ -45,6 +45,7 @@ class Process:
         self.calls: list[Call] = []
         """Those that its door has let in and that have not ended."""
         self.sends = trio.lowlevel.ParkingLot()
+        self.way_latency = 0.0
         self.accepts = False
         self.is_alive = True
         self.ended = trio.Event()
@@ -151,10 +152,13 @@ class Process:
             return MemoryStore(rules)
         url = f"redis://{self.record.number}"
         link = Link(url, count_error=lambda: None)
-        store = RedisStore(link, settings.redis_prefix, rules)
+        store = RedisStore(link, settings.redis_prefix, rules, self._send_away)
         self.nursery.start_soon(link.run)
         self.nursery.start_soon(store.run)
         return store
+
+    def _send_away(self) -> None:
+        self.queue.send_away()
 
     def leftovers(self) -> list[str]:
         """List what is still in the queue, when all have left."""

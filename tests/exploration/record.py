@@ -101,6 +101,8 @@ class Record:
     """When Redis has lost data, or its clock was set, and how."""
     cuts: list[float] = field(default_factory=list)
     """When a connection to Redis was lost that can be used again at once."""
+    slow_ways: list[tuple[ProcessRecord, float, float]] = field(default_factory=list)
+    """Processes to which the answers of Redis came too late, from when and until when."""
     wrong: list[tuple[str, str]] = field(default_factory=list)
     """What was seen to be wrong during the run: the invariant's name and an explanation."""
     healed_at: float = 0.0

@@ -25,6 +25,8 @@ class Host(Protocol):
 
     sends: trio.lowlevel.ParkingLot
     """Who waits for the next request to be on its way."""
+    way_latency: float
+    """By how much a request or a reply takes longer than those of other hosts."""
 
     @property
     def is_frozen(self) -> bool: ...
@@ -183,7 +185,7 @@ class Connection:
             raise ConnectionLost(self._broken)
         assert not decode
         request = _Request([*command.split(), *map(word, arguments)])
-        request.due = trio.current_time() + self._server.latency()
+        request.due = trio.current_time() + self._server.latency() + self._host.way_latency
         request.is_withheld = self._host.is_frozen
         self._waiting.append(request)
         self._out.send_nowait(request)
@@ -230,7 +232,7 @@ class Connection:
             except RedisError as error:
                 request.error = error
             server.record.note_detail(request.describe)
-            request.due = trio.current_time() + server.latency()
+            request.due = trio.current_time() + server.latency() + self._host.way_latency
             self._back.send_nowait(request)
         self._back.close()
 

@@ -9,6 +9,7 @@ from typing import Literal
 PROCESS_FAULTS = ("kill", "freeze", "stop")
 PROCESS_ENDS = ("kill", "stop")
 CUTS = ("cuts",)
+SLOW_WAY = ("slow-way",)
 REDIS_FAULTS = (
     "reset",
     "lost-request",
@@ -29,7 +30,7 @@ DISCORD_FAULTS = ("max-concurrency", "budget", "discord-down")
 CHOICES = ("clock-rate", "cap", "tight-budget", "loop-guard", "places", "hang-ups", "confirm")
 """What is no fault, but can be left out of the scenarios like one."""
 
-ALL_KINDS = (*PROCESS_FAULTS, *REDIS_FAULTS, *CUTS, *DISCORD_FAULTS, *CHOICES)
+ALL_KINDS = (*PROCESS_FAULTS, *REDIS_FAULTS, *CUTS, *SLOW_WAY, *DISCORD_FAULTS, *CHOICES)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
     cutting = random.Random(f"cutting {seed}").random()
     if store == "redis" and cutting < 0.15:
         faults, only = (faults + CUTS, only) if cutting < 0.05 else (faults, CUTS)
+    elif store == "redis" and 0.88 < cutting < 0.95:
+        only = SLOW_WAY
     confirming = own.choice((0.0, 0.5, 0.5, 1.0))
     place_seconds = source.choice((0.0, 2.0, 10.0, 30.0))
     loop_free_starts = source.choice((0, 1, 2, 5))

@@ -29,7 +29,7 @@ class Link:
 
     Args:
       url: of the server.
-      count_error: called when the server is lost, or cannot be reached.
+      count_error: called when the server is lost, cannot be reached, or is too slow.
       observe_round_trip: called after each answer with the seconds that it took.
     """
 
@@ -43,10 +43,10 @@ class Link:
         now = trio.current_time()
         self.fault: Fault | None = Fault("not connected to Redis yet", now, now)
         """Why no store can use the server, if so."""
+        self.count_error = count_error
         self.observe_round_trip = observe_round_trip
         self.housekeeping = trio.CapacityLimiter(HOUSEKEEPERS_MAX)
         self._url = url
-        self._count_error = count_error
         self._is_announced = False
         self._connection: Connection | None = None
         self._changed = trio.Event()
@@ -84,7 +84,7 @@ class Link:
             elif self.fault.reason != reason:
                 log.info("Redis still cannot be reached", reason=reason)
             self.fault = next_fault(self.fault, reason, trio.current_time(), delay)
-            self._count_error()
+            self.count_error()
             await trio.sleep(delay)
             delay = min(2 * delay, LONGEST_RETRY)
 

@@ -39,6 +39,16 @@ def answer_seconds(rules: Rules) -> float:
     return min(rules.window, LONGEST_ANSWER)
 
 
+def usable_seconds(rules: Rules) -> float:
+    """Return how long the server's answer to a claim may take, to be in time for the client's."""
+    return answer_seconds(rules) / 2 - glance_seconds(rules)
+
+
+def glance_seconds(rules: Rules) -> float:
+    """Return how soon to ask again while another one answers, or should have asked."""
+    return min(rules.window / 20, 0.05)
+
+
 def lease_seconds(rules: Rules) -> float:
     """Return how long a key stays closed if nothing more is heard of its claim."""
     return rules.unconfirmed_window + answer_seconds(rules)
@@ -55,8 +65,7 @@ def script_settings(rules: Rules) -> tuple[int, ...]:
         microseconds(longest_there(IN_FLIGHT_WINDOWS * window)),
         # How late a replica may ask, and still go first for its older ticket.
         microseconds(window / 10),
-        # How soon to ask again while another one answers, or should have asked.
-        microseconds(min(window / 20, 0.05)),
+        microseconds(glance_seconds(rules)),
         -1 if limit is None else limit,
         USUAL_TOTAL,
         rules.loop_free_starts,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import NamedTuple, NoReturn
@@ -13,7 +13,7 @@ from zlib import crc32
 import structlog
 import trio
 
-from gateway_queue.faults import Fault
+from gateway_queue.faults import Fault, next_fault
 from gateway_queue.store import (
     IN_FLIGHT_WINDOWS,
     Claim,
@@ -44,12 +44,16 @@ from gateway_queue.store.redis.script import (
     leases_in,
     microseconds,
     script_settings,
+    usable_seconds,
     words,
 )
 from gateway_queue.store.redis.starts import KnownStarts
 
 LOOK_SECONDS = 1.0
 """How often at least to look after the connection, and the day's session starts."""
+
+SLOW_SECONDS = 3 * LOOK_SECONDS
+"""A replica for which no answer of the server was in time for so long cannot release tickets."""
 
 RESTORE_SECONDS = 2 * LOOK_SECONDS + FIRST_RETRY
 """After so long, every replica that is connected has noticed that data was lost, and has restored
@@ -85,11 +89,16 @@ class RedisStore:
       link: to the server.
       prefix: the first part of every key there.
       rules: to hold each key for a lease from now, among others.
+      send_away: called while this replica's way to the server is too slow to release tickets, and
+        that of another one is not.
     """
 
-    def __init__(self, link: Link, prefix: str, rules: Rules) -> None:
+    def __init__(
+        self, link: Link, prefix: str, rules: Rules, send_away: Callable[[], None] = lambda: None
+    ) -> None:
         self._link = link
         self._prefix = prefix
+        self._send_away = send_away
         self._set_rules(rules)
         # The stores of many bots look at different times of a second.
         self._first_look = LOOK_SECONDS * (1 - crc32(prefix.encode()) / 2**32)
@@ -98,6 +107,9 @@ class RedisStore:
         self._max_concurrency = 1
         now = trio.current_time()
         self._fault: Fault | None = Fault("not connected to Redis yet", now, now)
+        self._slowness: Fault | None = None
+        # When an answer came last that was in time.
+        self._in_time_at = now
         self._connection: Connection | None = None
         self._is_caught_up = False
         self._clock = ServerClock(self._longest_lease)
@@ -129,6 +141,7 @@ class RedisStore:
         self._limit = rules.session_start_limit
         self._in_flight = IN_FLIGHT_WINDOWS * rules.window
         self._answer_seconds = answer_seconds(rules)
+        self._usable_seconds = usable_seconds(rules)
         self._script_settings = script_settings(rules)
         self._lease = longest_here(longest_there(lease))
         self._longest_lease = self._lease + longest_here(longest_there(rules.confirm_seconds))
@@ -137,7 +150,7 @@ class RedisStore:
 
     @property
     def fault(self) -> Fault | None:
-        return self._link.fault or self._fault
+        return self._link.fault or self._fault or self._slowness
 
     async def run(self) -> NoReturn:
         """Stay connected until cancelled."""
@@ -226,7 +239,10 @@ class RedisStore:
           Whether the server says which one it is.
         """
         looked_at = self._looked_at
-        answer, (server, identifying, *starts) = await self._ask("look", looked_at)
+        answer, more = await self._ask("look", looked_at, int(self._slowness is None))
+        server, quick_ago, identifying, *starts = more
+        if self._slowness is not None and int(quick_ago) < microseconds(SLOW_SECONDS):
+            self._send_away()
         self._compare_identifying(identifying.decode())
         listed = {
             token.decode(): self._clock.when(int(at))
@@ -289,6 +305,7 @@ class RedisStore:
         reply = await connection.call(self._prefix, command, *told)
         answered_at = trio.current_time()
         self._link.observe_round_trip(answered_at - asked_at)
+        self._compare_speed(answered_at - asked_at)
         answer = ScriptReply(*reply[: len(ScriptReply._fields)])
         is_same_clock = self._clock.agrees(answer.now, asked_at, answered_at)
         if self._since is None:
@@ -309,6 +326,24 @@ class RedisStore:
         self._seen = answer.since, max(answer.now, last if answer.since == since else 0)
         self._known, self._known_at = answer, asked_at
         return answer, reply[len(ScriptReply._fields) :]
+
+    def _compare_speed(self, seconds: float) -> None:
+        """Note whether answers come in time to release tickets."""
+        now = trio.current_time()
+        if seconds <= self._usable_seconds:
+            self._in_time_at = now
+            if self._slowness is not None:
+                log.info("Redis is fast enough again", after=round(now - self._slowness.since, 3))
+                self._slowness = None
+        elif now > self._in_time_at + SLOW_SECONDS:
+            reason = (
+                f"it answers after {seconds:.2f} s; "
+                f"to release tickets takes an answer within {self._usable_seconds:.2g} s"
+            )
+            if self._slowness is None:
+                log.warning("Redis is too slow, no ticket is released", reason=reason)
+                self._link.count_error()
+            self._slowness = next_fault(self._slowness, reason, now, LOOK_SECONDS)
 
     async def claim(
         self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
