@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from gateway_queue.settings import BadSetting, Settings, read_fields
+from gateway_queue.settings import BadSetting, Settings, hash_tag, read_fields
 
 DEFAULT_BOT = "default"
 """The name of the bot that the environment configures."""
@@ -94,7 +94,7 @@ def _check_name(path: str, name: str, table: object) -> None:
 
 def _read_table(name: str, table: Mapping[str, object], settings: Settings) -> Settings:
     texts = {key: _text(key, value) for key, value in table.items()}
-    prefix = f"{settings.redis_prefix}:bot:{name}"
+    prefix = f"{hash_tag(settings.redis_prefix)}:bot:{name}"
     base = replace(settings, discord_token=None, auth_token=None, redis_prefix=prefix)
     return replace(base, **dict(read_fields(texts, str.lower)))
 

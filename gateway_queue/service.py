@@ -20,7 +20,7 @@ from gateway_queue.observing.metrics import BotMetrics
 from gateway_queue.observing.recent import Recent
 from gateway_queue.observing.starts import Starts
 from gateway_queue.queue import Queue
-from gateway_queue.settings import Settings
+from gateway_queue.settings import Settings, hash_tag
 from gateway_queue.store import Rules, WindowStore
 from gateway_queue.store.memory import MemoryStore
 
@@ -126,7 +126,8 @@ class Service:
         # Not at the top, for most servers run alone, and it takes a while.
         from gateway_queue.store.redis import RedisStore  # noqa: PLC0415
 
-        store = RedisStore(link, settings.redis_prefix, rules_of(settings), self._send_away)
+        prefix = hash_tag(settings.redis_prefix)
+        store = RedisStore(link, prefix, rules_of(settings), self._send_away)
         self._nursery.start_soon(store.run)
         return store
 

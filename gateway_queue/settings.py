@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from gateway_queue.store.sentinel_url import SCHEME, parse_sentinel_url
+
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 LOG_FORMATS = ("console", "json")
 
@@ -90,6 +92,9 @@ def _http_url(text: str) -> str:
 
 
 def _redis_url(text: str) -> str:
+    if text.startswith(SCHEME):
+        parse_sentinel_url(text)
+        return text
     if not re.fullmatch(r"(rediss?|unix)://[!-~]+", text):
         raise ValueError(text)
     url = urlsplit(text)
@@ -109,9 +114,14 @@ def _path(text: str) -> str:
 
 
 def _prefix(text: str) -> str:
-    if not re.fullmatch(r"[!-~]+", text):
+    if not re.fullmatch(r"[!-|~][!-~]*", text):  # a hash tag is not empty
         raise ValueError(text)
     return text
+
+
+def hash_tag(prefix: str) -> str:
+    """Put a prefix in braces, unless a part of it is: a cluster then keeps all keys together."""
+    return prefix if re.match(r"[^{]*{[^}]+}", prefix) else f"{{{prefix}}}"
 
 
 def _one_of(words: tuple[str, ...]) -> Callable[[str], str]:
@@ -213,15 +223,16 @@ class Settings:
     redis_url: str | None = _variable(
         None,
         _redis_url,
-        takes="a URL such as redis://user:password@host:6379/0, rediss://… or unix:///path",
+        takes="a URL such as redis://user:password@host:6379/0, rediss://…, unix:///path or "
+        "redis+sentinel://user:password@host:26379,host2:26379/SERVICE/0",
         about="Redis or Valkey server in which several replicas share their state",
         secret=True,
     )
     redis_prefix: str = _variable(
         "gateway-queue",
         _prefix,
-        takes="a text without spaces",
-        about="first part of every key in Redis",
+        takes="a text without spaces that does not begin with }",
+        about="first part of every key in Redis, which puts it in braces",
     )
     auth_token: str | None = _variable(
         None,

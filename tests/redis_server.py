@@ -27,6 +27,7 @@ class RedisServer:
     options: tuple[str, ...] = ()
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
+    config: Path | None = None
 
     @property
     def url(self) -> str:
@@ -36,8 +37,12 @@ class RedisServer:
         """Start it, or start it again: empty."""
         listen = ("--bind", "127.0.0.1", "--port", str(self.port))
         kept = ("--save", "", "--repl-diskless-sync-delay", "0")
+        if self.config is not None:
+            arguments = [str(self.config), *listen, *self.options]  # a sentinel keeps no data
+        else:
+            arguments = [*listen, *kept, *self.options]
         self.process = subprocess.Popen(
-            ["redis-server", *listen, *kept, *self.options],
+            ["redis-server", *arguments],
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
         )

@@ -473,7 +473,7 @@ def test_replicas_share_the_windows_of_each_bot_over_one_connection(
         assert min(gaps) >= window - SLACK
         assert answered[bot][-1] - answered[bot][0] < 5 * window + 1.5
     assert len(connections) <= 2
-    assert redis.command("EXISTS", "gateway-queue:bot:a:state") == ":1"
+    assert redis.command("EXISTS", "{gateway-queue}:bot:a:state") == ":1"
 
 
 def test_when_redis_is_lost_no_bot_is_early(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_tokens_belong_to_one_bot(tmp_path: Path) -> None:
 
 def test_each_bot_has_keys_of_its_own_in_redis(tmp_path: Path) -> None:
     bots = read(tmp_path, "[a]\n[b]", redis_prefix="queue")
-    assert {bot.redis_prefix for bot in bots.values()} == {"queue:bot:a", "queue:bot:b"}
+    assert {bot.redis_prefix for bot in bots.values()} == {"{queue}:bot:a", "{queue}:bot:b"}
 
 
 def test_a_token_can_come_from_a_file(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ BAD_VALUES = {
     "LOG_LEVEL": ["", "loud"],
     "LOG_FORMAT": ["", "xml"],
     "HOST": ["", "no host"],
-    "REDIS_PREFIX": ["", "a b"],
+    "REDIS_PREFIX": ["", "a b", "}a"],
 }
 
 

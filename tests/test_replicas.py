@@ -267,11 +267,11 @@ def lose_the_script(redis: RedisServer) -> None:
 
 
 def evict_the_state(redis: RedisServer) -> None:
-    redis.command("DEL", "gateway-queue:state")
+    redis.command("DEL", "{gateway-queue}:state")
 
 
 def evict_the_starts(redis: RedisServer) -> None:
-    redis.command("DEL", "gateway-queue:starts")
+    redis.command("DEL", "{gateway-queue}:starts")
 
 
 @pytest.mark.parametrize(
@@ -334,11 +334,11 @@ def test_a_connection_that_ends_in_the_middle_of_a_decision_is_no_permission(
         proxy.swallows_answers_to = b"claim"
         clients = [unlucky.ask(1)]
         eventually(lambda: proxy.cuts == 1)
-        assert redis.command("ZCARD", "gateway-queue:starts") == ":2"
+        assert redis.command("ZCARD", "{gateway-queue}:starts") == ":2"
         proxy.swallows_answers_to = None
         clients.append(other.ask(2))
         answers = first_answers(clients, 2)
-        assert redis.command("ZCARD", "gateway-queue:starts") == ":3"
+        assert redis.command("ZCARD", "{gateway-queue}:starts") == ":3"
         metrics = unlucky.get("/metrics").body.decode()
 
     assert min(gaps(answers)[0]) >= window - SLACK
@@ -389,7 +389,7 @@ def test_a_redis_that_is_too_slow_releases_nobody_and_says_so(redis: RedisServer
         eventually(lambda: any("too slow" in line for line in server.lines))
         proxy.delay = 0.0
         client.answer()
-        assert redis.command("ZCARD", "gateway-queue:starts") == ":1"
+        assert redis.command("ZCARD", "{gateway-queue}:starts") == ":1"
 
 
 def store_errors(server: Server) -> float:
@@ -586,4 +586,4 @@ def test_what_is_stored_begins_with_the_prefix(redis: RedisServer) -> None:
         server.ask(3).answer()
         keys = redis.command("KEYS", "*").split("\r\n")[2::2]
     assert keys
-    assert all(key.startswith("bot:7:") for key in keys)
+    assert all(key.startswith("{bot:7}:") for key in keys)

@@ -212,9 +212,9 @@ def settings_of(scenario: Scenario, *, hold_on_start: bool) -> Settings:
     )
 
 
-def connections_to(processes: Callable[[int], Process]) -> Callable[[str], Any]:
-    """Return what stands in for :func:`gateway_queue.store.redis.link.connections`."""
-    return lambda url: processes(int(url.removeprefix("redis://"))).pool()
+def connections_to(processes: Callable[[int], Process]) -> Callable[[str, None], Any]:
+    """Return what stands in for :func:`gateway_queue.store.redis.servers.connections`."""
+    return lambda url, _: processes(int(url.removeprefix("redis://"))).pool()
 
 
 def _remove_shields(task: trio.lowlevel.Task) -> None:

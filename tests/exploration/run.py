@@ -16,7 +16,7 @@ from trio._core import _run
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.queue.lane import Place
-from gateway_queue.store.redis import link as redis_link
+from gateway_queue.store.redis import servers
 from tests.exploration.clients import Client
 from tests.exploration.discord import SimulatedDiscord
 from tests.exploration.door import DirectDoor
@@ -103,7 +103,7 @@ class _Run:
             self._fleet = Fleet(nursery, self._record, self._redis, self._discord)
             connections = connections_to(self._fleet.processes.__getitem__)
             with ExitStack() as stack:
-                stack.enter_context(patch.object(redis_link, "connections", connections))
+                stack.enter_context(patch.object(servers, "connections", connections))
                 await self._play(nursery)
             nursery.cancel_scope.cancel()
 

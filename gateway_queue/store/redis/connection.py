@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import trio
-from coredis.connection import BaseConnection
-from coredis.exceptions import RedisError, ResponseError
+from coredis.connection import BaseConnection, TCPLocation
+from coredis.exceptions import MovedError, RedisError, ResponseError
 from coredis.pool import ConnectionPool
 from coredis.typing import RedisValueT
 
 CALL_SECONDS = 1.0
 """The longest that an answer may take."""
 
-CONNECT_SECONDS = 5.0
-"""The longest that it may take to connect, with the handshakes of TLS and Redis."""
+CONNECT_SECONDS = 2.0
+"""The longest that it may take to connect, with the handshakes of TLS and Redis. A way that takes
+longer for these four round trips is too slow to release tickets."""
 
 SCRIPT = Path(__file__).with_name("decisions.lua")
 
@@ -31,8 +32,12 @@ class Unreachable(Exception):
     """
 
 
-def connections(url: str) -> ConnectionPool[Any]:
+def connections(url: str, location: TCPLocation | None = None) -> ConnectionPool[Any]:
     """Make what the connection of a link comes from, and lives in.
+
+    Args:
+      url: of a server.
+      location: of another node of the cluster of this server, to connect to that one instead.
 
     A pool replaces a lost connection behind the scenes. But the next one may lead to a server that
     has missed what the last one was told. So each pool has one link, and each link one connection.
@@ -40,8 +45,11 @@ def connections(url: str) -> ConnectionPool[Any]:
     if url.startswith("rediss:") and "ssl_" not in url:
         # Otherwise coredis would take the certificate of any host.
         context = ssl.create_default_context()
-        return ConnectionPool.from_url(url, decode_components=True, ssl_context=context)
-    return ConnectionPool.from_url(url, decode_components=True)
+        pool = ConnectionPool.from_url(url, decode_components=True, ssl_context=context)
+    else:
+        pool = ConnectionPool.from_url(url, decode_components=True)
+    pool.location = location or pool.location
+    return pool
 
 
 class Connection:
@@ -59,6 +67,8 @@ class Connection:
         """Set when it cannot be used any more."""
         self.reason = ""
         """Why it is lost."""
+        self.moved_to: TCPLocation | None = None
+        """The node of the cluster that has the keys, if this one does not."""
         self._pool = pool
 
     async def open(self) -> None:
@@ -105,15 +115,33 @@ class Connection:
         policy = fields.get("maxmemory_policy", "noeviction")
         return None if policy == "noeviction" or fields.get("maxmemory") == "0" else policy
 
+    async def cluster_nodes(self) -> set[TCPLocation]:
+        """Return the nodes of the cluster that the server belongs to, if it does and tells.
+
+        Raises:
+          Unreachable: there is no answer.
+        """
+        try:
+            slots = await self._request(b"CLUSTER SLOTS", may_be_refused=True)
+        except ResponseError:
+            return set()
+        nodes = (node for _, _, *its_nodes in slots for node in its_nodes)
+        # A node that does not know its own address names none.
+        return {TCPLocation(host.decode(), port) for host, port, *_ in nodes if host}
+
+    def lose(self, reason: str) -> None:
+        """Use it no more."""
+        if not self.lost.is_set():
+            self.reason = reason
+            self.lost.set()
+
     def close(self, reason: str) -> NoReturn:
         """Use it no more.
 
         Raises:
           Unreachable: with the first reason to do so.
         """
-        if not self.lost.is_set():
-            self.reason = reason
-            self.lost.set()
+        self.lose(reason)
         raise Unreachable(self.reason)
 
     async def _request(
@@ -128,6 +156,11 @@ class Connection:
                 )
         except trio.TooSlowError:
             self.close(f"no answer within {CALL_SECONDS:g} s")
+        except MovedError as error:
+            location = self._pool.location
+            same_host = location.host if isinstance(location, TCPLocation) else ""
+            self.moved_to = TCPLocation(error.host or same_host, error.port)
+            self.close(f"the keys are on another node of the cluster: {self.moved_to}")
         except RedisError as error:
             if may_be_refused and isinstance(error, ResponseError):
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import structlog
@@ -10,9 +11,11 @@ import trio
 from coredis.pool import ConnectionPool
 
 from gateway_queue.faults import Fault, next_fault
-from gateway_queue.store.redis.connection import Connection, Unreachable, connections
+from gateway_queue.store.redis.connection import Connection, Unreachable
+from gateway_queue.store.redis.servers import Sentinels, Servers, ServersOfUrl
+from gateway_queue.store.sentinel_url import SCHEME, parse_sentinel_url
 
-FIRST_RETRY, LONGEST_RETRY = 0.1, 2.0
+FIRST_RETRY, LONGEST_RETRY = 0.1, 1.0
 """Seconds between two tries to connect, each time twice as many."""
 
 HOUSEKEEPERS_MAX = 20
@@ -28,7 +31,7 @@ class Link:
     such as a server that was restarted, concerns the others too.
 
     Args:
-      url: of the server.
+      url: of the server, of a node of its cluster, or of its sentinels.
       count_error: called when the server is lost, cannot be reached, or is too slow.
       observe_round_trip: called after each answer with the seconds that it took.
     """
@@ -46,7 +49,9 @@ class Link:
         self.count_error = count_error
         self.observe_round_trip = observe_round_trip
         self.housekeeping = trio.CapacityLimiter(HOUSEKEEPERS_MAX)
-        self._url = url
+        self._servers: Servers = (
+            Sentinels(parse_sentinel_url(url)) if url.startswith(SCHEME) else ServersOfUrl(url)
+        )
         self._is_announced = False
         self._connection: Connection | None = None
         self._changed = trio.Event()
@@ -65,17 +70,35 @@ class Link:
         self.fault, self._is_announced = None, False
         log.info("connected to Redis", after=round(after, 3))
 
-    async def run(self) -> NoReturn:
+    @property
+    def overlap(self) -> float:
+        """Seconds for which another replica may still use a former server."""
+        return self._servers.overlap
+
+    async def run(self) -> None:
         """Stay connected until cancelled."""
+        async with self._servers.running():
+            await self._stay_connected()
+
+    async def _stay_connected(self) -> NoReturn:
         delay = FIRST_RETRY
+        has_followed = False
         while True:
             try:
-                pool = connections(self._url)
-            except (OSError, ValueError) as error:  # a certificate, or an option in the URL
+                pool = await self._servers.find()
+            # A certificate, or an option in the URL.
+            except (OSError, ValueError, Unreachable) as error:
                 reason = str(error)
             else:
                 async with pool:
-                    reason = await self._offer(pool)
+                    connection = await self._offer(pool)
+                reason = connection.reason
+                if connection.moved_to is not None or self.fault is not None:
+                    self._servers.note_failure(connection)
+                if connection.moved_to is not None and not has_followed:
+                    has_followed = True
+                    continue
+            has_followed = False
             if self.fault is None:
                 delay = FIRST_RETRY
             if self.fault is None or not self._is_announced:
@@ -88,19 +111,21 @@ class Link:
             await trio.sleep(delay)
             delay = min(2 * delay, LONGEST_RETRY)
 
-    async def _offer(self, pool: ConnectionPool[Any]) -> str:
-        """Let the stores use one connection until it is lost, and return why."""
+    async def _offer(self, pool: ConnectionPool[Any]) -> Connection:
+        """Let the stores use one connection until it is lost, and return it."""
         connection = Connection(pool)
-        try:
+        with suppress(Unreachable):
             await connection.open()
+            self._servers.note_nodes(await connection.cluster_nodes())
             await self._warn_of_eviction(connection)
-        except Unreachable as error:
-            return str(error)
-        self._connection = connection
-        self._changed.set()
-        self._changed = trio.Event()
-        await connection.lost.wait()
-        return connection.reason
+            self._connection = connection
+            self._changed.set()
+            self._changed = trio.Event()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._servers.watch, connection)
+                await connection.lost.wait()
+                nursery.cancel_scope.cancel()
+        return connection
 
     async def _warn_of_eviction(self, connection: Connection) -> None:
         policy = await connection.eviction_policy()

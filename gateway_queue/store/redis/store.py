@@ -195,7 +195,7 @@ class RedisStore:
         if not self._hold:
             return trio.current_time()
         restored_at = self._clock.when(self._since or 0) + RESTORE_SECONDS
-        return max(trio.current_time() + self._hold, restored_at)
+        return max(trio.current_time() + self._hold + self._link.overlap, restored_at)
 
     async def _catch_up(self) -> bool:
         """Tell a server what it may have missed.
@@ -310,8 +310,8 @@ class RedisStore:
         is_same_clock = self._clock.agrees(answer.now, asked_at, answered_at)
         if self._since is None:
             self._since = answer.since
-            # After a long time without a connection, a fresh clock is more exact.
-            if not is_same_clock or self._clock.longest_step() > self._answer_seconds:
+            # After a longer time, another server may have taken over, and this be the former one.
+            if not is_same_clock or answered_at > self._known_at + RESTORE_SECONDS:
                 self._trusted_since = None
             if self._trusted_since is None:
                 self._clock = ServerClock(self._longest_lease)

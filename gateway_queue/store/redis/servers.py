@@ -1,0 +1,182 @@
+"""Where a link finds its server: at a URL, in a cluster, or where sentinels say."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, NoReturn, Protocol
+
+import trio
+from coredis.connection import TCPLocation
+from coredis.exceptions import AuthenticationError, RedisError
+from coredis.pool import ConnectionPool
+
+from gateway_queue.store.redis.connection import Connection, Unreachable, connections
+from gateway_queue.store.sentinel_url import SentinelUrl
+
+ASK_SECONDS = 0.5
+"""How often each sentinel is asked, and the longest that its answer may take."""
+
+OVERLAP_SECONDS = 4 * ASK_SECONDS
+"""After most sentinels have named another primary, a replica may use the former one for so long."""
+
+
+class Servers(Protocol):
+    """Finds the server."""
+
+    overlap: float
+    """Seconds for which another replica may use a former server, after this one has changed."""
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Make the context in which it can find servers."""
+
+    async def find(self) -> ConnectionPool[Any]:
+        """Return where the next connection comes from.
+
+        Raises:
+          Unreachable: no server is known.
+        """
+
+    async def watch(self, connection: Connection) -> None:
+        """Close a connection when another server has taken over."""
+
+    def note_nodes(self, nodes: Iterable[TCPLocation]) -> None:
+        """Take over the nodes of the cluster to which a connection has led."""
+
+    def note_failure(self, connection: Connection) -> None:
+        """Note that no store could use a connection."""
+
+
+class ServersOfUrl:
+    """A server at a URL. If it is a node of a cluster, then the owner of the keys.
+
+    One of the other nodes may know the owner when the node of the URL or the owner is lost.
+    """
+
+    overlap = 0.0
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        # Those to try one after the other; None is that of the URL.
+        self._candidates = deque[TCPLocation | None]([None])
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        yield
+
+    async def find(self) -> ConnectionPool[Any]:
+        return connections(self._url, self._candidates[0])
+
+    async def watch(self, connection: Connection) -> None:
+        pass  # a server that has been replaced refuses commands, or says where the keys are
+
+    def note_nodes(self, nodes: Iterable[TCPLocation]) -> None:
+        for node in nodes:
+            if node not in self._candidates:
+                self._candidates.append(node)
+        for candidate in set(self._candidates) - {self._candidates[0], None, *nodes}:
+            self._candidates.remove(candidate)
+
+    def note_failure(self, connection: Connection) -> None:
+        if connection.moved_to is None:
+            self._candidates.rotate(-1)
+            return
+        if connection.moved_to in self._candidates:
+            self._candidates.remove(connection.moved_to)
+        self._candidates.appendleft(connection.moved_to)
+
+
+class Sentinels:
+    """The primary that most of some sentinels name.
+
+    A primary that fewer of them name may have been replaced without knowing it. Two replicas that
+    use different primaries would both release.
+    """
+
+    overlap = OVERLAP_SECONDS
+
+    def __init__(self, url: SentinelUrl) -> None:
+        self._url = url
+        self._named: dict[TCPLocation, TCPLocation] = {}
+        self._changed = trio.Event()
+        self._location: TCPLocation | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with trio.open_nursery() as nursery:
+            for host, port in self._url.sentinels:
+                nursery.start_soon(self._follow, TCPLocation(host, port))
+            yield
+            nursery.cancel_scope.cancel()
+
+    async def find(self) -> ConnectionPool[Any]:
+        with trio.move_on_after(2 * ASK_SECONDS):
+            while self._primary() is None:
+                await self._changed.wait()
+        self._location = self._primary()
+        if self._location is None:
+            raise Unreachable(self._no_primary())
+        return self._pool(self._location, self._url.database, self._url.password)
+
+    async def watch(self, connection: Connection) -> None:
+        while True:
+            primary = self._primary()
+            if primary is None:
+                connection.lose(self._no_primary())
+            elif primary != self._location:
+                connection.lose(f"the sentinels name another primary: {primary}")
+            await self._changed.wait()
+
+    def note_nodes(self, nodes: Iterable[TCPLocation]) -> None:
+        pass  # sentinels watch no cluster
+
+    def note_failure(self, connection: Connection) -> None:
+        pass  # the sentinels say when there is another primary
+
+    def _primary(self) -> TCPLocation | None:
+        named = Counter(self._named.values()).most_common(1)
+        return named[0][0] if named and 2 * named[0][1] > len(self._url.sentinels) else None
+
+    def _no_primary(self) -> str:
+        answers, number = len(self._named), len(self._url.sentinels)
+        return f"{answers} of {number} sentinels name a primary of {self._url.service}"
+
+    async def _follow(self, sentinel: TCPLocation) -> NoReturn:
+        """Keep asking a sentinel for the primary."""
+        password = None
+        while True:
+            async with self._pool(sentinel, 0, password) as pool:
+                try:
+                    await self._ask(sentinel, pool)
+                except AuthenticationError:
+                    password = self._url.password if password is None else None
+                except (RedisError, OSError, trio.TooSlowError):
+                    pass
+            self._note(sentinel, None)
+            await trio.sleep(ASK_SECONDS)
+
+    async def _ask(self, sentinel: TCPLocation, pool: ConnectionPool[Any]) -> NoReturn:
+        with trio.fail_after(ASK_SECONDS):
+            connection = await pool.get_connection()
+        while True:
+            with trio.fail_after(ASK_SECONDS):
+                named = await connection.create_request(
+                    b"SENTINEL GET-MASTER-ADDR-BY-NAME", self._url.service, decode=False
+                )
+            self._note(sentinel, TCPLocation(named[0].decode(), int(named[1])) if named else None)
+            await trio.sleep(ASK_SECONDS)
+
+    def _note(self, sentinel: TCPLocation, primary: TCPLocation | None) -> None:
+        if primary is None:
+            self._named.pop(sentinel, None)
+        else:
+            self._named[sentinel] = primary
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _pool(
+        self, location: TCPLocation, database: int, password: str | None
+    ) -> ConnectionPool[Any]:
+        username = self._url.username if password is not None else None
+        return ConnectionPool(location=location, db=database, username=username, password=password)
