@@ -225,8 +225,8 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/store.py",
-        "ago = math.floor((trio.current_time() - at) * (1 - DRIFT) * MICROSECONDS)",
-        "ago = math.floor((trio.current_time() - at + 0.01) * MICROSECONDS)",
+        "ago = math.floor((trio.current_time() - window.at) * (1 - DRIFT) * MICROSECONDS)",
+        "ago = math.floor((trio.current_time() - window.at + 0.01) * MICROSECONDS)",
         "windows in Redis start 10 ms too early",
     ),
     Mutant(

@@ -396,6 +396,15 @@ async def test_a_connection_to_the_same_data_is_trusted_at_once(redis: RedisServ
         assert isinstance(await claimed(store), Claim)
 
 
+async def test_a_connection_after_a_longer_time_waits_for_a_lease(redis: RedisServer) -> None:
+    """Another server may have taken over meanwhile, and other replicas may release by it."""
+    async with cut_off(redis, Rules(60, hold=False)) as (store, proxy):
+        await trio.sleep(RESTORE_SECONDS)
+        proxy.target = redis.port
+        await connected(store)
+        assert isinstance(await store.claim(0, None, trio.current_time()), Refusal)
+
+
 async def test_a_hold_goes_on_after_a_connection_was_lost(redis: RedisServer) -> None:
     began, rules = trio.current_time(), Rules(1.5, hold=True)
     async with cut_off(redis, rules) as (store, proxy):

@@ -84,32 +84,42 @@ class Link:
         delay = FIRST_RETRY
         has_followed = False
         while True:
-            try:
-                pool = await self._servers.find()
-            # A certificate, or an option in the URL.
-            except (OSError, ValueError, Unreachable) as error:
-                reason = str(error)
-            else:
-                async with pool:
-                    connection = await self._offer(pool)
-                reason = connection.reason
-                if connection.moved_to is not None or self.fault is not None:
-                    self._servers.note_failure(connection)
-                if connection.moved_to is not None and not has_followed:
-                    has_followed = True
-                    continue
+            reason, is_elsewhere = await self._use_next()
+            has_worked, now = self.fault is None, trio.current_time()
+            if is_elsewhere and (has_worked or not has_followed):
+                log.info("another node of the Redis cluster is used", reason=reason)
+                self.fault = next_fault(self.fault, reason, now, 0)
+                has_followed = True
+                continue
             has_followed = False
-            if self.fault is None:
+            if has_worked:
                 delay = FIRST_RETRY
-            if self.fault is None or not self._is_announced:
+            if has_worked or not self._is_announced:
                 log.warning("Redis cannot be reached, no ticket is released", reason=reason)
                 self._is_announced = True
-            elif self.fault.reason != reason:
+            elif self.fault is not None and self.fault.reason != reason:
                 log.info("Redis still cannot be reached", reason=reason)
-            self.fault = next_fault(self.fault, reason, trio.current_time(), delay)
+            self.fault = next_fault(self.fault, reason, now, delay)
             self.count_error()
             await trio.sleep(delay)
             delay = min(2 * delay, LONGEST_RETRY)
+
+    async def _use_next(self) -> tuple[str, bool]:
+        """Use one connection until it is lost.
+
+        Returns:
+          Why it is lost, and whether another node of the cluster has the keys.
+        """
+        try:
+            pool = await self._servers.find()
+        except (OSError, ValueError, Unreachable) as error:  # OSError: a certificate in the URL
+            return str(error), False
+        async with pool:
+            connection = await self._offer(pool)
+        is_elsewhere = connection.moved_to is not None
+        if is_elsewhere or self.fault is not None:
+            self._servers.note_failure(connection)
+        return connection.reason, is_elsewhere
 
     async def _offer(self, pool: ConnectionPool[Any]) -> Connection:
         """Let the stores use one connection until it is lost, and return it."""
