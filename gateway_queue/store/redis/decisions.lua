@@ -10,7 +10,8 @@
 --   replid               the replication id of the server that wrote this data
 --   starts_size          the size of PREFIX:starts after the last command
 --   shards_size          the size of PREFIX:shards after the last command
---   quick_at             when a replica looked whose way here is quick enough to release tickets
+--   quick                the last replica that looked and whose way here is quick enough to release
+--                        tickets, and when: REPLICA=TIME
 --   kept_at              when the expiry of all keys was last put off
 --   seen:REPLICA         when the last command of that replica came
 --   window:N:K           when the key opens; a claimed key opens when its lease ends
@@ -556,11 +557,12 @@ function commands.update_budget(total, remaining, resets_at, asked_at)
 end
 
 -- is_quick: 1 if this replica's way here is quick enough to release tickets, otherwise 0.
--- Returns in addition the server's replication id, how long ago the last such replica looked, the
+-- Returns in addition the server's replication id, how long ago another such replica looked, the
 -- confirmed claims that are not used yet, and the starts from a time on: their tokens and times.
 function commands.look(from, is_quick)
+  local quick, quick_at = entries(redis.call('HGET', state, 'quick'))()
   if is_quick == '1' then
-    redis.call('HSET', state, 'quick_at', word(now))
+    redis.call('HSET', state, 'quick', replica .. '=' .. word(now))
   end
   local some = redis.call('HRANDFIELD', state, 2, 'WITHVALUES')
   for i = 1, #some, 2 do
@@ -570,7 +572,7 @@ function commands.look(from, is_quick)
   end
   local reply = answer(GRANTED, 0)
   reply[#reply + 1] = server
-  reply[#reply + 1] = now - tonumber(redis.call('HGET', state, 'quick_at') or 0)
+  reply[#reply + 1] = now - (quick ~= replica and tonumber(quick_at) or 0)
   reply[#reply + 1] = redis.call('HGET', state, 'identifying') or ''
   local recent = redis.call('ZRANGEBYSCORE', starts, from, '+inf', 'WITHSCORES')
   for i = 1, #recent do

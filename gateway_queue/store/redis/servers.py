@@ -19,14 +19,16 @@ ASK_SECONDS = 0.5
 """How often each sentinel is asked, and the longest that its answer may take."""
 
 OVERLAP_SECONDS = 4 * ASK_SECONDS
-"""After most sentinels have named another primary, a replica may use the former one for so long."""
+"""After most sentinels have named another primary, a replica may use the former one for so long. In
+a cluster, it may connect to a node again that has lost the keys without knowing it."""
 
 
 class Servers(Protocol):
     """Finds the server."""
 
-    overlap: float
-    """Seconds for which another replica may use a former server, after this one has changed."""
+    @property
+    def overlap(self) -> float:
+        """Seconds for which another replica may use a former server, after this one has changed."""
 
     def running(self) -> AbstractAsyncContextManager[None]:
         """Make the context in which it can find servers."""
@@ -54,12 +56,14 @@ class ServersOfUrl:
     One of the other nodes may know the owner when the node of the URL or the owner is lost.
     """
 
-    overlap = 0.0
-
     def __init__(self, url: str) -> None:
         self._url = url
         # Those to try one after the other; None is that of the URL.
         self._candidates = deque[TCPLocation | None]([None])
+
+    @property
+    def overlap(self) -> float:
+        return OVERLAP_SECONDS if len(self._candidates) > 1 else 0.0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -94,13 +98,15 @@ class Sentinels:
     use different primaries would both release.
     """
 
-    overlap = OVERLAP_SECONDS
-
     def __init__(self, url: SentinelUrl) -> None:
         self._url = url
         self._named: dict[TCPLocation, TCPLocation] = {}
         self._changed = trio.Event()
         self._location: TCPLocation | None = None
+
+    @property
+    def overlap(self) -> float:
+        return OVERLAP_SECONDS
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -110,6 +110,7 @@ class RedisStore:
         self._slowness: Fault | None = None
         # When an answer came last that was in time.
         self._in_time_at = now
+        self._is_quick = False
         self._connection: Connection | None = None
         self._is_caught_up = False
         self._clock = ServerClock(self._longest_lease)
@@ -239,7 +240,7 @@ class RedisStore:
           Whether the server says which one it is.
         """
         looked_at = self._looked_at
-        answer, more = await self._ask("look", looked_at, int(self._slowness is None))
+        answer, more = await self._ask("look", looked_at, int(self._is_quick))
         server, quick_ago, identifying, *starts = more
         if self._slowness is not None and int(quick_ago) < microseconds(SLOW_SECONDS):
             self._send_away()
@@ -310,7 +311,8 @@ class RedisStore:
         is_same_clock = self._clock.agrees(answer.now, asked_at, answered_at)
         if self._since is None:
             self._since = answer.since
-            # After a longer time, another server may have taken over, and this be the former one.
+            # After a longer time, another server may have taken over, which other replicas use, and
+            # this may be the former server that does not know it.
             if not is_same_clock or answered_at > self._known_at + RESTORE_SECONDS:
                 self._trusted_since = None
             if self._trusted_since is None:
@@ -330,7 +332,8 @@ class RedisStore:
     def _compare_speed(self, seconds: float) -> None:
         """Note whether answers come in time to release tickets."""
         now = trio.current_time()
-        if seconds <= self._usable_seconds:
+        self._is_quick = seconds <= self._usable_seconds
+        if self._is_quick:
             self._in_time_at = now
             if self._slowness is not None:
                 log.info("Redis is fast enough again", after=round(now - self._slowness.since, 3))
