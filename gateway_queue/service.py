@@ -87,7 +87,6 @@ class Service:
                 self.queue = Queue(
                     self._open_store(),
                     max_concurrency=known_max_concurrency(settings),
-                    place_seconds=settings.place_seconds,
                     observers=(
                         self.metrics.observe,
                         self.recent.observe,
@@ -106,7 +105,7 @@ class Service:
         new settings; with another token, also not until Discord has told its limits.
         """
         former, self.settings = self.settings, settings
-        self.queue.change_rules(rules_of(settings), place_seconds=settings.place_seconds)
+        self.queue.change_rules(rules_of(settings))
         known = known_max_concurrency(settings)
         has_other_token = settings.discord_token != former.discord_token
         if known is not None or has_other_token or self.queue.max_concurrency == 0:
@@ -210,4 +209,5 @@ def rules_of(settings: Settings) -> Rules:
         releases_per_window=settings.max_concurrency or None if settings.discord_token else None,
         margin=settings.margin_seconds,
         confirm_seconds=settings.confirm_seconds,
+        place_seconds=settings.place_seconds,
     )

@@ -68,13 +68,8 @@ async def running(
     place_seconds: float = 0,
 ) -> AsyncIterator[Queue]:
     """Run a queue until the end of the context, and close it then."""
-    store = store_type(Rules(WINDOW, hold, session_start_limit, loop_free_starts))
-    queue = Queue(
-        store,
-        max_concurrency=keys,
-        place_seconds=place_seconds,
-        observers=[EventLog().observe],
-    )
+    rules = Rules(WINDOW, hold, session_start_limit, loop_free_starts, place_seconds=place_seconds)
+    queue = Queue(store_type(rules), max_concurrency=keys, observers=[EventLog().observe])
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)
         yield queue

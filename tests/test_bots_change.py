@@ -163,14 +163,14 @@ async def test_a_limit_over_all_keys_can_come_and_go(autojump_clock: MockClock) 
     async with running(keys=4) as queue, trio.open_nursery() as nursery:
         rules = replace(queue.store.rules, releases_per_window=1)
         start = trio.current_time()
-        queue.change_rules(rules, place_seconds=0)
+        queue.change_rules(rules)
         for shard in range(4):
             nursery.start_soon(ask, queue, shard)
         await trio.sleep(2.5 * WINDOW)
         assert len(released) == 2
         assert released[1] - released[0] >= WINDOW
         assert released[0] - start >= WINDOW
-        queue.change_rules(replace(rules, releases_per_window=None), place_seconds=0)
+        queue.change_rules(replace(rules, releases_per_window=None))
         await trio.sleep(1.5 * WINDOW)
         assert len(released) == 4
         assert released[3] - released[2] < WINDOW / 2
@@ -184,7 +184,7 @@ async def test_a_higher_limit_of_session_starts_counts_at_once(autojump_clock: M
             nursery.start_soon(wait_for_turn, queue, 2)
             await trio.sleep(3 * WINDOW)
             rules = replace(queue.store.rules, session_start_limit=2)
-            queue.change_rules(rules, place_seconds=0)
+            queue.change_rules(rules)
         assert trio.current_time() - start <= 4 * WINDOW + TOLERANCE
 
 

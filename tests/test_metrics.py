@@ -189,8 +189,8 @@ async def test_lateness_counts_from_when_the_window_is_open_and_somebody_waits(
 ) -> None:
     metrics = Metrics()
     observe = metrics.of(DEFAULT_BOT).observe
-    store = MemoryStore(Rules(WINDOW, hold=True))
-    queue = Queue(store, max_concurrency=1, place_seconds=30, observers=[observe])
+    store = MemoryStore(Rules(WINDOW, hold=True, place_seconds=30))
+    queue = Queue(store, max_concurrency=1, observers=[observe])
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)
         await trio.sleep(idle)
@@ -222,7 +222,7 @@ async def test_a_window_that_opens_earlier_than_expected_is_not_late_before_it_o
     observe = metrics.of(DEFAULT_BOT).observe
     store = MemoryStore(Rules(WINDOW, hold=False))
     await store.update_budget(DiscordBudget(total=10, remaining=0, resets_at=5e4, asked_at=0))
-    queue = Queue(store, max_concurrency=1, place_seconds=30, observers=[observe])
+    queue = Queue(store, max_concurrency=1, observers=[observe])
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)
         with trio.move_on_after(10):

@@ -177,7 +177,7 @@ def test_restarts_release_nobody_early_and_lose_nobody_who_asks_again(
         """Be one process: killed without warning when its lifetime is over."""
         answered = {release.client for release in releases}
         store = MemoryStore(Rules(WINDOW, hold=True))
-        queue = Queue(store, max_concurrency=keys, place_seconds=0)
+        queue = Queue(store, max_concurrency=keys)
         with trio.move_on_after(lifetime):
             async with trio.open_nursery() as nursery:
                 await nursery.start(queue.run)

@@ -113,6 +113,46 @@ def test_no_ticket_is_overtaken_by_one_that_came_over_a_window_later(redis: Redi
         assert latest_before - came_at[number] < window
 
 
+def known_places(redis: RedisServer) -> str:
+    return redis.command("HLEN", "gateway-queue:line")
+
+
+def leave(server: Server, client: Client, redis: RedisServer) -> None:
+    client.hang_up()
+    eventually(lambda: server.status()["away"] == 1)
+
+
+def leave_and_flush(server: Server, client: Client, redis: RedisServer) -> None:
+    leave(server, client, redis)
+    redis.command("FLUSHALL")
+    eventually(lambda: known_places(redis) == ":2")
+
+
+def stop(server: Server, client: Client, redis: RedisServer) -> None:
+    server.signal(signal.SIGTERM)
+    server.wait()
+
+
+def die(server: Server, client: Client, redis: RedisServer) -> None:
+    server.signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("end", [leave, leave_and_flush, stop, die])
+def test_a_shard_has_its_old_place_at_another_replica(
+    redis: RedisServer, end: Callable[[Server, Client, RedisServer], None]
+) -> None:
+    with replicas(2, redis.url, WINDOW_SECONDS=6) as (former, other):
+        client = former.ask(1)
+        eventually(lambda: known_places(redis) == ":1")
+        later = other.ask(2)
+        eventually(lambda: known_places(redis) == ":2")
+        end(former, client, redis)
+        back = other.ask(1)
+        # No window opens before that.
+        eventually(lambda: [t["shard"] for t in other.status()["lanes"][0]["tickets"]] == [1, 2])
+        assert [number for number, _ in first_answers([later, back], 1)] == [1]
+
+
 def test_idle_replicas_only_keep_their_connection(redis: RedisServer) -> None:
     with replicas(3, redis.url, WINDOW_SECONDS=0.5) as servers:
         for server in servers:

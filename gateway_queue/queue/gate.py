@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import trio
 
-from gateway_queue.queue.lane import Lane
+from gateway_queue.queue.lane import Lane, Order
 
 SETTLE_SECONDS = 0.001
 """Keys that open in the same moment reach the gate within this time."""
@@ -59,6 +59,6 @@ class Gate:
         self._changed.set()
 
 
-def _oldest(lane: Lane) -> float:
+def _oldest(lane: Lane) -> Order:
     first = lane.first()
-    return math.inf if first is None else first.number
+    return (math.inf, 0) if first is None else first.order

@@ -18,15 +18,18 @@ from gateway_queue.queue.ticket import Ticket
 State = Literal["waiting", "held", "away", "chosen", "released", "gone"]
 """See the table in :mod:`gateway_queue.queue`."""
 
-_number = attrgetter("number")
+Order = tuple[float, int]
+
+_order = attrgetter("order")
 
 
 class Place:
     """A position in a lane, with the client that has it now. Times are of trio's clock.
 
     Args:
-      number: lower numbers go first.
+      number: of places with the same time, lower numbers go first.
       ticket: the client that has it at first.
+      since: older ones go first, see :meth:`~gateway_queue.store.WindowStore.place_time`.
     """
 
     __slots__ = (
@@ -36,16 +39,18 @@ class Place:
         "lane",
         "number",
         "shard",
+        "since",
         "state",
         "ticket",
     )
 
-    def __init__(self, number: int, ticket: Ticket) -> None:
+    def __init__(self, number: int, ticket: Ticket, since: float) -> None:
         self.number = number
+        self.since = since
         self.shard = ticket.shard
         self.ticket: Ticket | None = None
         self.joined_at = trio.current_time()
-        """When the first client came that had this place."""
+        """When the first client came that had this place, at whatever replica."""
         self.held_until = -math.inf
         self.expires_at = -math.inf
         """When an empty place is given up."""
@@ -53,6 +58,21 @@ class Place:
         self.lane: Lane | None = None
         """The lane in which it is listed; None in the last three states."""
         self.seat(ticket)
+
+    @property
+    def order(self) -> Order:
+        """What places are sorted by: older ones go first."""
+        return self.since, self.number
+
+    @property
+    def connected_at(self) -> float | None:
+        """When its client came; None while it has none."""
+        return None if self.ticket is None else self.ticket.connected_at
+
+    @property
+    def confirm(self) -> bool:
+        """Whether its client will say when it has identified."""
+        return self.ticket is not None and self.ticket.confirm
 
     def seat(self, ticket: Ticket) -> None:
         """Give the place to a client."""
@@ -88,7 +108,7 @@ class Lane:
         self.claim_at = -math.inf
         """When to claim next: when the key opens, or earlier if something has changed."""
         self.identifying: Identifying | None = None
-        self.waiting: SortedDict[int, Place] = SortedDict()
+        self.waiting: SortedDict[Order, Place] = SortedDict()
         # In the order of the times at which a hold or an empty place ends.
         self.held: SortedDict[tuple[float, int], Place] = SortedDict()
         self.away: SortedDict[tuple[float, int], Place] = SortedDict()
@@ -103,14 +123,14 @@ class Lane:
 
     def __iter__(self) -> Iterator[Place]:
         """Go over all places, in their order."""
-        aside = sorted(chain(self.held.values(), self.away.values()), key=_number)
-        return merge(self.waiting.values(), aside, key=_number)
+        aside = sorted(chain(self.held.values(), self.away.values()), key=_order)
+        return merge(self.waiting.values(), aside, key=_order)
 
     def places(self) -> list[Place]:
         """Return all places, in their order."""
         # Of dict, for that of SortedDict takes twice as long, even with this sort.
-        waiting = dict.values(cast("dict[int, Place]", self.waiting))
-        return sorted(chain(waiting, self.held.values(), self.away.values()), key=_number)
+        waiting = dict.values(cast("dict[Order, Place]", self.waiting))
+        return sorted(chain(waiting, self.held.values(), self.away.values()), key=_order)
 
     def add(self, place: Place) -> None:
         """List a place by its current state."""
@@ -122,7 +142,7 @@ class Lane:
             self.held[place.held_until, place.number] = place
         else:
             place.state = "waiting"
-            self.waiting[place.number] = place
+            self.waiting[place.order] = place
         place.lane = self
         if place.state != "waiting":
             self._changed.set()  # there may be an earlier time to wake up at
@@ -137,7 +157,7 @@ class Lane:
             case "held":
                 del self.held[place.held_until, place.number]
             case _:
-                del self.waiting[place.number]
+                del self.waiting[place.order]
         place.lane = None
         if not self.waiting:
             self._changed.set()

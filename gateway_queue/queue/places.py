@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from itertools import count
+from operator import attrgetter
 from typing import Literal
 
 import trio
 
 from gateway_queue.queue.lane import Place
 from gateway_queue.queue.ticket import Ticket
+from gateway_queue.store import WindowStore
+
+_order = attrgetter("order")
 
 
 class Places:
@@ -20,11 +24,12 @@ class Places:
     not matter which of a shard's clients leaves.
 
     Args:
-      seconds: how long an empty place is kept; 0 keeps none. It may be changed.
+      store: which shares the places with other replicas, and whose rules say how long an empty
+        place is kept; 0 keeps none.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, store: WindowStore) -> None:
+        self._store = store
         self._numbers = count()
         # In their order: first those of connected clients, then the empty ones.
         self._of_shard: dict[int | None, list[Place]] = {}
@@ -35,11 +40,13 @@ class Places:
         for place in places[_occupied(places) :]:
             if place.expires_at > trio.current_time():
                 place.seat(ticket)
+                self._store.share(place)
                 return place
             self.end(place, "gone")
-        place = Place(next(self._numbers), ticket)
-        if ticket.shard is not None and self.seconds:
-            self._of_shard.setdefault(ticket.shard, []).append(place)
+        place = Place(next(self._numbers), ticket, self._store.place_time())
+        if ticket.shard is not None and self._store.rules.place_seconds:
+            insort(self._of_shard.setdefault(ticket.shard, []), place, key=_order)
+        self._store.share(place)
         return place
 
     def leave(self, ticket: Ticket) -> Place:
@@ -51,16 +58,37 @@ class Places:
         places = self._of_shard.get(ticket.shard, [])
         if _index(places, place) is not None:
             last = places[_occupied(places) - 1]
-            last.expires_at = trio.current_time() + self.seconds
+            last.expires_at = trio.current_time() + self._store.rules.place_seconds
             if last is not place and last.ticket is not None:
                 place.seat(last.ticket)
+                self._store.share(place)
         last.ticket = None
+        if last.expires_at > trio.current_time():
+            self._store.share(last)
         return last
+
+    def move(self, place: Place, since: float, joined_at: float) -> list[Place]:
+        """Change the time of a place, which is not listed, and return places to give up.
+
+        If a client has it, those are older places of its shard without one: other replicas have
+        taken them over.
+        """
+        places = self._of_shard.get(place.shard, [])
+        index = _index(places, place)
+        place.since, place.joined_at = since, joined_at
+        if index is None:
+            return []
+        del places[index]
+        insort(places, place, key=_order)
+        if place.ticket is None:
+            return []
+        return [one for one in places[: _index(places, place)] if one.ticket is None]
 
     def end(self, place: Place, state: Literal["released", "gone"]) -> None:
         """Forget a place."""
         place.unlist()
         place.state = state
+        self._store.unshare(place)
         places = self._of_shard.get(place.shard, [])
         if (index := _index(places, place)) is not None:
             del places[index]
@@ -70,7 +98,7 @@ class Places:
 
 def _index(places: list[Place], place: Place) -> int | None:
     """Find a place; one that came while none was kept is not there."""
-    index = bisect_left(places, place.number, key=lambda one: one.number)
+    index = bisect_left(places, place.order, key=_order)
     return index if index < len(places) and places[index] is place else None
 
 

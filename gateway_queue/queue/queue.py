@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import cast
 
 import trio
 
@@ -25,7 +26,7 @@ from gateway_queue.queue.gate import Gate
 from gateway_queue.queue.lane import Identifying, Lane, Place
 from gateway_queue.queue.places import Places
 from gateway_queue.queue.ticket import Slot, Ticket, Turn, UnpacedTicket
-from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules, WindowStore
+from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules, Standing, WindowStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,6 @@ class Queue:
       store: what is known of earlier releases.
       max_concurrency: number of rate limit keys; 0 releases every ticket at once, and while it is
         None no ticket is released.
-      place_seconds: how long the place of a named shard is kept after its client has left.
       observers: what to tell of releases and of whatever else happens.
     """
 
@@ -55,7 +55,6 @@ class Queue:
         store: WindowStore,
         *,
         max_concurrency: int | None,
-        place_seconds: float,
         observers: Iterable[Observer] = (),
     ) -> None:
         self.store = store
@@ -68,7 +67,8 @@ class Queue:
         self.abandoned = 0
         """Clients that left without their turn."""
         self.lanes: dict[int, Lane] = {}
-        self._places = Places(place_seconds)
+        self._places = Places(store)
+        store.follow_moves(self._move)
         self._gate = None if store.rules.releases_per_window is None else Gate()
         self._dispatchers: trio.Nursery | None = None
         self._open = trio.CancelScope()
@@ -96,9 +96,13 @@ class Queue:
         self._closed.set()
 
     async def close(self) -> None:
-        """Release no more tickets, and return when the answers under way are out."""
+        """Release no more tickets, and return when the answers under way are out.
+
+        Other replicas may take over the places then.
+        """
         self._open.cancel()
         await self._closed.wait()
+        await self.store.retire()
 
     def dismiss(self) -> None:
         """Let every waiting client go without an answer, and keep no places."""
@@ -114,15 +118,9 @@ class Queue:
         for ticket in [place.ticket for place in places if place.ticket is not None]:
             ticket.dismiss()
 
-    def change_rules(self, rules: Rules, *, place_seconds: float) -> None:
-        """Hold to other rules from now on. Tickets keep waiting, for at least one more window.
-
-        Args:
-          rules: for the store.
-          place_seconds: how long the place of a named shard is kept from now on.
-        """
+    def change_rules(self, rules: Rules) -> None:
+        """Hold to other rules from now on. Tickets keep waiting, for at least one more window."""
         self.store.change_rules(rules)
-        self._places.seconds = place_seconds
         if rules.releases_per_window is not None and self._gate is None:
             self._gate = Gate()
             if self._dispatchers is not None:
@@ -144,9 +142,7 @@ class Queue:
                 self.dismiss()
             return
         was_known = bool(self.max_concurrency)
-        places = sorted(
-            (place for lane in self.lanes.values() for place in lane), key=lambda one: one.number
-        )
+        places = [place for lane in self.lanes.values() for place in lane]
         for place in places:
             place.unlist()
         self.store.regroup(number)
@@ -217,6 +213,16 @@ class Queue:
         self.abandoned += 1
         self.report(Abandoned(ticket.shard))
         self._list(self._places.leave(ticket))
+
+    def _move(self, standing: Standing, since: float, joined_at: float) -> None:
+        """Move a place to another time in the queue."""
+        place = cast("Place", standing)
+        is_listed = place.lane is not None
+        place.unlist()
+        for given_up in self._places.move(place, since, joined_at):
+            self._places.end(given_up, "gone")
+        if is_listed:
+            self._list(place)
 
     def _list(self, place: Place) -> None:
         """Put a place into the lane of its key, in its current state; an empty place may expire."""
@@ -298,7 +304,7 @@ class Queue:
                 return None
             asked_at = trio.current_time()
             outcome = await self.store.claim(
-                lane.rate_limit_key, place.shard, place.joined_at, confirm=place.ticket.confirm
+                lane.rate_limit_key, place.shard, place.since, confirm=place.ticket.confirm
             )
             if isinstance(outcome, Refusal):
                 self._wait(lane, place, outcome)

@@ -7,6 +7,7 @@ often that they have to wait.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -42,6 +43,8 @@ class Rules:
     shard may identify after its answer."""
     confirm_seconds: float = 15.0
     """The longest time from the answer of a confirmed ticket to its confirmation."""
+    place_seconds: float = 0.0
+    """Seconds for which the place of a named shard is kept after its client was last connected."""
 
     @property
     def unconfirmed_window(self) -> float:
@@ -120,6 +123,37 @@ class SessionStarts:
         return self.enforced and self.remaining == 0
 
 
+class Standing(Protocol):
+    """A place in the queue, as other replicas have to know it.
+
+    Times are of :func:`trio.current_time`.
+    """
+
+    @property
+    def number(self) -> int:
+        """Identifies the place among those of this replica."""
+
+    @property
+    def shard(self) -> int | None:
+        """The shard that has it; None if the client named none."""
+
+    @property
+    def since(self) -> float:
+        """What places are sorted by, see :meth:`WindowStore.place_time`."""
+
+    @property
+    def connected_at(self) -> float | None:
+        """When its client came; None while it has none."""
+
+    @property
+    def expires_at(self) -> float:
+        """Until when it is kept while it has no client."""
+
+    @property
+    def confirm(self) -> bool:
+        """Whether its client will say when it has identified."""
+
+
 class WindowStore(Protocol):
     """Remembers releases.
 
@@ -148,8 +182,8 @@ class WindowStore(Protocol):
         Args:
           key: the rate limit key.
           shard: whose start it will be; None if the client did not say.
-          came_at: since when it has waited (:func:`trio.current_time`). Where several replicas
-            have a ticket for the key, the oldest goes first.
+          came_at: the time of its place, see :meth:`place_time`. Where several replicas have a
+            ticket for the key, the oldest goes first.
           confirm: whether the client will say when it has identified. Such a claim lasts longer.
         """
 
@@ -172,6 +206,28 @@ class WindowStore(Protocol):
 
     async def withdraw(self, key: int) -> None:
         """Tell other replicas that no ticket waits here for a key."""
+
+    def place_time(self) -> float:
+        """Return the time of a place that begins now: seconds of a clock that all replicas share.
+
+        It is never earlier than that of an earlier place here.
+        """
+
+    def follow_moves(self, move: Callable[[Standing, float, float], None]) -> None:
+        """Set what is called with a place that has another time than it seems here.
+
+        So it is if the shard was connected to another replica before. The second argument is the
+        time by the clock of all replicas, the third by that of trio.
+        """
+
+    def share(self, place: Standing) -> None:
+        """Tell other replicas of a place: it is new, or its client has come or left."""
+
+    def unshare(self, place: Standing) -> None:
+        """Tell other replicas that a place has ended."""
+
+    async def retire(self) -> None:
+        """Let other replicas take over all places from now on, because this replica stops."""
 
     def change_rules(self, rules: Rules) -> None:
         """Hold to other rules from now on.

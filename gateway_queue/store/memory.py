@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
 
-from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules, SessionStarts
+from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules, SessionStarts, Standing
 from gateway_queue.store.budget import Budget
 from gateway_queue.store.loop_guard import LoopGuard
 from gateway_queue.store.pace import Pace
@@ -64,6 +66,21 @@ class MemoryStore:
         self._budget.give_back()
 
     async def withdraw(self, key: int) -> None:
+        pass
+
+    def place_time(self) -> float:
+        return trio.current_time()
+
+    def follow_moves(self, move: Callable[[Standing, float, float], None]) -> None:
+        pass
+
+    def share(self, place: Standing) -> None:
+        pass
+
+    def unshare(self, place: Standing) -> None:
+        pass
+
+    async def retire(self) -> None:
         pass
 
     def change_rules(self, rules: Rules) -> None:

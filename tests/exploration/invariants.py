@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from itertools import count
 from operator import itemgetter
 
+from gateway_queue.store.redis.store import LOOK_SECONDS
 from tests.exploration.record import Call, ProcessRecord, Record
-from tests.exploration.scenario import CUTS, PROCESS_ENDS, SLOW_WAY
+from tests.exploration.scenario import CUTS, DISCORD_FAULTS, PROCESS_ENDS, SLOW_WAY
 
 TOLERANCE = 1e-6
 """For floating point only: the clock is the simulation's."""
@@ -39,6 +40,9 @@ RECONNECT_ROUND_TRIPS = 12
 
 MOMENT = 0.02
 """What a process needs to choose a ticket, with a millisecond for each key that waits its turn."""
+
+KNOWN_DEAD_SECONDS = 5.0
+"""In this time every replica knows that one was killed, and which places are free."""
 
 HOUR = 3600.0
 
@@ -147,18 +151,79 @@ def oldest_first(record: Record) -> str | None:
     scenario = record.scenario
     if scenario.store == "redis" or not scenario.has_token or not scenario.max_concurrency:
         return None
-    return _younger_first(record, 0.0, MOMENT, lambda call, other: call.process is other.process)
+    return _younger_first(
+        record, 0.0, MOMENT, _arrival, lambda call, other: call.process is other.process
+    )
 
 
 def oldest_replica_first(record: Record) -> str | None:
-    """Section 5: oldest first over all replicas, give or take one window, without faults."""
+    """Section 5: oldest first over all replicas, without faults."""
     scenario = record.scenario
     if scenario.store == "memory":
         return None
-    slack = scenario.window + _delay_of_redis(record)
     return _younger_first(
-        record, record.calm_since, slack, lambda call, other: call.process is not other.process
+        record,
+        record.calm_since,
+        _way_to_redis(record),
+        _arrival,
+        lambda call, other: call.process is not other.process,
     )
+
+
+def shared_place_kept(record: Record) -> str | None:
+    """Rule 6: a shard has its old place at any replica, also after the end of its own one."""
+    scenario = record.scenario
+    works = set(scenario.faults) <= {*PROCESS_ENDS, *DISCORD_FAULTS}
+    if scenario.store == "memory" or not scenario.place_seconds or not works:
+        return None
+    kept = _kept_places(record)
+    return _younger_first(record, 0.0, _way_to_redis(record), kept.get, lambda *_: True)
+
+
+def _kept_places(record: Record) -> dict[Call, tuple[float, float]]:
+    """Return since when a shard has the place of a call, and from when on every replica knows.
+
+    Only of shards that have one client: the clients of a shard can exchange their places.
+    """
+    way = _way_to_redis(record)
+    by_shard = defaultdict[int, list[Call]](list)
+    for call in record.calls:
+        if call.shard is not None and call.arrived_at is not None:
+            by_shard[call.shard].append(call)
+    kept: dict[Call, tuple[float, float]] = {}
+    for calls in by_shard.values():
+        if len({call.client for call in calls}) > 1:
+            continue
+        place, kept_until, known_at = math.inf, -math.inf, 0.0
+        for call in calls:
+            arrived_at = call.arrived_at or 0
+            if arrived_at > kept_until:
+                place, known_at = arrived_at, arrived_at
+            kept[call] = place, max(known_at, arrived_at + way)
+            kept_until, known_at = _kept_until(record, call)
+    return kept
+
+
+def _kept_until(record: Record, call: Call) -> tuple[float, float]:
+    """Return until when the place of a call is kept at least, and from when on it is free."""
+    way, keeps = _way_to_redis(record), record.scenario.place_seconds
+    process, ended_at = call.process, call.ended_at or math.inf
+    if call.answered_at is not None:
+        return -math.inf, 0.0
+    if not process.was_killed or ended_at < (process.ended_at or math.inf) - way:
+        return ended_at + keeps - way, ended_at + LOOK_SECONDS + way
+    if ended_at - max(call.arrived_at or 0, process.started_at) < LOOK_SECONDS + 2 * way:
+        return -math.inf, 0.0  # Redis may not have heard of it
+    return ended_at - LOOK_SECONDS + keeps - way, ended_at + KNOWN_DEAD_SECONDS + way
+
+
+def _arrival(call: Call) -> tuple[float, float] | None:
+    return None if call.arrived_at is None else (call.arrived_at, call.arrived_at)
+
+
+def _way_to_redis(record: Record) -> float:
+    """Return how much older a ticket has to be, so that Redis knows of it in time."""
+    return 10 * record.scenario.latency + MOMENT
 
 
 def _place_since(record: Record, call: Call) -> float:
@@ -176,7 +241,11 @@ def _place_since(record: Record, call: Call) -> float:
 
 
 def _younger_first(
-    record: Record, since: float, slack: float, is_compared: Callable[[Call, Call], bool]
+    record: Record,
+    since: float,
+    slack: float,
+    place_of: Callable[[Call], tuple[float, float] | None],
+    is_compared: Callable[[Call, Call], bool],
 ) -> str | None:
     """Find a ticket that was chosen though an older one was free to start, too.
 
@@ -185,6 +254,7 @@ def _younger_first(
       since: whom to look at: those that were chosen later.
       slack: by how much it has to be older, and for how long its key has to have been open, if it
         has another one.
+      place_of: tells since when a call has its place, and from when on that counts.
       is_compared: chooses the pairs of calls to look at.
     """
     if _budget_may_be_spent(record):
@@ -204,9 +274,11 @@ def _younger_first(
             continue
         first_came = _place_since(record, call)
         for other in record.calls:
+            place = place_of(other)
             if (
-                other.arrived_at is not None
-                and other.arrived_at < first_came - slack
+                place is not None
+                and place[0] < first_came - slack
+                and place[1] < at - slack
                 and (other.chosen_at is None or other.chosen_at > at)
                 and (other.ended_at is None or other.ended_at > at)
                 and (other.shard is None or other.shard != call.shard)
@@ -433,6 +505,7 @@ INVARIANTS: dict[str, Invariant] = {
     "place-kept": place_kept,
     "oldest-first": oldest_first,
     "oldest-replica-first": oldest_replica_first,
+    "shared-place": shared_place_kept,
     "budget": budget_kept,
     "crash-loop": crash_loops_slowed,
     "nobody-forgotten": nobody_forgotten,
@@ -546,11 +619,24 @@ def _is_before(
     """
     flight = CLAIM_SECONDS if record.scenario.store == "redis" else 0.0
     chosen_at = other.call.chosen_at
+    rank, other_rank = mine.rank, other.rank
+    if _was_elsewhere(record, mine.call):
+        # Each replica knows the time of Redis by a way there and back.
+        rank = min(rank, _place_since(record, mine.call) - _way_to_redis(record))
+    if _was_elsewhere(record, other.call):
+        other_rank = other.call.arrived_at or now
     return (
         (chosen_at is None or chosen_at > now)
         and (other.call.shard is None or other.call.shard != mine.call.shard)
-        and other.rank < mine.rank - TOLERANCE
+        and other_rank < rank - TOLERANCE
         and other.since < now - flight - TOLERANCE
         and _share_a_key(other.call, mine.call, told)
         and not _may_be_held(record, other.call, now)
+    )
+
+
+def _was_elsewhere(record: Record, call: Call) -> bool:
+    """Tell whether the shard of a call has asked another process, too, which shares its place."""
+    return call.shard is not None and any(
+        one.shard == call.shard and one.process is not call.process for one in record.calls
     )

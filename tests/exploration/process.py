@@ -130,7 +130,6 @@ class Process:
                 self.queue = Queue(
                     store,
                     max_concurrency=keys,
-                    place_seconds=settings.place_seconds,
                     observers=[EventLog().observe],
                 )
                 await self.nursery.start(self.queue.run)

@@ -21,7 +21,7 @@ longer for these four round trips is too slow to release tickets."""
 
 SCRIPT = Path(__file__).with_name("decisions.lua")
 
-KEYS = ("state", "starts", "shards", "heads")
+KEYS = ("state", "starts", "shards", "heads", "line")
 """The keys of the script, without the prefix."""
 
 

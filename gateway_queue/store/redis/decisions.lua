@@ -8,8 +8,10 @@
 --   since                when this data began
 --   last                 when the last command came
 --   replid               the replication id of the server that wrote this data
+--   retired:REPLICA      when that replica said that it stops
 --   starts_size          the size of PREFIX:starts after the last command
 --   shards_size          the size of PREFIX:shards after the last command
+--   line_size            the size of PREFIX:line after the last command
 --   quick                the last replica that looked and whose way here is quick enough to release
 --                        tickets, and when: REPLICA=TIME
 --   kept_at              when the expiry of all keys was last put off
@@ -28,20 +30,30 @@
 -- KEYS[3] PREFIX:shards  a hash: by shard, a list of its starts in the last hour, tokens and times
 -- KEYS[4] PREFIX:heads   a hash: by N:K, and by "queue" for all keys, a list of the replicas with a
 --                        ticket that has to wait: when the ticket came, and when it asks again
+-- KEYS[5] PREFIX:line    a hash: the places in the queue, for looking and for the next client of a shard.
+--                        By shard, a list of its places, REPLICA:NUMBER and CAME,KEPT_UNTIL,CONFIRM:
+--                        since when it counts, until when it is kept without a client (0: it has one),
+--                        and 1 for a confirmed ticket. Places of no shard, and those over MOST_PLACES,
+--                        have fields of their own: SHARD/REPLICA:NUMBER
 
 local HOUR = 3600 * 1000000
 local DAY = 24 * HOUR
 local KEPT = 2 * DAY
 local FIRST_DELAY, LONGEST_DELAY = 15 * 1000000, 600 * 1000000
 
-local state, starts, shards, heads = unpack(KEYS)
+-- A replica that has sent no command for so long is taken for dead.
+local DEAD_AFTER = 3 * 1000000
+-- A list of more places of one shard would take long to read.
+local MOST_PLACES = 8
+
+local state, starts, shards, heads, line = unpack(KEYS)
 local command, replica, seen_since, seen_at = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local window, lease, day, in_flight, grace, glance =
   tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]),
   tonumber(ARGV[10])
-local limit, usual_total, free_starts, most_releases =
-  tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
-local FIRST_ARGUMENT = 15
+local limit, usual_total, free_starts, most_releases, kept_for =
+  tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14]), tonumber(ARGV[15])
+local FIRST_ARGUMENT = 16
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
@@ -92,8 +104,9 @@ local function current_replid()
   return type(info) == 'string' and info:match('master_replid:(%w+)') or ''
 end
 
-local since, last, replid, starts_size, shards_size, kept_at, seen_here = unpack(redis.call('HMGET',
-  state, 'since', 'last', 'replid', 'starts_size', 'shards_size', 'kept_at', 'seen:' .. replica))
+local since, last, replid, starts_size, shards_size, line_size, kept_at, seen_here = unpack(
+  redis.call('HMGET', state, 'since', 'last', 'replid', 'starts_size', 'shards_size', 'line_size',
+    'kept_at', 'seen:' .. replica))
 local server = current_replid()
 
 local function is_whole()
@@ -102,6 +115,7 @@ local function is_whole()
     and replid == server
     and tonumber(starts_size) == redis.call('ZCARD', starts)
     and tonumber(shards_size) == redis.call('HLEN', shards)
+    and tonumber(line_size) == redis.call('HLEN', line)
     -- An older copy of the data lacks what this replica did last.
     and (seen_since ~= since or tonumber(seen_here or 0) >= seen_at)
 end
@@ -110,12 +124,12 @@ end
 local kept_identifying
 
 -- Forgets all windows and claims; the replicas see another `since` and release nothing for a lease.
--- Session starts that are still here stay counted. The replicas restore the others.
+-- Session starts that are still here stay counted. The replicas restore the others, and the places.
 local function begin_anew()
   if last and now >= tonumber(last) then
     kept_identifying = redis.call('HGET', state, 'identifying')
   end
-  redis.call('DEL', state, heads)
+  redis.call('DEL', state, heads, line)
   redis.call('ZREMRANGEBYSCORE', starts, '(' .. word(now), '+inf')
   since, kept_at = word(now), false
 end
@@ -128,13 +142,15 @@ redis.call('HSET', state, 'since', since, 'last', word(now), 'replid', server)
 
 -- No key may expire before the others: that would look like a loss. So all are put off together,
 -- and as soon as there is one more.
-local function put_off_expiry(starts_now, shards_now)
+local function put_off_expiry(starts_now, shards_now, line_now)
   local is_new = (starts_now > 0 and starts_size == '0') or (shards_now > 0 and shards_size == '0')
+    or (line_now > 0 and line_size == '0')
   if is_new or now - tonumber(kept_at or 0) > HOUR then
     redis.call('HSET', state, 'kept_at', word(now))
     expire(state, KEPT)
     expire(starts, KEPT)
     expire(shards, KEPT)
+    expire(line, KEPT)
   end
 end
 
@@ -395,11 +411,149 @@ local function wait_for_older(field, came_at)
   local wait = 0
   for other, value in entries(redis.call('HGET', heads, field)) do
     local its_came_at, asks_at = value:match('(%d+),(%d+)')
-    if other ~= replica and tonumber(its_came_at) < came_at then
+    if other ~= replica and tonumber(its_came_at) < came_at
+      and not redis.call('HGET', state, 'retired:' .. other) then
       wait = math.max(wait, asks_at + grace - now)
     end
   end
   return math.min(wait, glance)
+end
+
+-- ---- places ------------------------------------------------------------------------------------
+
+-- Returns when a replica that does not answer any more was last seen; nil for one that does.
+local function last_seen(owner)
+  local seen, retired = unpack(redis.call('HMGET', state, 'seen:' .. owner, 'retired:' .. owner))
+  local at = tonumber(retired or seen or 0)
+  return owner ~= replica and (retired or at + DEAD_AFTER < now) and at or nil
+end
+
+local function read_place(name, value)
+  local came, kept_until, confirm = value:match('(%d+),(%d+),(%d)')
+  local place = {name = name, came = tonumber(came), confirm = confirm}
+  place.owner = name:match('^[^:]*')
+  place.kept_until = kept_until ~= '0' and tonumber(kept_until) or nil
+  local seen = not place.kept_until and last_seen(place.owner)
+  -- While no client has it.
+  place.free_until = seen and seen + kept_for or place.kept_until
+  return place
+end
+
+-- Returns the places of a shard that are not over.
+local function read_places(list)
+  local places = {}
+  for name, value in entries(list) do
+    local place = read_place(name, value)
+    if not place.free_until or place.free_until > now then
+      places[#places + 1] = place
+    end
+  end
+  return places
+end
+
+local function place_value(place)
+  return word(place.came) .. ',' .. word(place.kept_until or 0) .. ',' .. place.confirm
+end
+
+local function write_places(field, places)
+  local list = {}
+  for i = 1, #places do
+    list[i] = places[i].name .. '=' .. place_value(places[i])
+  end
+  store_list(line, field, table.concat(list, ' '))
+end
+
+local function index_of(places, name)
+  for i = 1, #places do
+    if places[i].name == name then
+      return i
+    end
+  end
+end
+
+-- Lets a client have the oldest place of its shard that no client has at another replica. Its own
+-- place is free instead, if it had one before.
+local function take_oldest(places, mine, is_new)
+  local oldest
+  for i = 1, #places do
+    local other = places[i]
+    if other.free_until and other.owner ~= replica and other.came < mine.came
+      and (not oldest or other.came < places[oldest].came) then
+      oldest = i
+    end
+  end
+  if oldest then
+    local other = places[oldest]
+    mine.came, other.came = other.came, mine.came
+    if is_new then
+      table.remove(places, oldest)
+    end
+  end
+end
+
+-- Whether an older place of the shard may be free soon, because a client has it that may have left.
+local function expects_older(places, mine)
+  for i = 1, #places do
+    local other = places[i]
+    if not other.free_until and other.owner ~= replica and other.came < mine.came then
+      return 1
+    end
+  end
+  return 0
+end
+
+-- Looks at two fields, so that the places of dead replicas are forgotten in the course of time.
+local function forget_some_places()
+  local some = redis.call('HRANDFIELD', line, 2, 'WITHVALUES')
+  for i = 1, #some, 2 do
+    local name = some[i]:match('/(.*)')
+    if not name then
+      write_places(some[i], read_places(some[i + 1]))
+    else
+      local free_until = read_place(name, some[i + 1]).free_until
+      if free_until and free_until <= now then
+        redis.call('HDEL', line, some[i])
+      end
+    end
+  end
+end
+
+local function end_place(name, shard)
+  local places = read_places(shard ~= '' and redis.call('HGET', line, shard) or '')
+  local index = index_of(places, name)
+  if index then
+    table.remove(places, index)
+    write_places(shard, places)
+  else
+    redis.call('HDEL', line, shard .. '/' .. name)
+  end
+end
+
+-- Notes a place of this replica. KIND is n if the server has not answered of it before, or has lost it.
+-- Another replica may have taken over a place that is not here any more; then its client counts since
+-- it is connected. Returns the time of the place, and 1 if an older one of its shard may be free soon.
+local function set_place(name, shard, kind, came, connected, kept_until, confirm)
+  local places = read_places(shard ~= '' and redis.call('HGET', line, shard) or '')
+  local alone, index = shard .. '/' .. name, index_of(places, name)
+  local mine = places[index] or {name = name, owner = replica, came = came}
+  mine.confirm, mine.kept_until = confirm, kept_until > 0 and kept_until or nil
+  mine.free_until = mine.kept_until
+  if not index and (shard == '' or #places >= MOST_PLACES or redis.call('HGET', line, alone)) then
+    redis.call('HSET', line, alone, place_value(mine))
+    return came, 0
+  end
+  if not index then
+    if kind == 'k' and mine.kept_until then
+      return came, 0
+    end
+    mine.came = kind == 'k' and connected or came
+    places[#places + 1] = mine
+  end
+  if not mine.kept_until then
+    take_oldest(places, mine, not index and kind == 'n')
+  end
+  write_places(shard, places)
+  return mine.came, mine.kept_until and 0 or expects_older(places, mine)
 end
 
 -- ---- commands ---------------------------------------------------------------------------------
@@ -408,10 +562,10 @@ local GRANTED, KEY_CLOSED, SHARD_HELD, QUEUE_CLOSED = 0, 1, 2, 3
 
 local function answer(verdict, wait)
   local used, total, resets_at, _, starts_now, is_discords = budget()
-  local shards_now = redis.call('HLEN', shards)
+  local shards_now, line_now = redis.call('HLEN', shards), redis.call('HLEN', line)
   redis.call('HSET', state, 'seen:' .. replica, word(now), 'starts_size', word(starts_now),
-    'shards_size', word(shards_now))
-  put_off_expiry(starts_now, shards_now)
+    'shards_size', word(shards_now), 'line_size', word(line_now))
+  put_off_expiry(starts_now, shards_now, line_now)
   return {verdict, wait, now, tonumber(since), used, total, math.max(0, resets_at - now),
     is_discords}
 end
@@ -547,6 +701,37 @@ function commands.withdraw(number, key)
   return answer(GRANTED, 0)
 end
 
+-- Changed places of this replica: NUMBER SHARD KIND CAME CONNECTED KEPT_UNTIL CONFIRM, where KIND is e
+-- for a place that has ended. Returns two numbers for each, see set_place().
+function commands.share()
+  local told = {}
+  for i = FIRST_ARGUMENT, #ARGV do
+    local number, shard, kind, came, connected, kept_until, confirm =
+      ARGV[i]:match('^(%d+) (%d*) (%a) (%d+) (%d+) (%d+) (%d)$')
+    local name, time, expects = replica .. ':' .. number, 0, 0
+    if kind == 'e' then
+      end_place(name, shard)
+    else
+      time, expects = set_place(name, shard, kind, tonumber(came), tonumber(connected),
+        tonumber(kept_until), confirm)
+    end
+    told[#told + 1] = time
+    told[#told + 1] = expects
+  end
+  forget_some_places()
+  local reply = answer(GRANTED, 0)
+  for i = 1, #told do
+    reply[#reply + 1] = told[i]
+  end
+  return reply
+end
+
+-- This replica stops: its places are free from now on, and no replica has to wait for its tickets.
+function commands.retire()
+  redis.call('HSET', state, 'retired:' .. replica, word(now))
+  return answer(GRANTED, 0)
+end
+
 function commands.update_budget(total, remaining, resets_at, asked_at)
   local known = tonumber(redis.call('HGET', state, 'asked_at') or 0)
   if tonumber(asked_at) >= known then
@@ -566,7 +751,7 @@ function commands.look(from, is_quick)
   end
   local some = redis.call('HRANDFIELD', state, 2, 'WITHVALUES')
   for i = 1, #some, 2 do
-    if some[i]:find('^seen:') and tonumber(some[i + 1]) < now - DAY then
+    if (some[i]:find('^seen:') or some[i]:find('^retired:')) and tonumber(some[i + 1]) < now - DAY then
       redis.call('HDEL', state, some[i])
     end
   end

@@ -70,6 +70,7 @@ def script_settings(rules: Rules) -> tuple[int, ...]:
         USUAL_TOTAL,
         rules.loop_free_starts,
         rules.releases_per_window or 0,
+        microseconds(longest_there(rules.place_seconds)),
     )
 
 

@@ -22,6 +22,7 @@ from gateway_queue.store import (
     Rules,
     SessionStarts,
     Source,
+    Standing,
 )
 from gateway_queue.store.budget import DAY
 from gateway_queue.store.loop_guard import HOUR
@@ -33,6 +34,7 @@ from gateway_queue.store.redis.clock import (
     longest_there,
 )
 from gateway_queue.store.redis.connection import CALL_SECONDS, Connection, Unreachable
+from gateway_queue.store.redis.line import SharedLine
 from gateway_queue.store.redis.link import FIRST_RETRY, Link
 from gateway_queue.store.redis.script import (
     CONCERNS,
@@ -58,6 +60,9 @@ SLOW_SECONDS = 3 * LOOK_SECONDS
 RESTORE_SECONDS = 2 * LOOK_SECONDS + FIRST_RETRY
 """After so long, every replica that is connected has noticed that data was lost, and has restored
 the session starts that it knows."""
+
+RETIRE_SECONDS = 0.5
+"""The longest that the last commands may take when the server stops."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -131,6 +136,9 @@ class RedisStore:
         # The confirmed claims whose shards are identifying, by token, also those of other replicas.
         self._identifying: dict[str, Lease] = {}
         self._starts = KnownStarts(self._replica, self._limit)
+        self._line = SharedLine()
+        self._knows_line = trio.Event()
+        """Set while the server can be told of places."""
         self._looked_at = 0
         self._discord_budget: DiscordBudget | None = None
         self._known = ScriptReply(0, 0, 0, 0, 0, self._limit or -1, microseconds(DAY), 0)
@@ -155,8 +163,10 @@ class RedisStore:
 
     async def run(self) -> NoReturn:
         """Stay connected until cancelled."""
-        while True:
-            await self._use(await self._link.connected())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._share_line)
+            while True:
+                await self._use(await self._link.connected())
 
     async def _use(self, connection: Connection) -> None:
         """Use a connection until it is lost."""
@@ -171,6 +181,7 @@ class RedisStore:
             self._is_caught_up = True
             self._fault = None
             self._link.confirm(connection)
+            self._knows_line.set()
             look_in = self._first_look
             while True:
                 with trio.move_on_after(look_in):
@@ -179,12 +190,14 @@ class RedisStore:
                 async with self._link.housekeeping:
                     await self._look()
                     await self._settle_doubtful()
+                self._line.look_again(self._clock)
         except Unreachable as error:
             now = trio.current_time()
             self._fault = Fault(str(error), now, now)
         finally:
             self._connection = None
             self._is_caught_up = False
+            self._knows_line = trio.Event()
 
     @property
     def _opens_at(self) -> float:
@@ -218,6 +231,9 @@ class RedisStore:
             await self._hand_over(self._discord_budget)
         is_new = self._since != self._complete_since
         await self._restore(also_of_others=is_new)
+        # All of them also if only the connection was new: meanwhile, other replicas may have taken
+        # this one for dead.
+        self._line.tell_all(self._clock, is_lost=is_new)
         self._complete_since = self._since
         for lease in known:
             if lease.token not in self._identifying or not (is_new or self._is_own(lease)):
@@ -225,6 +241,23 @@ class RedisStore:
             left = microseconds(longest_there(max(0.0, lease.until - trio.current_time())))
             await self._ask("restore_claim", *words(lease), left)
         return is_identified
+
+    async def _share_line(self) -> NoReturn:
+        """Tell the server of all places here, whenever it can be reached."""
+        while True:
+            await self._line.has_changes()
+            await self._knows_line.wait()
+            with suppress(Unreachable):
+                await self._tell_changes()
+
+    async def _tell_changes(self) -> None:
+        changes = self._line.changes(self._clock)
+        try:
+            _, answers = await self._ask("share", *(change.words for change in changes))
+        except (Unreachable, trio.Cancelled):
+            self._line.not_told(changes)
+            raise
+        self._line.told(changes, map(int, answers), self._clock)
 
     async def _restore(self, *, also_of_others: bool) -> None:
         for part in self._starts.to_restore(also_of_others=also_of_others):
@@ -367,7 +400,7 @@ class RedisStore:
             token=f"{self._replica}:{next(self._numbers)}:{'' if shard is None else shard}",
         )
         lease = self._confirm_lease if confirm else self._claim_lease
-        times = lease, self._clock.at(came_at), self._clock.at(answer_by)
+        times = lease, round(came_at * MICROSECONDS), self._clock.at(answer_by)
         caution = microseconds(self._clock.longest_step())
         try:
             with self._doubting(claim):
@@ -387,7 +420,7 @@ class RedisStore:
     async def _announce(self, key: int, came_at: float) -> None:
         """Tell other replicas of a ticket here that cannot be released yet but may be older."""
         if self._opens_at < math.inf:
-            times = self._clock.at(came_at), self._clock.at(self._opens_at)
+            times = round(came_at * MICROSECONDS), self._clock.at(self._opens_at)
             with suppress(Unreachable):
                 await self._ask("announce", self._max_concurrency, key, *times)
 
@@ -416,6 +449,25 @@ class RedisStore:
     async def withdraw(self, key: int) -> None:
         with suppress(Unreachable):  # then it is forgotten soon
             await self._ask("withdraw", self._max_concurrency, key)
+
+    def place_time(self) -> float:
+        return self._line.next_time()
+
+    def follow_moves(self, move: Callable[[Standing, float, float], None]) -> None:
+        self._line.follow_moves(move)
+
+    def share(self, place: Standing) -> None:
+        self._line.add(place)
+
+    def unshare(self, place: Standing) -> None:
+        self._line.remove(place)
+
+    async def retire(self) -> None:
+        self._line.close()
+        with trio.move_on_after(RETIRE_SECONDS), suppress(Unreachable):
+            while self._line.is_behind:
+                await self._tell_changes()
+            await self._ask("retire")
 
     def change_rules(self, rules: Rules) -> None:
         self._set_rules(rules)

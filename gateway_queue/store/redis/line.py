@@ -1,0 +1,201 @@
+"""The places of this replica, and what the server has been told of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain, islice
+from operator import attrgetter
+
+import trio
+
+from gateway_queue.store import Standing
+from gateway_queue.store.redis.clock import MICROSECONDS, ServerClock
+
+STEP_SECONDS = 2e-6
+"""Between the times of places that come at once: more than the rounding to microseconds."""
+
+LEAST_STEP_SECONDS = 0.05
+"""A clock that differs by more from the one of before was set, or is another one."""
+
+PLACES_AT_ONCE = 100
+"""Places in one command: a long one would make the other replicas wait."""
+
+
+@dataclass(slots=True)
+class _Shared:
+    place: Standing
+    is_told: bool = False
+    """Whether the server knows of the place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What the server is told of one place."""
+
+    number: int
+    shard: int | None
+    since: int
+    """The time of the place in microseconds; 0 if it has ended."""
+    words: str
+    """For the script."""
+
+
+class SharedLine:
+    """Collects the changes of places while earlier ones are on their way to the server."""
+
+    def __init__(self) -> None:
+        self._shared: dict[int, _Shared] = {}
+        self._changed: dict[int, None] = {}
+        self._ended: dict[int, int | None] = {}
+        """By number, the shards of places that the server still lists."""
+        self._on_the_way: dict[int, None] = {}
+        # Places whose shards have an older one at another replica, which may be free soon.
+        self._expecting: dict[int, None] = {}
+        self._is_closed = False
+        self._move: Callable[[Standing, float, float], None]
+        # The server's clock less ours; unlike the clock's own, it outlasts a connection.
+        self._offset = 0.0
+        self._latest = -math.inf
+        self._has_changes = trio.Event()
+
+    def follow_moves(self, move: Callable[[Standing, float, float], None]) -> None:
+        self._move = move
+
+    def next_time(self) -> float:
+        """Return the time of a new place: seconds of the server's clock, later than all before."""
+        self._latest = max(self._latest + STEP_SECONDS, trio.current_time() + self._offset)
+        return self._latest
+
+    def add(self, place: Standing) -> None:
+        """Note that a place is new, or that its client has come or left."""
+        if self._is_closed:
+            return
+        self._shared.setdefault(place.number, _Shared(place))
+        self._note(place.number)
+
+    def remove(self, place: Standing) -> None:
+        """Note that a place has ended."""
+        shared = self._shared.pop(place.number, None)
+        if shared is None or self._is_closed:
+            return
+        self._changed.pop(place.number, None)
+        self._expecting.pop(place.number, None)
+        if shared.is_told or place.number in self._on_the_way:
+            self._ended[place.number] = place.shard
+            self._has_changes.set()
+
+    def close(self) -> None:
+        """Note no more changes: from now on, all places are for other replicas."""
+        self._is_closed = True
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is something to tell."""
+        return bool(self._changed or self._ended)
+
+    async def has_changes(self) -> None:
+        """Wait until there is something to tell."""
+        while not self.is_behind:
+            self._has_changes = trio.Event()
+            await self._has_changes.wait()
+
+    def changes(self, clock: ServerClock) -> list[Change]:
+        """Take the next changes to tell, at most as many as one command may have."""
+        ended = list(islice(self._ended.items(), PLACES_AT_ONCE))
+        changed = list(islice(self._changed, PLACES_AT_ONCE - len(ended)))
+        for number, _ in ended:
+            del self._ended[number]
+        for number in changed:
+            del self._changed[number]
+        changes = [Change(number, shard, 0, _ending(number, shard)) for number, shard in ended]
+        changes += [_change(self._shared[number], clock) for number in changed]
+        self._on_the_way.update(dict.fromkeys(change.number for change in changes))
+        return changes
+
+    def told(self, changes: list[Change], answers: Iterable[int], clock: ServerClock) -> None:
+        """Take over what the server knows of the places that it was told of.
+
+        Args:
+          changes: what it was told.
+          answers: for each of them the time of the place, and 1 if an older one may be free soon.
+          clock: of the server.
+        """
+        answer = iter(answers)
+        for change in changes:
+            since, expects = next(answer), next(answer)
+            self._on_the_way.pop(change.number, None)
+            shared = self._shared.get(change.number)
+            if shared is None or not change.since:
+                continue
+            shared.is_told = True
+            if shared.place.connected_at is None:
+                continue  # the next client of the place is told
+            if expects:
+                self._expecting[change.number] = None
+            if since != change.since:
+                self._move(shared.place, since / MICROSECONDS, clock.when(since))
+
+    def not_told(self, changes: list[Change]) -> None:
+        """Tell changes again, whose command had no answer."""
+        for change in changes:
+            self._on_the_way.pop(change.number, None)
+            if change.number in self._shared:
+                self._note(change.number)
+            else:
+                self._ended[change.number] = change.shard
+                self._has_changes.set()
+
+    def look_again(self, clock: ServerClock) -> None:
+        """Ask again for the older places of shards that have one at another replica."""
+        self._offset = -clock.when(0)
+        expecting, self._expecting = self._expecting, {}
+        for number in expecting:
+            self._note(number)
+
+    def tell_all(self, clock: ServerClock, *, is_lost: bool) -> None:
+        """Tell all places again.
+
+        Args:
+          clock: of the server.
+          is_lost: whether the server has lost what it was told before.
+        """
+        step = -clock.when(0) - self._offset
+        self._offset += step
+        if is_lost:
+            if abs(step) > LEAST_STEP_SECONDS:
+                self._shift(step)
+            self._ended.clear()
+            for shared in self._shared.values():
+                shared.is_told = False
+        self._changed = dict.fromkeys(chain(self._changed, self._shared))
+        self._has_changes.set()
+
+    def _shift(self, step: float) -> None:
+        """Move all places to the time of a clock that was set, or of another server."""
+        self._latest += step
+        # Those that move ahead of the others first, so that none passes another one.
+        places = (shared.place for shared in self._shared.values())
+        for place in sorted(places, key=attrgetter("since"), reverse=step > 0):
+            self._move(place, place.since + step, place.joined_at)
+
+    def _note(self, number: int) -> None:
+        self._changed[number] = None
+        self._has_changes.set()
+
+
+def _ending(number: int, shard: int | None) -> str:
+    return f"{number} {'' if shard is None else shard} e 0 0 0 0"
+
+
+def _change(shared: _Shared, clock: ServerClock) -> Change:
+    place = shared.place
+    kind, since = "k" if shared.is_told else "n", round(place.since * MICROSECONDS)
+    if place.connected_at is None:
+        connected, kept_until = 0, clock.at(place.expires_at)
+    else:
+        connected, kept_until = clock.at(place.connected_at), 0
+    shard = "" if place.shard is None else place.shard
+    words = f"{place.number} {shard} {kind} {since} {connected} {kept_until} {place.confirm:d}"
+    return Change(place.number, place.shard, since, words)
