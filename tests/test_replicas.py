@@ -137,6 +137,11 @@ def die(server: Server, client: Client, redis: RedisServer) -> None:
     server.signal(signal.SIGKILL)
 
 
+def shards_waiting(server: Server) -> list[int]:
+    (lane,) = server.status()["lanes"]
+    return [ticket["shard"] for ticket in lane["tickets"] if ticket["state"] == "waiting"]
+
+
 @pytest.mark.parametrize("end", [leave, leave_and_flush, stop, die])
 def test_a_shard_has_its_old_place_at_another_replica(
     redis: RedisServer, end: Callable[[Server, Client, RedisServer], None]
@@ -149,8 +154,37 @@ def test_a_shard_has_its_old_place_at_another_replica(
         end(former, client, redis)
         back = other.ask(1)
         # No window opens before that.
-        eventually(lambda: [t["shard"] for t in other.status()["lanes"][0]["tickets"]] == [1, 2])
+        eventually(lambda: shards_waiting(other) == [1, 2])
         assert [number for number, _ in first_answers([later, back], 1)] == [1]
+
+
+def test_each_replica_shows_the_tickets_of_all(redis: RedisServer) -> None:
+    with replicas(2, redis.url, WINDOW_SECONDS=6, MAX_CONCURRENCY=2) as servers:
+        one, other = servers
+        clients = []
+        for server, shard in ((one, 0), (other, 2), (one, 4), (other, 1)):
+            clients.append(server.ask(shard))
+            eventually(lambda: known_places(redis) == f":{len(clients)}")
+        clients.pop(0).hang_up()
+
+        def tickets(server: Server) -> list[list[Any]]:
+            lanes = server.status()["lanes"]
+            return [[[t["shard"], t["state"]] for t in lane["tickets"]] for lane in lanes]
+
+        shown = [[[0, "away"], [2, "waiting"], [4, "waiting"]], [[1, "waiting"]]]
+        for server in servers:
+            eventually(lambda server=server: tickets(server) == shown)  # type: ignore[misc]
+        first, second = (server.status() for server in servers)
+        assert (first["waiting"], first["away"]) == (second["waiting"], second["away"]) == (3, 1)
+        names = [
+            [t["replica"] for lane in s["lanes"] for t in lane["tickets"]] for s in (first, second)
+        ]
+        assert names[0] == names[1]
+        assert names[0][0] == names[0][2] != names[0][1] == names[0][3]
+        etas = [[t["eta"] for t in s["lanes"][0]["tickets"]] for s in (first, second)]
+        for eta in etas:
+            assert eta[0] is None
+            assert eta[2] - eta[1] == pytest.approx(6, abs=0.01)
 
 
 def test_idle_replicas_only_keep_their_connection(redis: RedisServer) -> None:

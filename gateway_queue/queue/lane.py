@@ -70,6 +70,11 @@ class Place:
         return None if self.ticket is None else self.ticket.connected_at
 
     @property
+    def is_away(self) -> bool:
+        """Whether it has no client."""
+        return self.ticket is None
+
+    @property
     def confirm(self) -> bool:
         """Whether its client will say when it has identified."""
         return self.ticket is not None and self.ticket.confirm

@@ -14,8 +14,8 @@ from typing import Literal
 import trio
 
 from gateway_queue.queue import Queue
-from gateway_queue.queue.lane import Lane
-from gateway_queue.store import Rules, SessionStarts
+from gateway_queue.queue.lane import Lane, Place
+from gateway_queue.store import DistantPlace, Line, Rules, SessionStarts
 
 ITEMS_PER_STEP = 100
 """Lanes or tickets to describe in one step of the event loop: a quarter of a millisecond."""
@@ -32,6 +32,8 @@ class TicketStatus:
     waited: float
     eta: float
     """Seconds until its turn, if the queue does not change; infinite if not known."""
+    replica: str | None
+    """Where it waits; None if there is one server only."""
 
 
 @dataclass
@@ -49,7 +51,9 @@ class LaneStatus:
 
     rate_limit_key: int
     waiting: int
-    """How many clients are here."""
+    """How many clients are here, or at other replicas."""
+    held: int
+    away: int
     opens_in: float
     """Until its next slot; infinite if not known."""
     identifying: IdentifyingStatus | None
@@ -57,7 +61,9 @@ class LaneStatus:
     tickets: list[TicketStatus]
 
 
-async def lanes(queue: Queue, most: int | None = None) -> list[LaneStatus]:
+async def lanes(
+    queue: Queue, most: int | None = None, *, everywhere: bool = True
+) -> list[LaneStatus]:
     """List the lanes that have tickets or a shard that is identifying, by key.
 
     In steps, so that a release that is due does not wait for the whole list. A place that leaves
@@ -67,6 +73,7 @@ async def lanes(queue: Queue, most: int | None = None) -> list[LaneStatus]:
       queue: the queue to describe.
       most: how many tickets of a lane to list, from the front; None lists all. Tickets that are
         not listed are ignored when the day's session starts run out.
+      everywhere: whether to list the tickets of other replicas, too.
     """
     starts = queue.store.session_starts()
     if queue.max_concurrency is None or queue.store.fault is not None:
@@ -76,10 +83,20 @@ async def lanes(queue: Queue, most: int | None = None) -> list[LaneStatus]:
     rules = queue.store.rules
     statuses: list[LaneStatus] = []
     steps = Steps()
-    for _, lane in sorted(queue.lanes.items()):
+    line = await queue.store.line() if everywhere else None
+    distant = defaultdict[int, list[DistantPlace]](list)
+    for place in line.elsewhere if line else ():
         await steps.next()
-        if lane or lane.identifying:
-            statuses.append(await _lane(lane, first_slot, rules, most, steps))
+        distant[queue.key(place.shard)].append(place)
+    here = {key: lane for key, lane in queue.lanes.items() if lane or lane.identifying}
+    for key in sorted({*here, *distant}):
+        await steps.next()
+        lane = here.get(key)
+        if lane is None:
+            lane = Lane(key)
+            lane.opens_at = line.opens_at.get(key, -math.inf) if line else -math.inf
+        listed = _Listed(lane, distant[key], line)
+        statuses.append(await _lane(listed, first_slot, rules, most, steps))
     await _delay_to_reset(starts, statuses, rules.unconfirmed_window, steps)
     return statuses
 
@@ -103,9 +120,46 @@ class Steps:
             await trio.lowlevel.checkpoint()
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """A lane, with what is known of its places at other replicas."""
+
+    lane: Lane
+    distant: list[DistantPlace]
+    line: Line | None
+
+    def places(self, most: int | None) -> list[Place | DistantPlace]:
+        """Return the first places, in their order."""
+        lane = self.lane
+        here = lane.places() if most is None else list(islice(lane, most))
+        if self.line is None:
+            return [*here]
+        # Another replica may have taken over a place that is away here.
+        connected = [place for place in here if place.ticket is not None]
+        places: list[Place | DistantPlace] = [*connected, *self.distant]
+        places.sort(key=attrgetter("since"))
+        return places[:most]
+
+    def status(self) -> LaneStatus:
+        """Count the places."""
+        lane, now = self.lane, trio.current_time()
+        away = sum(place.is_away for place in self.distant)
+        return LaneStatus(
+            rate_limit_key=lane.rate_limit_key,
+            waiting=len(lane) + len(self.distant) - away,
+            held=len(lane.held)
+            + sum(place.held_until > now and not place.is_away for place in self.distant),
+            away=len(lane.away) if self.line is None else away,
+            opens_in=max(0.0, lane.opens_at - now),
+            identifying=None,
+            tickets=[],
+        )
+
+
 async def _lane(
-    lane: Lane, first_slot: float, rules: Rules, most: int | None, steps: Steps
+    listed: _Listed, first_slot: float, rules: Rules, most: int | None, steps: Steps
 ) -> LaneStatus:
+    lane, line = listed.lane, listed.line
     now = trio.current_time()
     opens_in = max(first_slot, lane.opens_at - now)
     identifying = None
@@ -113,22 +167,26 @@ async def _lane(
         opens_in = max(opens_in, rules.window)  # if the confirmation comes now
         identifying = IdentifyingStatus(lane.identifying.shard, now - lane.identifying.since)
     turn = opens_in
-    status = LaneStatus(lane.rate_limit_key, len(lane), opens_in, identifying, [])
-    for place in lane.places() if most is None else list(islice(lane, most)):
+    status = listed.status()
+    status.opens_in, status.identifying = opens_in, identifying
+    for place in listed.places(most):
         await steps.next()
-        if place.lane is not lane:
+        if isinstance(place, Place) and place.lane is not lane:
             continue
         state: Literal["waiting", "away", "held"]
-        if place.ticket is None:
+        if place.is_away:
             state, eta = "away", math.inf
         elif place.held_until > now:
             state, eta = "held", max(opens_in, place.held_until - now)
         else:
             state, eta = "waiting", turn
-            turn += rules.window if place.ticket.confirm else rules.unconfirmed_window
+            turn += rules.window if place.confirm else rules.unconfirmed_window
         position = len(status.tickets) + 1
+        replica = line.replica if line and isinstance(place, Place) else None
+        if isinstance(place, DistantPlace):
+            replica = place.replica
         status.tickets.append(
-            TicketStatus(place.shard, state, position, now - place.joined_at, eta)
+            TicketStatus(place.shard, state, position, now - place.joined_at, eta, replica)
         )
     return status
 

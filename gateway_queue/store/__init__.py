@@ -142,6 +142,10 @@ class Standing(Protocol):
         """What places are sorted by, see :meth:`WindowStore.place_time`."""
 
     @property
+    def joined_at(self) -> float:
+        """When the first client came that had this place."""
+
+    @property
     def connected_at(self) -> float | None:
         """When its client came; None while it has none."""
 
@@ -152,6 +156,35 @@ class Standing(Protocol):
     @property
     def confirm(self) -> bool:
         """Whether its client will say when it has identified."""
+
+
+@dataclass(frozen=True, slots=True)
+class DistantPlace:
+    """A place that other replicas know of. Times are of :func:`trio.current_time`."""
+
+    replica: str
+    """The replica where its client waits, or has waited."""
+    shard: int | None
+    since: float
+    """What places are sorted by, see :meth:`WindowStore.place_time`."""
+    joined_at: float
+    is_away: bool
+    expires_at: float
+    """Until when it is kept, if it is away."""
+    confirm: bool
+    held_until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The places of all replicas at one moment."""
+
+    replica: str
+    """The name of this replica."""
+    elsewhere: list[DistantPlace]
+    """The places that are away, and those whose clients wait at other replicas."""
+    opens_at: dict[int, float]
+    """When keys open, as far as that is known."""
 
 
 class WindowStore(Protocol):
@@ -225,6 +258,9 @@ class WindowStore(Protocol):
 
     def unshare(self, place: Standing) -> None:
         """Tell other replicas that a place has ended."""
+
+    async def line(self) -> Line | None:
+        """Look at the places of all replicas; None if there are no others, or if it cannot tell."""
 
     async def retire(self) -> None:
         """Let other replicas take over all places from now on, because this replica stops."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import trio
 
-from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules, SessionStarts, Standing
+from gateway_queue.store import Claim, DiscordBudget, Line, Refusal, Rules, SessionStarts, Standing
 from gateway_queue.store.budget import Budget
 from gateway_queue.store.loop_guard import LoopGuard
 from gateway_queue.store.pace import Pace
@@ -79,6 +79,9 @@ class MemoryStore:
 
     def unshare(self, place: Standing) -> None:
         pass
+
+    async def line(self) -> Line | None:
+        return None
 
     async def retire(self) -> None:
         pass

@@ -33,7 +33,7 @@ async def status_document(
       bots: to list beside it.
     """
     lanes = await overview.lanes(service.queue)
-    document = _summary(service)
+    document = _summary(service, lanes)
     if shard is not None:
         document["shard"] = _shard(service, shard)
         lanes = [
@@ -46,7 +46,7 @@ async def status_document(
     return f'{head}, "lanes": [{written}]}}'.encode()
 
 
-def _summary(service: Service) -> dict[str, Any]:
+def _summary(service: Service, lanes: Sequence[overview.LaneStatus]) -> dict[str, Any]:
     queue, settings = service.queue, service.settings
     reason = service.not_ready()
     return {
@@ -62,9 +62,9 @@ def _summary(service: Service) -> dict[str, Any]:
         "window_seconds": settings.window_seconds,
         "max_concurrency": queue.max_concurrency,
         "store": settings.store_name,
-        "waiting": len(queue),
-        "held": sum(len(lane.held) for lane in queue.lanes.values()),
-        "away": sum(len(lane.away) for lane in queue.lanes.values()),
+        "waiting": sum(lane.waiting for lane in lanes),
+        "held": sum(lane.held for lane in lanes),
+        "away": sum(lane.away for lane in lanes),
         "released": queue.released,
         "abandoned": queue.abandoned,
         "starts_used": queue.store.session_starts().used,
@@ -138,7 +138,7 @@ async def _lane(lane: overview.LaneStatus) -> str:
         "for": round(lane.identifying.seconds, 3),
     }
     fields = _json_object({**vars(lane), "identifying": identifying})
-    del fields["tickets"]
+    del fields["tickets"], fields["held"], fields["away"]
     written: list[str] = []
     for start in range(0, len(lane.tickets), TICKETS_PER_STEP):
         await trio.lowlevel.checkpoint()
@@ -150,8 +150,10 @@ async def _lane(lane: overview.LaneStatus) -> str:
 
 def _ticket(ticket: overview.TicketStatus) -> dict[str, Any]:
     # Not dataclasses.asdict(), which takes four times as long.
+    replica = {} if ticket.replica is None else {"replica": ticket.replica}
     return {
         "shard": ticket.shard,
+        **replica,
         "state": ticket.state,
         "position": ticket.position,
         "waited": round(ticket.waited, 3),

@@ -41,7 +41,7 @@ async def summaries(services: Mapping[str, Service]) -> list[BotSummary]:
 
 async def _summary(name: str, service: Service) -> BotSummary:
     queue = service.queue
-    shown = await lanes(queue, TICKETS_OF_KEY) if queue.lanes else []
+    shown = await lanes(queue, TICKETS_OF_KEY, everywhere=False) if queue.lanes else []
     return BotSummary(
         name=name,
         waiting=len(queue),

@@ -200,7 +200,8 @@ def _kept_places(record: Record) -> dict[Call, tuple[float, float]]:
             if arrived_at > kept_until:
                 place, known_at = arrived_at, arrived_at
             kept[call] = place, max(known_at, arrived_at + way)
-            kept_until, known_at = _kept_until(record, call)
+            kept_until, free_at = _kept_until(record, call)
+            known_at = max(known_at, free_at)
     return kept
 
 

@@ -31,9 +31,10 @@
 -- KEYS[4] PREFIX:heads   a hash: by N:K, and by "queue" for all keys, a list of the replicas with a
 --                        ticket that has to wait: when the ticket came, and when it asks again
 -- KEYS[5] PREFIX:line    a hash: the places in the queue, for looking and for the next client of a shard.
---                        By shard, a list of its places, REPLICA:NUMBER and CAME,KEPT_UNTIL,CONFIRM:
---                        since when it counts, until when it is kept without a client (0: it has one),
---                        and 1 for a confirmed ticket. Places of no shard, and those over MOST_PLACES,
+--                        By shard, a list of its places, REPLICA:NUMBER and
+--                        CAME,KEPT_UNTIL,CONFIRM,HELD_UNTIL: since when it counts, until when it is kept
+--                        without a client (0: it has one), 1 for a confirmed ticket, and until when its
+--                        shard has to wait because it starts too often. Places of no shard, and those over MOST_PLACES,
 --                        have fields of their own: SHARD/REPLICA:NUMBER
 
 local HOUR = 3600 * 1000000
@@ -45,6 +46,8 @@ local FIRST_DELAY, LONGEST_DELAY = 15 * 1000000, 600 * 1000000
 local DEAD_AFTER = 3 * 1000000
 -- A list of more places of one shard would take long to read.
 local MOST_PLACES = 8
+-- The others wait meanwhile.
+local LISTED_AT_ONCE = 200
 
 local state, starts, shards, heads, line = unpack(KEYS)
 local command, replica, seen_since, seen_at = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -429,8 +432,8 @@ local function last_seen(owner)
 end
 
 local function read_place(name, value)
-  local came, kept_until, confirm = value:match('(%d+),(%d+),(%d)')
-  local place = {name = name, came = tonumber(came), confirm = confirm}
+  local came, kept_until, confirm, held_until = value:match('(%d+),(%d+),(%d),(%d+)')
+  local place = {name = name, came = tonumber(came), confirm = confirm, held_until = held_until}
   place.owner = name:match('^[^:]*')
   place.kept_until = kept_until ~= '0' and tonumber(kept_until) or nil
   local seen = not place.kept_until and last_seen(place.owner)
@@ -452,7 +455,8 @@ local function read_places(list)
 end
 
 local function place_value(place)
-  return word(place.came) .. ',' .. word(place.kept_until or 0) .. ',' .. place.confirm
+  return word(place.came) .. ',' .. word(place.kept_until or 0) .. ',' .. place.confirm .. ','
+    .. place.held_until
 end
 
 local function write_places(field, places)
@@ -535,7 +539,7 @@ end
 local function set_place(name, shard, kind, came, connected, kept_until, confirm)
   local places = read_places(shard ~= '' and redis.call('HGET', line, shard) or '')
   local alone, index = shard .. '/' .. name, index_of(places, name)
-  local mine = places[index] or {name = name, owner = replica, came = came}
+  local mine = places[index] or {name = name, owner = replica, came = came, held_until = '0'}
   mine.confirm, mine.kept_until = confirm, kept_until > 0 and kept_until or nil
   mine.free_until = mine.kept_until
   if not index and (shard == '' or #places >= MOST_PLACES or redis.call('HGET', line, alone)) then
@@ -554,6 +558,17 @@ local function set_place(name, shard, kind, came, connected, kept_until, confirm
   end
   write_places(shard, places)
   return mine.came, mine.kept_until and 0 or expects_older(places, mine)
+end
+
+-- Notes, for looking, that a ticket of this replica is held.
+local function set_held(shard, came_at, wait)
+  local places = read_places(redis.call('HGET', line, shard))
+  for i = 1, #places do
+    if places[i].owner == replica and places[i].came == came_at then
+      places[i].held_until = word(now + wait)
+      write_places(shard, places)
+    end
+  end
 end
 
 -- ---- commands ---------------------------------------------------------------------------------
@@ -629,6 +644,8 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
   local asks_at = now + wait + math.min(2 * caution, window / 2)
   if verdict == KEY_CLOSED then
     set_head(field, came_at, asks_at)
+  elseif verdict == SHARD_HELD then
+    set_held(shard_of(token), came_at, wait)
   elseif verdict == GRANTED then
     set_head(field, came_at, now) -- if this claim is given back, this replica claims again at once
   end
@@ -722,6 +739,39 @@ function commands.share()
   local reply = answer(GRANTED, 0)
   for i = 1, #told do
     reply[#reply + 1] = told[i]
+  end
+  return reply
+end
+
+-- Looks at some places. Returns in addition where to go on (0: at the end), at the first call when each
+-- key opens, and the places that are away or whose clients wait at other replicas:
+-- REPLICA:NUMBER SHARD CAME FREE_UNTIL CONFIRM HELD_UNTIL.
+function commands.list(cursor, number)
+  local reply = answer(GRANTED, 0)
+  local scanned = redis.call('HSCAN', line, cursor, 'COUNT', LISTED_AT_ONCE)
+  local opens = {}
+  for key = 0, cursor == '0' and number - 1 or -1 do
+    opens[#opens + 1] = redis.call('HGET', state, 'window:' .. number .. ':' .. key) or '0'
+  end
+  reply[#reply + 1] = scanned[1]
+  reply[#reply + 1] = table.concat(opens, ' ')
+  local function list(shard, name, value)
+    local place = read_place(name, value)
+    local is_over = place.free_until and place.free_until <= now
+    if not is_over and (place.free_until or place.owner ~= replica) then
+      reply[#reply + 1] = table.concat({name, shard, word(place.came), word(place.free_until or 0),
+        place.confirm, place.held_until}, ' ')
+    end
+  end
+  for i = 1, #scanned[2], 2 do
+    local shard, name = scanned[2][i]:match('^(%d*)/(.*)')
+    if name then
+      list(shard, name, scanned[2][i + 1])
+    else
+      for its_name, value in entries(scanned[2][i + 1]) do
+        list(scanned[2][i], its_name, value)
+      end
+    end
   end
   return reply
 end

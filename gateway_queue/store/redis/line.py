@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -10,7 +12,7 @@ from operator import attrgetter
 
 import trio
 
-from gateway_queue.store import Standing
+from gateway_queue.store import DistantPlace, Standing
 from gateway_queue.store.redis.clock import MICROSECONDS, ServerClock
 
 STEP_SECONDS = 2e-6
@@ -18,6 +20,9 @@ STEP_SECONDS = 2e-6
 
 LEAST_STEP_SECONDS = 0.05
 """A clock that differs by more from the one of before was set, or is another one."""
+
+HOST_NAME_MAX = 24
+"""Characters of the machine's name in the name of a replica, which each place repeats."""
 
 PLACES_AT_ONCE = 100
 """Places in one command: a long one would make the other replicas wait."""
@@ -183,6 +188,27 @@ class SharedLine:
     def _note(self, number: int) -> None:
         self._changed[number] = None
         self._has_changes.set()
+
+
+def distant_place(words: str, clock: ServerClock) -> tuple[str, DistantPlace]:
+    """Read a place that the script lists, and return its name and the place."""
+    name, shard, since, kept_until, confirm, held_until = words.split(" ")
+    at = int(since)
+    return name, DistantPlace(
+        replica=name.partition(":")[0],
+        shard=int(shard) if shard else None,
+        since=at / MICROSECONDS,
+        joined_at=clock.when(at),
+        is_away=kept_until != "0",
+        expires_at=clock.when(int(kept_until)),
+        confirm=confirm == "1",
+        held_until=clock.when(int(held_until)),
+    )
+
+
+def host_name() -> str:
+    """Return the name of this machine, as far as it can be a part of a replica's name."""
+    return re.sub("[^A-Za-z0-9.-]", "", socket.gethostname())[:HOST_NAME_MAX]
 
 
 def _ending(number: int, shard: int | None) -> str:

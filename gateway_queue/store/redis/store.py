@@ -18,6 +18,8 @@ from gateway_queue.store import (
     IN_FLIGHT_WINDOWS,
     Claim,
     DiscordBudget,
+    DistantPlace,
+    Line,
     Refusal,
     Rules,
     SessionStarts,
@@ -34,7 +36,7 @@ from gateway_queue.store.redis.clock import (
     longest_there,
 )
 from gateway_queue.store.redis.connection import CALL_SECONDS, Connection, Unreachable
-from gateway_queue.store.redis.line import SharedLine
+from gateway_queue.store.redis.line import SharedLine, distant_place, host_name
 from gateway_queue.store.redis.link import FIRST_RETRY, Link
 from gateway_queue.store.redis.script import (
     CONCERNS,
@@ -60,6 +62,9 @@ SLOW_SECONDS = 3 * LOOK_SECONDS
 RESTORE_SECONDS = 2 * LOOK_SECONDS + FIRST_RETRY
 """After so long, every replica that is connected has noticed that data was lost, and has restored
 the session starts that it knows."""
+
+LIST_SECONDS = 0.5
+"""How long a list of all places is used, however many ask for it."""
 
 RETIRE_SECONDS = 0.5
 """The longest that the last commands may take when the server stops."""
@@ -107,7 +112,7 @@ class RedisStore:
         self._set_rules(rules)
         # The stores of many bots look at different times of a second.
         self._first_look = LOOK_SECONDS * (1 - crc32(prefix.encode()) / 2**32)
-        self._replica = uuid4().hex
+        self._replica = f"{host_name()}-{uuid4().hex[:12]}"
         self._numbers = count()
         self._max_concurrency = 1
         now = trio.current_time()
@@ -137,6 +142,9 @@ class RedisStore:
         self._identifying: dict[str, Lease] = {}
         self._starts = KnownStarts(self._replica, self._limit)
         self._line = SharedLine()
+        self._listing = trio.Lock()
+        self._listed: Line | None = None
+        self._listed_at = -math.inf
         self._knows_line = trio.Event()
         """Set while the server can be told of places."""
         self._looked_at = 0
@@ -461,6 +469,31 @@ class RedisStore:
 
     def unshare(self, place: Standing) -> None:
         self._line.remove(place)
+
+    async def line(self) -> Line | None:
+        async with self._listing:
+            if trio.current_time() >= self._listed_at + LIST_SECONDS:
+                # Cancelled, it would end the connection.
+                with trio.CancelScope(shield=True):
+                    self._listed = await self._list_line()
+                self._listed_at = trio.current_time()
+            return self._listed
+
+    async def _list_line(self) -> Line | None:
+        places: dict[str, DistantPlace] = {}
+        opens: list[bytes] = []
+        cursor = "0"
+        try:
+            while cursor != "0" or not opens:
+                _, reply = await self._ask("list", cursor, self._max_concurrency)
+                next_cursor, opens_now, *found = reply
+                opens = opens_now.split() if cursor == "0" else opens
+                cursor = next_cursor.decode()
+                places.update(distant_place(one.decode(), self._clock) for one in found)
+        except Unreachable:
+            return None
+        opens_at = {key: self._clock.when(int(at)) for key, at in enumerate(opens)}
+        return Line(self._replica, list(places.values()), opens_at)
 
     async def retire(self) -> None:
         self._line.close()

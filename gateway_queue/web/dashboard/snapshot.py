@@ -112,8 +112,6 @@ class Snapshot:
     frequent: list[tuple[int | None, int]]
     """The shards that start most often, and their starts in 24 hours."""
     up_for: float
-    is_shared: bool
-    """Whether other replicas may release tickets first."""
     keys: list[KeyStatus]
     lanes: list[LaneStatus]
     """The lanes that have tickets, with their first tickets."""
@@ -142,9 +140,9 @@ async def take(service: Service) -> Snapshot:
         conditions=[_store(service), _discord(service)],
         window=window,
         max_concurrency=queue.max_concurrency,
-        waiting=len(queue),
-        held=sum(len(lane.held) for lane in queue.lanes.values()),
-        away=sum(len(lane.away) for lane in queue.lanes.values()),
+        waiting=sum(lane.waiting for lane in all_lanes),
+        held=sum(lane.held for lane in all_lanes),
+        away=sum(lane.away for lane in all_lanes),
         released=queue.released,
         abandoned=queue.abandoned,
         starts=starts,
@@ -164,7 +162,6 @@ async def take(service: Service) -> Snapshot:
         ][:IDENTIFYING_MAX],
         frequent=service.starts.most(FREQUENT_MAX),
         up_for=time.time() - service.started_at,
-        is_shared=service.settings.redis_url is not None,
         keys=keys,
         lanes=shown,
         aside=list(islice(_aside(queue, now), ASIDE_MAX)),
@@ -181,7 +178,7 @@ def _keys(
         released[release.rate_limit_key].append(release.at - now)
     by_key = {lane.rate_limit_key: lane for lane in shown}
     return [
-        _key(by_key.get(key, LaneStatus(key, 0, math.inf, None, [])), released[key], window)
+        _key(by_key.get(key, LaneStatus(key, 0, 0, 0, math.inf, None, [])), released[key], window)
         for key in range(number)
     ]
 
