@@ -476,6 +476,21 @@ def test_replicas_share_the_windows_of_each_bot_over_one_connection(
     assert redis.command("EXISTS", "{gateway-queue}:bot:a:state") == ":1"
 
 
+def test_idle_bots_share_one_command_per_second(tmp_path: Path) -> None:
+    text = "\n".join(f"[bot{number}]" for number in range(200))
+    with redis_server() as server, serving_bots(tmp_path, text, REDIS_URL=server.url) as bots:
+        eventually(lambda: bool(bots.status("?bot=bot199")["ready"]))
+        assert first_answers([bots.ask("bot7", "&shard=1")], 1)
+
+        def commands() -> int:
+            before = server.calls()
+            time.sleep(3)  # what it measures is a number of commands in a time
+            return server.calls() - before
+
+        eventually(lambda: commands() <= 6)
+        assert first_answers([bots.ask("bot7", "&shard=2")], 1)
+
+
 def test_when_redis_is_lost_no_bot_is_early(tmp_path: Path) -> None:
     text = "[a]\nwindow_seconds = 1\n"
     with redis_server() as server:
