@@ -26,6 +26,7 @@ from tests.harness import (
     SLACK,
     Client,
     Server,
+    allow_10_000_connections,
     environ,
     eventually,
     first_answers,
@@ -76,16 +77,22 @@ def serving_bots(folder: Path, text: str, **variables: object) -> Iterator[BotSe
         assert not [line for line in server.lines if "Traceback" in line]
 
 
-def test_a_bot_that_waits_for_an_hour_delays_no_other(tmp_path: Path) -> None:
+def test_10_000_tickets_of_a_bot_that_waits_for_an_hour_delay_no_other(tmp_path: Path) -> None:
+    allow_10_000_connections()
     text = "[slow]\nwindow_seconds = 3600\n[fast]\nwindow_seconds = 0.2\n"
     with serving_bots(tmp_path, text) as bots:
-        slow = [bots.ask("slow", f"&shard={number}") for number in range(300)]
+        slow = [bots.ask("slow", f"&shard={number}") for number in range(10_000)]
         assert slow[0].answer().body == GO
         answers = [bots.ask("fast").answer() for _ in range(5)]
         assert all(b.at - a.at >= 0.2 - SLACK for a, b in pairwise(answers))
         assert answers[-1].at - answers[0].at < 2
         assert bots.server.connect().answer().body == GO
-        assert bots.status("?bot=slow")["waiting"] == 299
+        eventually(lambda: bots.status("?bot=slow&shard=0")["waiting"] == 9_999)
+        for client in slow:
+            client.socket.close()
+        answers = [bots.ask("fast").answer() for _ in range(5)]
+        assert all(b.at - a.at >= 0.2 - SLACK for a, b in pairwise(answers))
+        eventually(lambda: bots.status("?bot=slow&shard=0")["waiting"] == 0)
 
 
 def test_the_parameter_works_in_every_ticket(tmp_path: Path) -> None:
