@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--url", type=_url, help="of the server (default: HOST and PORT of the environment)"
     )
+    status.add_argument("--bot", metavar="NAME", help="of BOTS_FILE (default: the default bot)")
     status.add_argument("--watch", action="store_true", help="show it every second")
     status.add_argument("shard", nargs="?", type=_shard, metavar="SHARD", help="show this shard")
     return parser
@@ -90,7 +91,8 @@ def _shard(text: str) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     settings = load_settings()
-    server = terminal.Server(options.url or terminal.own_server(settings), settings.auth_token)
+    url = options.url or terminal.own_server(settings)
+    server = terminal.Server(url, settings.auth_token, options.bot)
     return (terminal.watch if options.watch else terminal.show)(server, options.shard)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from gateway_queue.observing.lines import printable
 from gateway_queue.settings import Settings
@@ -42,10 +42,12 @@ class NoStatus(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    """Where to ask, and with which token."""
+    """Where to ask, with which token, and for which bot."""
 
     url: str
     token: str | None
+    bot: str | None = None
+    """None for the default bot."""
 
     def status(self, shard: int | None) -> dict[str, Any]:
         """Ask for the status.
@@ -53,12 +55,13 @@ class Server:
         Raises:
           NoStatus: there is no answer, or another one.
         """
-        query = "" if shard is None else f"?shard={shard}"
+        asked = {"bot": self.bot, "shard": shard}
+        query = urlencode({name: value for name, value in asked.items() if value is not None})
         headers = {} if self.token is None else {"authorization": f"Bearer {self.token}"}
         url = urlsplit(self.url)
         connection = _connect(url.scheme, url.hostname or "", url.port)
         try:
-            connection.request("GET", f"{url.path.rstrip('/')}/status{query}", headers=headers)
+            connection.request("GET", f"{url.path.rstrip('/')}/status?{query}", headers=headers)
             response = connection.getresponse()
             body = response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -71,6 +74,8 @@ class Server:
             document = json.loads(body)
         except ValueError:
             document = None
+        if response.status == HTTPStatus.BAD_REQUEST and isinstance(document, dict):
+            raise NoStatus(f"{self.url} refuses the request: {document.get('detail')}")
         if response.status != HTTPStatus.OK or not _is_status(document):
             raise NoStatus(f"{self.url} is no gateway queue: {response.status} {response.reason}")
         return cast("dict[str, Any]", document)
@@ -194,6 +199,7 @@ def _queue(status: dict[str, Any]) -> Iterator[str]:
                 f"next try in {duration(fault['retry_in'])}"
             )
     yield from _keys(status["lanes"])
+    yield from _bots(status.get("bots", []))
 
 
 def _starts(status: dict[str, Any]) -> str:
@@ -230,6 +236,21 @@ def _keys(lanes: list[dict[str, Any]]) -> Iterator[str]:
         yield line
     if len(lanes) > KEYS_SHOWN:
         yield f"  and {len(lanes) - KEYS_SHOWN} more keys"
+
+
+def _bots(bots: list[dict[str, Any]]) -> Iterator[str]:
+    """List all bots, those that cannot release tickets first."""
+    if not bots:
+        return
+    width = max(len("bot"), *(len(bot["bot"]) for bot in bots))
+    yield ""
+    yield f"  {'bot':<{width}}  {'waiting':>7}  {'next':>9}  state"
+    for bot in sorted(bots, key=lambda bot: bool(bot["ready"])):
+        turn = bot["next_release"]
+        yield (
+            f"  {bot['bot']:<{width}}  {bot['waiting']:>7,}  "
+            f"{'-' if turn is None else duration(turn):>9}  {bot['reason'] or 'ready'}"
+        )
 
 
 def _shard(status: dict[str, Any]) -> Iterator[str]:

@@ -322,6 +322,18 @@ MUTANTS = (
         "a claim that was given back counts as a session start",
     ),
     Mutant(
+        "store/redis/store.py",
+        "        self._prefix = prefix\n",
+        '        self._prefix = "gateway-queue"\n',
+        "all bots have the windows of the default bot",
+    ),
+    Mutant(
+        "web/access.py",
+        "service = self._bots.get(next(iter(names))) if len(names) == 1 else None",
+        "service = self._bots.default",
+        "each ticket is one of the default bot",
+    ),
+    Mutant(
         "web/tickets.py",
         '        self._is_http_1 = scope["http_version"] != "2"',
         "        self._is_http_1 = True",

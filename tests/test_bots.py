@@ -26,6 +26,7 @@ from tests.harness import (
     SLACK,
     Client,
     Server,
+    allow_10_000_connections,
     environ,
     eventually,
     first_answers,
@@ -76,16 +77,22 @@ def serving_bots(folder: Path, text: str, **variables: object) -> Iterator[BotSe
         assert not [line for line in server.lines if "Traceback" in line]
 
 
-def test_a_bot_that_waits_for_an_hour_delays_no_other(tmp_path: Path) -> None:
+def test_10_000_tickets_of_a_bot_that_waits_for_an_hour_delay_no_other(tmp_path: Path) -> None:
+    allow_10_000_connections()
     text = "[slow]\nwindow_seconds = 3600\n[fast]\nwindow_seconds = 0.2\n"
     with serving_bots(tmp_path, text) as bots:
-        slow = [bots.ask("slow", f"&shard={number}") for number in range(300)]
+        slow = [bots.ask("slow", f"&shard={number}") for number in range(10_000)]
         assert slow[0].answer().body == GO
         answers = [bots.ask("fast").answer() for _ in range(5)]
         assert all(b.at - a.at >= 0.2 - SLACK for a, b in pairwise(answers))
         assert answers[-1].at - answers[0].at < 2
         assert bots.server.connect().answer().body == GO
-        assert bots.status("?bot=slow")["waiting"] == 299
+        eventually(lambda: bots.status("?bot=slow&shard=0")["waiting"] == 9_999)
+        for client in slow:
+            client.socket.close()
+        answers = [bots.ask("fast").answer() for _ in range(5)]
+        assert all(b.at - a.at >= 0.2 - SLACK for a, b in pairwise(answers))
+        eventually(lambda: bots.status("?bot=slow&shard=0")["waiting"] == 0)
 
 
 def test_the_parameter_works_in_every_ticket(tmp_path: Path) -> None:
@@ -474,6 +481,21 @@ def test_replicas_share_the_windows_of_each_bot_over_one_connection(
         assert answered[bot][-1] - answered[bot][0] < 5 * window + 1.5
     assert len(connections) <= 2
     assert redis.command("EXISTS", "{gateway-queue}:bot:a:state") == ":1"
+
+
+def test_idle_bots_share_one_command_per_second(tmp_path: Path) -> None:
+    text = "\n".join(f"[bot{number}]" for number in range(200))
+    with redis_server() as server, serving_bots(tmp_path, text, REDIS_URL=server.url) as bots:
+        eventually(lambda: bool(bots.status("?bot=bot199")["ready"]))
+        assert first_answers([bots.ask("bot7", "&shard=1")], 1)
+
+        def commands() -> int:
+            before = server.calls()
+            time.sleep(3)  # what it measures is a number of commands in a time
+            return server.calls() - before
+
+        eventually(lambda: commands() <= 6)
+        assert first_answers([bots.ask("bot7", "&shard=2")], 1)
 
 
 def test_when_redis_is_lost_no_bot_is_early(tmp_path: Path) -> None:

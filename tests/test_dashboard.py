@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -203,6 +204,40 @@ def test_it_fits_on_a_phone(browser: Browser, busy: Server) -> None:
             summary.click()
         watched.wait_for_events(1)
         assert watched.page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+@pytest.fixture(scope="module")
+def of_bots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run a server with bots, two of which release no ticket; one of them has a long name."""
+    path = tmp_path_factory.mktemp("bots") / "bots.toml"
+    token = 'discord_token = "x"\ndiscord_api_url = "http://127.0.0.1:1"\n'
+    path.write_text(f"[music]\n[spent]\nsession_start_limit = 1\n[{'x' * 100}]\n{token}")
+    with serving(BOTS_FILE=path, HOLD_ON_START="false", WINDOW_SECONDS=60) as it:
+        it.connect(b"GET /?bot=spent HTTP/1.1\r\nHost: q\r\n\r\n").answer()
+        yield it
+
+
+@pytest.mark.parametrize("width", [360, 768, 1440])
+def test_bots_in_trouble_come_first_and_fit(browser: Browser, of_bots: Server, width: int) -> None:
+    with opened(browser, of_bots, viewport={"width": width, "height": 740}) as watched:
+        page = watched.page
+        expect(page.locator(".bots h2")).to_have_text("Bots 4, 2 in trouble")
+        names = page.locator(".bots tbody td:first-child").all_inner_texts()
+        assert names == ["spent", "x" * 100, "default", "music"]
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        rows = [row.inner_text() for row in page.locator(".bots tbody tr").all()]
+        assert "the day's session starts are spent" in rows[0]
+        assert Axe().run(page).violations_count == 0
+
+
+@pytest.mark.parametrize("width", [360, 768, 1100, 1440])
+def test_the_labels_of_the_timeline_do_not_overlap(
+    browser: Browser, of_bots: Server, width: int
+) -> None:
+    with opened(browser, of_bots, viewport={"width": width, "height": 740}) as watched:
+        labels = watched.page.locator(".axis text").all()
+        boxes = [box for label in labels if (box := label.bounding_box())]
+        assert all(one["x"] + one["width"] < then["x"] for one, then in pairwise(boxes))
 
 
 def test_focus_and_what_is_opened_stay(browser: Browser, busy: Server) -> None:

@@ -49,7 +49,10 @@ FIXED_SEEDS = (
     913636,
     1300496,
 )
-"""Add each seed that has found a fault."""
+"""Seeds of one bot. Add each seed that has found a fault."""
+
+SEEDS_OF_SEVERAL_BOTS = (77000, 77012, 77018, 77019, 77029)
+"""The last three have a bot with many clients."""
 
 SECONDS = 30.0
 """For how long to try seeds that nobody has tried before."""
@@ -57,7 +60,16 @@ SECONDS = 30.0
 
 @pytest.mark.parametrize("seed", FIXED_SEEDS)
 def test_rules_hold_with_fixed_seed(seed: int) -> None:
-    assert not broken(explore(seed)), f"scripts/explore --replay {seed}"
+    found = broken(explore(seed, without=frozenset({"bots"})))
+    assert not found, f"scripts/explore --without bots --replay {seed}"
+
+
+@pytest.mark.parametrize("seed", SEEDS_OF_SEVERAL_BOTS)
+def test_rules_hold_for_each_of_several_bots(seed: int) -> None:
+    history = explore(seed)
+    assert len(history.records) > 1
+    assert all(record.answers for record in history.records)
+    assert not broken(history), f"scripts/explore --replay {seed}"
 
 
 def test_rules_hold_with_fresh_seeds() -> None:

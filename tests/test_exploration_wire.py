@@ -26,6 +26,8 @@ CONFIRM = 10.0
 FIXED_SEEDS = (2, 6, 10, 11, 20, 106, 153, 264, 321, 385, 466, 728, 2039, 3064, 3831)
 """Add each seed that has found a fault."""
 
+SEEDS_OF_SEVERAL_BOTS = (3, 7, 21, 38)
+
 SECONDS = 15.0
 """For how long to try seeds that nobody has tried before."""
 
@@ -209,6 +211,14 @@ def test_a_seed_repeats_itself() -> None:
 @pytest.mark.parametrize("seed", FIXED_SEEDS)
 def test_rules_hold_with_fixed_seed(seed: int) -> None:
     assert not explore(seed).wrong, f"scripts/explore --http --replay {seed}"
+
+
+@pytest.mark.parametrize("seed", SEEDS_OF_SEVERAL_BOTS)
+def test_rules_hold_for_each_of_several_bots(seed: int) -> None:
+    history = explore(seed)
+    assert all(record.tickets for record in history.records)
+    assert len(history.records) > 1
+    assert not history.wrong, f"scripts/explore --http --replay {seed}"
 
 
 def test_rules_hold_with_fresh_seeds() -> None:

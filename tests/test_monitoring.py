@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import promql_parser
@@ -55,6 +56,21 @@ def test_each_query_is_valid_and_asks_for_what_there_is(query: str, exported: se
     names = set(METRIC.findall(query))
     assert names <= exported
     assert names or "up{" in query
+
+
+def test_each_panel_is_of_the_chosen_bots(tmp_path: Path) -> None:
+    (tmp_path / "bots.toml").write_text("[music]\n")
+    with serving(BOTS_FILE=tmp_path / "bots.toml") as server:
+        text = server.get("/metrics").body.decode()
+    families = parse_text(text)
+    samples = [sample for family in families for sample in family.samples]
+    of_bots = {sample.name for sample in samples if "bot" in sample.labels}
+    of_server = {sample.name for sample in samples} - of_bots
+    for panel in grafana()["panels"]:
+        for target in panel["targets"]:
+            for name in METRIC.findall(target["expr"]):
+                has_choice = f'{name}{{instance=~"$instance",bot=~"$bot"}}' in target["expr"]
+                assert not has_choice if name in of_server else has_choice, target["expr"]
 
 
 def test_every_metric_of_the_queue_is_on_the_dashboard(exported: set[str]) -> None:

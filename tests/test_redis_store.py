@@ -19,7 +19,8 @@ from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.store.redis import Link, RedisStore, connection
 from gateway_queue.store.redis.clock import DRIFT, ServerClock
-from gateway_queue.store.redis.store import LOOK_SECONDS, RESTORE_SECONDS
+from gateway_queue.store.redis.link import LOOK_SECONDS
+from gateway_queue.store.redis.store import RESTORE_SECONDS
 from tests.harness import PATIENCE, free_port
 from tests.redis_server import Proxy, RedisServer, redis_server
 from tests.running import WINDOW

@@ -96,6 +96,35 @@ def test_a_spent_budget() -> None:
     assert text.startswith("Ready, but no session start is left today: shards wait until ")
 
 
+def test_several_bots(tmp_path: Path) -> None:
+    (tmp_path / "bots.toml").write_text('[music]\n["customer.42"]\nmax_concurrency = 4\n')
+    usual = {"WINDOW_SECONDS": 3000, "REDIS_URL": f"redis://127.0.0.1:{free_port()}"}
+    with serving(BOTS_FILE=tmp_path / "bots.toml", WINDOW_SECONDS=3000) as server:
+        server.connect(b"GET /?bot=music&shard=7 HTTP/1.1\r\nHost: q\r\n\r\n")
+        eventually(lambda: server.get("/status?bot=music").body.count(b'"position"') == 1)
+        _, text = status(PORT=server.port)
+        of_bot = status("--bot", "music", PORT=server.port)
+        of_shard = status("--bot", "music", 7, PORT=server.port)
+        unknown = status("--bot", "nobody", PORT=server.port)
+    bots = [line.split() for line in text.splitlines()[-4:]]
+    assert bots[0] == ["bot", "waiting", "next", "state"]
+    assert [(bot[0], bot[1], bot[-1]) for bot in bots[1:]] == [
+        ("default", "0", "ready"),
+        ("music", "1", "ready"),
+        ("customer.42", "0", "ready"),
+    ]
+    assert of_bot[0] == 0
+    assert "1 waiting (0 of them held)" in of_bot[1]
+    assert "customer" not in of_bot[1]
+    assert "Shard 7 (key 0) waits at position 1 of 1" in of_shard[1]
+    assert unknown[0] == 1
+    assert "bot must be the name of one bot that this server has" in unknown[1]
+    with serving(BOTS_FILE=tmp_path / "bots.toml", **usual) as server:
+        exit_status, text = status(PORT=server.port)
+    assert exit_status == 1
+    assert "Redis cannot be reached" in text.splitlines()[-1]
+
+
 def test_one_shard() -> None:
     with serving(WINDOW_SECONDS=3000, HOLD_ON_START="false") as server:
         server.ask(7).answer()

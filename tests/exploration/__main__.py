@@ -77,11 +77,11 @@ def _explore(options: argparse.Namespace, choice: Choice) -> list[Outcome]:
 def _replay(seed: int, choice: Choice) -> int:
     """Print the history of a seed."""
     if choice.http:
-        wire_record = wire_run.explore(seed)
-        lines, wrong = wire_record.lines, wire_record.broken(choice.ignore)
+        wire_history = wire_run.explore(seed)
+        lines, wrong = wire_history.lines, wire_history.broken(choice.ignore)
     else:
-        record = explore(seed, without=choice.without, full=True)
-        lines, wrong = record.lines, broken(record, choice.ignore)
+        history = explore(seed, without=choice.without, full=True)
+        lines, wrong = history.lines, broken(history, choice.ignore)
     print("\n".join(lines))
     for name, why in wrong.items():
         print(f"{name}: {why}")

@@ -10,7 +10,7 @@ import trio
 
 from tests.exploration.discord import SimulatedDiscord
 from tests.exploration.door import Door, Response
-from tests.exploration.process import Process
+from tests.exploration.process import Part, Process
 from tests.exploration.record import Call, Record
 
 MOST_HANG_UPS = 6
@@ -36,7 +36,7 @@ class Client:
         self, number: int, record: Record, fleet: Fleet, door: Door, discord: SimulatedDiscord
     ) -> None:
         scenario = record.scenario
-        self._random = source = random.Random(f"client {number} {scenario.seed}")
+        self._random = source = random.Random(f"client {number} {scenario.source}")
         self._number = number
         self._record = record
         self._fleet = fleet
@@ -47,7 +47,7 @@ class Client:
         self._shard = None if source.random() < 0.1 else source.randrange(shards)
         self._starts = source.choice((1, 1, 2, 4))
         self._impatience = source.choice((0, 0.5, 0.9)) if scenario.hang_ups else 0
-        self._habits = random.Random(f"habits of client {number} {scenario.seed}")
+        self._habits = random.Random(f"habits of client {number} {scenario.source}")
         self.is_done = False
 
     @property
@@ -74,12 +74,13 @@ class Client:
             if process is None:
                 await trio.sleep(0.1)
                 continue
-            call = self._call(process, hang_ups)
+            part = process.parts[self._record.scenario.bot]
+            call = self._call(part, hang_ups)
             response = None
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._lose_patience, process, scope, hang_ups)
-                    response = await self._door.ask(process, call)
+                    response = await self._door.ask(part, call)
                     nursery.cancel_scope.cancel()
             if response is not None and call.confirm:
                 if await self._identify_and_confirm(call, response):
@@ -127,7 +128,7 @@ class Client:
         response.close()
         return True
 
-    def _call(self, process: Process, hang_ups: int) -> Call:
+    def _call(self, part: Part, hang_ups: int) -> Call:
         leaves_when_chosen = (
             self._is_impatient(hang_ups) and self._random.random() < 0.2 * self._impatience
         )
@@ -136,19 +137,19 @@ class Client:
             shard=self._shard,
             client=self._number,
             confirm=self._habits.random() < self._record.scenario.confirming,
-            process=process.record,
+            process=part.record,
             leaves_when_chosen=leaves_when_chosen,
-            leaves_at=self._leaves_at(process, hang_ups),
+            leaves_at=self._leaves_at(part, hang_ups),
             sent_at=trio.current_time(),
         )
         self._record.calls.append(call)
         return call
 
-    def _leaves_at(self, process: Process, hang_ups: int) -> float:
+    def _leaves_at(self, part: Part, hang_ups: int) -> float:
         """Choose when to leave in the very moment in which the key opens, if so."""
         if not self._is_impatient(hang_ups) or self._habits.random() >= 0.3 * self._impatience:
             return math.inf
-        scenario, opens = self._record.scenario, process.record.started_at
+        scenario, opens = self._record.scenario, part.record.started_at
         for call in self._record.answers:
             if ((call.shard or 0) - (self._shard or 0)) % scenario.keys == 0:
                 opens = call.answered_at or 0

@@ -9,7 +9,7 @@ from typing import Protocol
 import trio
 
 from gateway_queue.queue.ticket import NotAnswered
-from tests.exploration.process import Process
+from tests.exploration.process import Part
 from tests.exploration.record import Call
 
 
@@ -26,7 +26,7 @@ class Response(Protocol):
 class Door(Protocol):
     """Lets clients ask."""
 
-    async def ask(self, process: Process, call: Call) -> Response | None:
+    async def ask(self, part: Part, call: Call) -> Response | None:
         """Ask for a shard, and wait. A client that gives up cancels this.
 
         It notes in the record of the run what the process sees of the call (``arrived``,
@@ -44,11 +44,12 @@ class DirectDoor:
     def __init__(self, random_source: random.Random) -> None:
         self._random = random_source
 
-    async def ask(self, process: Process, call: Call) -> Response | None:
+    async def ask(self, part: Part, call: Call) -> Response | None:
+        process = part.process
         await trio.sleep(self._random.uniform(0, 0.001))
         if not process.accepts:
             return None
-        visit = _Visit(self._random, process, call)
+        visit = _Visit(self._random, part, call)
         process.nursery.start_soon(visit.run)
         try:
             await visit.heard.wait()
@@ -61,14 +62,15 @@ class DirectDoor:
 class _Visit:
     """What the server does for one call."""
 
-    def __init__(self, random_source: random.Random, process: Process, call: Call) -> None:
+    def __init__(self, random_source: random.Random, part: Part, call: Call) -> None:
         self.ended = trio.Event()
         self.heard = trio.Event()
         """Set when the answer is on the wire, or there will be none."""
         self._random = random_source
-        self._process = process
+        self._part = part
+        self._process = part.process
         self._call = call
-        self._record = process.run_record
+        self._record = part.bot.record
         self._scope = trio.CancelScope()
         self._is_answering = False
 
@@ -80,7 +82,7 @@ class _Visit:
                 if self._scope.cancel_called:
                     return  # it came and went while the process was frozen
                 self._record.step(call, "arrived")
-                process.calls.append(call)
+                self._part.calls.append(call)
                 if call.leaves_at < math.inf:
                     process.nursery.start_soon(self._leave_in_time)
                 await self._take_turn()
@@ -91,8 +93,8 @@ class _Visit:
                     self._record.step(call, "confirmed" if was_closed else "unconfirmed")
             elif self._scope.cancelled_caught and call.arrived_at is not None:
                 self._record.step(call, "left")
-            if call in process.calls:
-                process.calls.remove(call)
+            if call in self._part.calls:
+                self._part.calls.remove(call)
             if call.ended_at is None:
                 call.ended_at = trio.current_time()
             self.ended.set()
@@ -109,7 +111,7 @@ class _Visit:
     async def _take_turn(self) -> None:
         try:
             call = self._call
-            async with self._process.queue.turn(call.shard, confirm=call.confirm) as turn:
+            async with self._part.queue.turn(call.shard, confirm=call.confirm) as turn:
                 self._record.step(self._call, "chosen")
                 if self._call.leaves_when_chosen:
                     self._leave()

@@ -12,15 +12,23 @@ from tests.exploration.fleet import Fleet
 from tests.exploration.record import Record
 from tests.exploration.redis_data import Database
 from tests.exploration.redis_server import SimulatedRedis
+from tests.exploration.scenario import DISCORD_FAULTS
 
 
 class Faults:
-    """Lets the faults of a scenario happen, at times that its seed chooses."""
+    """Lets the faults of a bot's scenario happen, at times that its seed chooses.
+
+    Those of processes and of Redis concern all bots, and happen once for all of them.
+    """
 
     def __init__(
         self, record: Record, fleet: Fleet, redis: SimulatedRedis, discord: SimulatedDiscord
     ) -> None:
-        self._random = random.Random(f"faults {record.scenario.seed}")
+        scenario = record.scenario
+        self._random = random.Random(f"faults {scenario.source}")
+        self._kinds = [
+            kind for kind in scenario.faults if not scenario.bot or kind in DISCORD_FAULTS
+        ]
         self._record = record
         self._window = record.scenario.window
         self._fleet = fleet
@@ -56,9 +64,9 @@ class Faults:
         scenario, source = self._record.scenario, self._random
         with trio.move_on_at(scenario.fault_seconds):
             async with trio.open_nursery() as nursery:
-                while scenario.faults:
+                while self._kinds:
                     await trio.sleep(source.uniform(0, 2) * self._window)
-                    nursery.start_soon(self._causes[source.choice(scenario.faults)])
+                    nursery.start_soon(self._causes[source.choice(self._kinds)])
                 await trio.sleep_forever()
         self._redis.is_up = True
         await self._fleet.mend()
@@ -72,7 +80,7 @@ class Faults:
         if process := self._fleet.any(self._random):
             await process.kill()
             await self._last(0, 2 * self._window)
-            await self._fleet.start(process.record.replica)
+            await self._fleet.start(process.replica)
 
     async def _stop(self) -> None:
         if process := self._fleet.any(self._random):
@@ -80,7 +88,7 @@ class Faults:
                 process.thaw()
                 await process.stop()
             await self._last(0, self._window)
-            await self._fleet.start(process.record.replica)
+            await self._fleet.start(process.replica)
 
     async def _freeze(self) -> None:
         if process := self._fleet.any(self._random):
@@ -104,7 +112,8 @@ class Faults:
         with trio.move_on_after(self._random.uniform(2, 8) * self._window):
             while True:
                 await self._last(1, 1 + self._window)
-                self._record.cuts.append(trio.current_time())
+                for record in self._record.history.records:
+                    record.cuts.append(trio.current_time())
                 await self._reset()
 
     async def _slow_way_down(self) -> None:
@@ -119,7 +128,9 @@ class Faults:
             await self._last(5, 10 + self._window)
         finally:
             process.way_latency = 0.0
-            self._record.slow_ways.append((process.record, began_at, trio.current_time()))
+            for part in process.parts:
+                slow = part.record, began_at, trio.current_time()
+                part.bot.record.slow_ways.append(slow)
 
     async def _lose_requests(self) -> None:
         self._record.note("Redis: requests get lost")
@@ -191,7 +202,7 @@ class Faults:
         keys = sorted(self._redis.data.values)
         if keys:
             key = self._random.choice(keys)
-            self._redis.lose(f"DEL {key.decode()}")
+            self._redis.lose(f"DEL {key.decode()}", key.decode().rpartition(":")[0])
             self._redis.data.delete(key)
 
     async def _evict(self) -> None:

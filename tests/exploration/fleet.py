@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import trio
 
-from tests.exploration.discord import SimulatedDiscord
-from tests.exploration.process import Process
-from tests.exploration.record import Record
+from tests.exploration.process import Bot, Process
+from tests.exploration.record import History
 from tests.exploration.redis_server import SimulatedRedis
 
 
@@ -18,16 +18,16 @@ class Fleet:
     def __init__(
         self,
         nursery: trio.Nursery,
-        record: Record,
+        history: History,
         redis: SimulatedRedis,
-        discord: SimulatedDiscord,
+        bots: Sequence[Bot],
     ) -> None:
         self.processes: list[Process] = []
         """All that there have been, by number."""
         self._nursery = nursery
-        self._record = record
+        self._history = history
         self._redis = redis
-        self._discord = discord
+        self._bots = bots
 
     @property
     def alive(self) -> list[Process]:
@@ -35,11 +35,14 @@ class Fleet:
 
     async def start(self, replica: int) -> None:
         """Start a process, unless this replica has one."""
-        if any(process.record.replica == replica for process in self.alive):
+        if any(process.replica == replica for process in self.alive):
             return
-        is_first = not any(process.record.replica == replica for process in self.processes)
-        hold = self._record.scenario.hold_on_start or not is_first
-        process = Process(self._record, replica, self._redis, self._discord, hold_on_start=hold)
+        is_first = not any(process.replica == replica for process in self.processes)
+        hold = self._bots[0].scenario.hold_on_start or not is_first
+        number = len(self.processes)
+        process = Process(
+            number, replica, self._history, self._redis, self._bots, hold_on_start=hold
+        )
         self.processes.append(process)
         with trio.CancelScope(shield=True):
             await self._nursery.start(process.run)
@@ -48,13 +51,13 @@ class Fleet:
         """Let every replica have a process that runs."""
         for process in self.alive:
             process.thaw()
-        for replica in range(self._record.scenario.replicas):
+        for replica in range(self._bots[0].scenario.replicas):
             await self.start(replica)
 
     def pick(self, replica: int) -> Process | None:
         """Return a process that accepts requests, of this replica if possible."""
         accepting = [process for process in self.alive if process.accepts]
-        of_replica = [one for one in accepting if one.record.replica == replica]
+        of_replica = [one for one in accepting if one.replica == replica]
         return next(iter(of_replica or accepting), None)
 
     def any(self, random_source: random.Random) -> Process | None:

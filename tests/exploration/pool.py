@@ -60,13 +60,13 @@ def try_seed(seed: int, choice: Choice) -> Outcome:
 
 
 def _try_queue(seed: int, choice: Choice) -> Outcome:
-    record = explore(seed, without=choice.without)
-    return Outcome(seed, record.ended_at, broken(record, choice.ignore))
+    history = explore(seed, without=choice.without)
+    return Outcome(seed, history.ended_at, broken(history, choice.ignore))
 
 
 def _try_http(seed: int, choice: Choice) -> Outcome:
-    record = wire_run.explore(seed)
-    return Outcome(seed, record.ended_at, record.broken(choice.ignore))
+    history = wire_run.explore(seed)
+    return Outcome(seed, history.ended_at, history.broken(choice.ignore))
 
 
 def try_seeds(seeds: Iterable[int], choice: Choice) -> Iterator[Outcome]:

@@ -1,8 +1,9 @@
-"""One process of the server, which can be frozen, stopped and killed."""
+"""One process of the server with all its bots, which can be frozen, stopped and killed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import trio
@@ -18,7 +19,7 @@ from gateway_queue.store import WindowStore
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.store.redis import Link, RedisStore
 from tests.exploration.discord import SimulatedDiscord
-from tests.exploration.record import Call, ProcessRecord, Record
+from tests.exploration.record import Call, History, ProcessRecord, Record
 from tests.exploration.redis_server import SimulatedPool, SimulatedRedis
 from tests.exploration.scenario import Scenario
 
@@ -26,40 +27,47 @@ STOP_SECONDS = 3.0
 """The longest that a process may take to stop: 2 s by the contract, and the answers under way."""
 
 
+@dataclass(frozen=True)
+class Bot:
+    """A bot in a run."""
+
+    record: Record
+    discord: SimulatedDiscord
+
+    @property
+    def scenario(self) -> Scenario:
+        return self.record.scenario
+
+
 class Process:
-    """The queue, its store, and what keeps Discord's limits up to date in it."""
+    """The connection to Redis, and the parts of all bots."""
 
     def __init__(
         self,
-        record: Record,
+        number: int,
         replica: int,
+        history: History,
         redis: SimulatedRedis,
-        discord: SimulatedDiscord,
+        bots: Iterable[Bot],
         *,
         hold_on_start: bool,
     ) -> None:
-        now = trio.current_time()
-        self.record = ProcessRecord(len(record.processes), replica, now, hold_on_start)
-        record.processes.append(self.record)
-        self.run_record = record
-        self.calls: list[Call] = []
-        """Those that its door has let in and that have not ended."""
+        self.number = number
+        self.replica = replica
+        self.parts = [Part(self, bot, hold_on_start=hold_on_start) for bot in bots]
         self.sends = trio.lowlevel.ParkingLot()
         self.way_latency = 0.0
         self.accepts = False
         self.is_alive = True
         self.ended = trio.Event()
-        self.queue: Queue
         self.nursery: trio.Nursery
-        self._discord = discord
+        self._history = history
         self._redis = redis
         self._pools: list[SimulatedPool] = []
         self._ice: trio.Event | None = None
-        if not record.scenario.has_token:
-            self.record.keys_told.append((now, record.scenario.keys))
 
     def __str__(self) -> str:
-        return f"replica {self.record.replica}, process {self.record.number}"
+        return f"replica {self.replica}, process {self.number}"
 
     @property
     def is_frozen(self) -> bool:
@@ -73,28 +81,31 @@ class Process:
     def freeze(self) -> None:
         if self._ice is None:
             self._ice = trio.Event()
-            self.run_record.note(f"{self} frozen")
+            self._history.note(f"{self} frozen")
 
     def thaw(self) -> None:
         if self._ice is not None:
             self._ice.set()
             self._ice = None
-            self.run_record.note(f"{self} thawed")
+            self._history.note(f"{self} thawed")
 
     async def kill(self) -> None:
         """End it as SIGKILL does."""
-        self.record.was_killed = True
+        for part in self.parts:
+            part.record.was_killed = True
         await self._end("killed")
 
     async def stop(self) -> None:
         """End it as SIGTERM does."""
         self.accepts = False
-        self.run_record.note(f"{self} is stopping")
+        self._history.note(f"{self} is stopping")
         with trio.move_on_after(STOP_SECONDS) as scope:
-            await self.queue.close()
+            async with trio.open_nursery() as nursery:
+                for part in self.parts:
+                    nursery.start_soon(part.queue.close)
         if scope.cancelled_caught and self.is_alive:
             why = f"{self} has not stopped within {STOP_SECONDS} s, see its last calls"
-            self.run_record.wrong.append(("stops", why))
+            self._report("stops", why)
         await self._end("stopped")
 
     async def _end(self, how: str) -> None:
@@ -102,8 +113,9 @@ class Process:
         if not self.is_alive:
             return
         self.accepts = self.is_alive = False
-        self.record.ended_at = trio.current_time()
-        self.run_record.note(f"{self} {how}")
+        for part in self.parts:
+            part.record.ended_at = trio.current_time()
+        self._history.note(f"{self} {how}")
         for pool in self._pools:
             pool.close(how)
         self.nursery.cancel_scope.cancel()
@@ -123,47 +135,27 @@ class Process:
         """Live until stopped or killed."""
         try:
             async with trio.open_nursery() as self.nursery:
-                scenario = self.run_record.scenario
-                settings = settings_of(scenario, hold_on_start=self.record.hold_on_start)
-                store = self._open_store(settings)
-                keys = None if scenario.has_token else scenario.keys
-                self.queue = Queue(
-                    store,
-                    max_concurrency=keys,
-                    observers=[EventLog().observe],
-                )
-                await self.nursery.start(self.queue.run)
-                if scenario.has_token:
-                    discord = cast("Discord", _DiscordOf(self, self._discord))
-                    self.nursery.start_soon(Limits(discord, self.queue, settings).run)
+                link = self._open_link()
+                for part in self.parts:
+                    await part.start(self.nursery, link)
                 self.accepts = True
-                self.run_record.note(f"{self} started")
+                self._history.note(f"{self} started")
                 task_status.started()
         except Exception as error:  # noqa: BLE001
-            self.run_record.wrong.append(("no-crash", f"{self} has crashed: {_texts(error)}"))
+            self._report("no-crash", f"{self} has crashed: {_texts(error)}")
         finally:
             self.accepts = self.is_alive = False
             self.ended.set()
 
-    def _open_store(self, settings: Settings) -> WindowStore:
-        rules = rules_of(settings)
-        if self.run_record.scenario.store == "memory":
-            return MemoryStore(rules)
-        url = f"redis://{self.record.number}"
-        link = Link(url, count_error=lambda: None)
-        store = RedisStore(link, settings.redis_prefix, rules, self._send_away)
+    def _open_link(self) -> Link | None:
+        if self.parts[0].bot.scenario.store == "memory":
+            return None
+        link = Link(f"redis://{self.number}", count_error=lambda: None)
         self.nursery.start_soon(link.run)
-        self.nursery.start_soon(store.run)
-        return store
+        return link
 
-    def _send_away(self) -> None:
-        self.queue.send_away()
-
-    def leftovers(self) -> list[str]:
-        """List what is still in the queue, when all have left."""
-        left = [f"len(queue) is {len(self.queue)}"] if len(self.queue) else []
-        lanes = [lane for lane in self.queue.lanes.values() if lane or lane.identifying]
-        return [*left, *(f"the queue has lane {lane.rate_limit_key}" for lane in lanes)]
+    def _report(self, invariant: str, why: str) -> None:
+        self.parts[0].bot.record.wrong.append((invariant, why))
 
     def tasks(self) -> list[str]:
         """Return the names of all its tasks."""
@@ -179,19 +171,69 @@ class Process:
         return tasks
 
 
-class _DiscordOf:
-    """Discord, as one process reaches it."""
+class Part:
+    """One bot in one process: its queue and store, and what keeps Discord's limits up to date."""
 
-    def __init__(self, process: Process, discord: SimulatedDiscord) -> None:
-        self._process = process
-        self._discord = discord
+    queue: Queue
+
+    def __init__(self, process: Process, bot: Bot, *, hold_on_start: bool) -> None:
+        now, scenario = trio.current_time(), bot.scenario
+        self.process = process
+        self.bot = bot
+        self.record = ProcessRecord(process.number, process.replica, now, hold_on_start)
+        bot.record.processes.append(self.record)
+        self.calls: list[Call] = []
+        """Those that the door has let in and that have not ended."""
+        if not scenario.has_token:
+            self.record.keys_told.append((now, scenario.keys))
+
+    async def start(self, nursery: trio.Nursery, link: Link | None) -> None:
+        """Start what one bot needs, besides the connection to Redis."""
+        scenario = self.bot.scenario
+        settings = settings_of(scenario, hold_on_start=self.record.hold_on_start)
+        self.queue = Queue(
+            self._open_store(nursery, link, settings),
+            max_concurrency=None if scenario.has_token else scenario.keys,
+            observers=[EventLog().observe],
+        )
+        await nursery.start(self.queue.run)
+        if scenario.has_token:
+            discord = cast("Discord", _DiscordOf(self))
+            nursery.start_soon(Limits(discord, self.queue, settings).run)
+
+    def _open_store(
+        self, nursery: trio.Nursery, link: Link | None, settings: Settings
+    ) -> WindowStore:
+        rules = rules_of(settings)
+        if link is None:
+            return MemoryStore(rules)
+        store = RedisStore(link, settings.redis_prefix, rules, self._send_away)
+        nursery.start_soon(store.run)
+        return store
+
+    def _send_away(self) -> None:
+        self.queue.send_away()
+
+    def leftovers(self) -> list[str]:
+        """List what is still in the queue, when all have left."""
+        left = [f"len(queue) is {len(self.queue)}"] if len(self.queue) else []
+        lanes = [lane for lane in self.queue.lanes.values() if lane or lane.identifying]
+        return [*left, *(f"the queue has lane {lane.rate_limit_key}" for lane in lanes)]
+
+
+class _DiscordOf:
+    """Discord, as one bot of one process reaches it."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
 
     async def session_start_limit(self) -> SessionStartLimit:
-        await self._process.thawed()
-        limit = await self._discord.session_start_limit()
-        await self._process.thawed()
+        process = self._part.process
+        await process.thawed()
+        limit = await self._part.bot.discord.session_start_limit()
+        await process.thawed()
         told = (trio.current_time(), limit.max_concurrency)
-        self._process.record.keys_told.append(told)
+        self._part.record.keys_told.append(told)
         return limit
 
 
@@ -207,6 +249,7 @@ def settings_of(scenario: Scenario, *, hold_on_start: bool) -> Settings:
         discord_token="token" if scenario.has_token else None,
         discord_refresh_seconds=scenario.refresh,
         session_start_limit=scenario.session_start_limit,
+        redis_prefix=scenario.redis_prefix,
         loop_free_starts=scenario.loop_free_starts,
     )
 

@@ -87,18 +87,48 @@ class Overspending:
 
 
 @dataclass(eq=False)
-class Record:
-    """Everything that can be seen of a run from outside."""
+class Loss:
+    """When Redis has lost data, or its clock was set, and how."""
 
-    scenario: Scenario
+    at: float
+    what: str
+    prefix: str | None = None
+    """Of the keys that are concerned; None if all are."""
+
+
+@dataclass(eq=False)
+class History:
+    """What happens in a run, of all bots."""
+
     is_full: bool
     """Whether each request to Redis is noted, too."""
     lines: list[str] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    """One for each bot."""
+
+    @property
+    def ended_at(self) -> float:
+        return max(record.ended_at for record in self.records)
+
+    def note(self, line: str) -> None:
+        self.lines.append(f"{trio.current_time():12.6f}  {line}")
+
+    def note_detail(self, line: Callable[[], str]) -> None:
+        """Note what is worth its time only when the history is read."""
+        if self.is_full:
+            self.note(line())
+
+
+@dataclass(eq=False)
+class Record:
+    """Everything that can be seen of one bot in a run from outside."""
+
+    scenario: Scenario
+    history: History
     calls: list[Call] = field(default_factory=list)
     processes: list[ProcessRecord] = field(default_factory=list)
     overspent: list[Overspending] = field(default_factory=list)
-    losses: list[tuple[float, str]] = field(default_factory=list)
-    """When Redis has lost data, or its clock was set, and how."""
     cuts: list[float] = field(default_factory=list)
     """When a connection to Redis was lost that can be used again at once."""
     slow_ways: list[tuple[ProcessRecord, float, float]] = field(default_factory=list)
@@ -117,13 +147,19 @@ class Record:
         """From when on no fault can delay anybody: without faults, from the start."""
         return self.settled_at if self.scenario.faults else 0.0
 
-    def note(self, line: str) -> None:
-        self.lines.append(f"{trio.current_time():12.6f}  {line}")
+    @property
+    def losses(self) -> list[Loss]:
+        """Return what Redis has lost of this bot."""
+        own = None, self.scenario.redis_prefix
+        return [loss for loss in self.history.losses if loss.prefix in own]
 
-    def note_detail(self, line: Callable[[], str]) -> None:
-        """Note what is worth its time only when the history is read."""
-        if self.is_full:
-            self.note(line())
+    def note(self, line: str) -> None:
+        self.history.note(self.of_bot(line))
+
+    def of_bot(self, line: str) -> str:
+        """Name the bot in a line, if it is not the first one."""
+        bot = self.scenario.bot
+        return f"bot {bot}: {line}" if bot else line
 
     def step(self, call: Call, step: Step) -> None:
         now = trio.current_time()

@@ -12,9 +12,10 @@ import trio
 from coredis.exceptions import ConnectionError as ConnectionLost
 from coredis.exceptions import RedisError
 
-from tests.exploration.record import Record
+from tests.exploration.record import History, Loss
 from tests.exploration.redis_data import Database, Reply, Status, word
 from tests.exploration.redis_scripts import Scripts
+from tests.exploration.scenario import Scenario
 
 EPOCH = 1_800_000_000_000_000
 """What the server's clock shows at the start, in microseconds."""
@@ -40,13 +41,20 @@ class SimulatedRedis:
 
     Args:
       nursery: where its connections live.
-      record: where to note what happens.
+      history: where to note what happens.
+      scenario: of any bot.
       random_source: chooses latencies and faults.
     """
 
-    def __init__(self, nursery: trio.Nursery, record: Record, random_source: random.Random) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        history: History,
+        scenario: Scenario,
+        random_source: random.Random,
+    ) -> None:
         self.nursery = nursery
-        self.record = record
+        self.history = history
         self.random = random_source
         self.data = Database(random_source)
         self.policy = b"noeviction"
@@ -56,8 +64,8 @@ class SimulatedRedis:
         self.stalls_until = 0.0
         self.extra_latency = 0.0
         """The longest that a request or a reply takes besides the usual time."""
-        self._latency = record.scenario.latency
-        self._rate = record.scenario.clock_rate
+        self._latency = scenario.latency
+        self._rate = scenario.clock_rate
         self._shown, self._shown_at = float(EPOCH), trio.current_time()
         self._connections: list[Connection] = []
         self._scripts = Scripts(self._execute)
@@ -73,10 +81,15 @@ class SimulatedRedis:
         self._shown, self._shown_at = self.time() + seconds * 1e6, trio.current_time()
         self.lose(f"clock set by {seconds:.3f} s")
 
-    def lose(self, what: str) -> None:
-        """Note that what it knows may be wrong or gone from now on."""
-        self.record.losses.append((trio.current_time(), what))
-        self.record.note(f"Redis: {what}")
+    def lose(self, what: str, prefix: str | None = None) -> None:
+        """Note that what it knows may be wrong or gone from now on.
+
+        Args:
+          what: has happened.
+          prefix: of the keys that are concerned; None if all are.
+        """
+        self.history.losses.append(Loss(trio.current_time(), what, prefix))
+        self.history.note(f"Redis: {what}")
 
     async def works(self) -> None:
         """Wait while it stalls."""
@@ -231,7 +244,7 @@ class Connection:
                 request.reply = server.answer(request.words)
             except RedisError as error:
                 request.error = error
-            server.record.note_detail(request.describe)
+            server.history.note_detail(request.describe)
             request.due = trio.current_time() + server.latency() + self._host.way_latency
             self._back.send_nowait(request)
         self._back.close()

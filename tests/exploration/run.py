@@ -1,11 +1,11 @@
-"""One run: a scenario, from its start until everybody has left."""
+"""One run: the scenarios of all bots, from their start until all clients have left."""
 
 from __future__ import annotations
 
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from unittest.mock import patch
@@ -23,29 +23,30 @@ from tests.exploration.door import DirectDoor
 from tests.exploration.faults import Faults
 from tests.exploration.fleet import Fleet
 from tests.exploration.invariants import loop_delay
-from tests.exploration.process import connections_to
-from tests.exploration.record import Record
+from tests.exploration.process import Bot, Part, connections_to
+from tests.exploration.record import History, Record
 from tests.exploration.redis_server import SimulatedRedis
-from tests.exploration.scenario import Scenario, draw
+from tests.exploration.scenario import Scenario, draw_all
 from tests.exploration.transitions import WatchedState
 
 
-def explore(seed: int, *, without: frozenset[str] = frozenset(), full: bool = False) -> Record:
-    """Run the scenario of a seed.
+def explore(seed: int, *, without: frozenset[str] = frozenset(), full: bool = False) -> History:
+    """Run the scenarios of a seed.
 
     Args:
       seed: chooses everything.
       without: kinds of faults that must not happen.
       full: whether to note each request to Redis and each line of the log.
     """
-    record = Record(draw(seed, without), full)
-    with _repeatable(seed, record):
-        trio.run(_Run(record).run, clock=MockClock(autojump_threshold=0))
-    return record
+    history = History(full)
+    history.records = [Record(scenario, history) for scenario in draw_all(seed, without)]
+    with _repeatable(seed, history):
+        trio.run(_Run(history).run, clock=MockClock(autojump_threshold=0))
+    return history
 
 
 @contextmanager
-def _repeatable(seed: int, record: Record) -> Iterator[None]:
+def _repeatable(seed: int, history: History) -> Iterator[None]:
     """Let everything that is random come from the seed."""
     source = random.Random(f"system {seed}")
     state = random.getstate()
@@ -55,28 +56,28 @@ def _repeatable(seed: int, record: Record) -> Iterator[None]:
         enter = stack.enter_context
         enter(patch.object(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True))
         enter(patch.object(os, "urandom", source.randbytes))  # where uuid4 comes from
-        enter(_log_into(record))
-        report = partial(_note_transition, record)
+        enter(_log_into(history))
+        report = partial(_note_transition, history)
         enter(patch.object(Place, "state", WatchedState(report)))
         yield
     random.setstate(state)
 
 
-def _note_transition(record: Record, why: str) -> None:
-    record.wrong.append(("transitions", f"at {trio.current_time():.6f} {why}"))
+def _note_transition(history: History, why: str) -> None:
+    history.records[0].wrong.append(("transitions", f"at {trio.current_time():.6f} {why}"))
 
 
 @contextmanager
-def _log_into(record: Record) -> Iterator[None]:
+def _log_into(history: History) -> Iterator[None]:
     """Let the log go to the history if that is full, and nowhere if not."""
 
     def note(_: object, __: str, event: structlog.typing.EventDict) -> str:
         name = event.pop("event")
-        record.note("log: " + " ".join([name, *(f"{k}={v}" for k, v in event.items())]))
+        history.note("log: " + " ".join([name, *(f"{k}={v}" for k, v in event.items())]))
         raise structlog.DropEvent
 
     before = structlog.get_config()
-    level = "debug" if record.is_full else "critical"
+    level = "debug" if history.is_full else "critical"
     structlog.configure(
         processors=[note],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -89,49 +90,109 @@ def _log_into(record: Record) -> Iterator[None]:
 
 
 class _Run:
-    def __init__(self, record: Record) -> None:
-        self._record = record
-        self._scenario: Scenario = record.scenario
-        self._clients: list[Client] = []
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._scenario: Scenario = history.records[0].scenario
 
     async def run(self) -> None:
-        scenario = self._scenario
-        self._record.note(str(scenario))
+        history, scenario = self._history, self._scenario
+        for record in history.records:
+            record.note(str(record.scenario))
         async with trio.open_nursery() as nursery:
-            self._redis = SimulatedRedis(nursery, self._record, self._source("redis"))
-            self._discord = SimulatedDiscord(self._record, self._source("discord"))
-            self._fleet = Fleet(nursery, self._record, self._redis, self._discord)
+            self._redis = SimulatedRedis(nursery, history, scenario, _source("redis", scenario))
+            bots = [
+                Bot(record, SimulatedDiscord(record, _source("discord", record.scenario)))
+                for record in history.records
+            ]
+            self._fleet = Fleet(nursery, history, self._redis, bots)
             connections = connections_to(self._fleet.processes.__getitem__)
             with ExitStack() as stack:
                 stack.enter_context(patch.object(servers, "connections", connections))
-                await self._play(nursery)
+                await self._play(bots)
             nursery.cancel_scope.cancel()
 
-    def _source(self, name: str) -> random.Random:
-        return random.Random(f"{name} {self._scenario.seed}")
-
-    async def _play(self, nursery: trio.Nursery) -> None:
-        record, scenario = self._record, self._scenario
-        for replica in range(scenario.replicas):
+    async def _play(self, bots: Sequence[Bot]) -> None:
+        for replica in range(self._scenario.replicas):
             await self._fleet.start(replica)
-        door = DirectDoor(self._source("door"))
-        self._clients = [
-            Client(number, record, self._fleet, door, self._discord)
-            for number in range(scenario.clients)
-        ]
-        for client in self._clients:
-            nursery.start_soon(client.live)
-        nursery.start_soon(self._compare_lengths)
-        await Faults(record, self._fleet, self._redis, self._discord).run()
-        record.healed_at = trio.current_time()
-        record.note("everything works again")
-        record.settled_at = record.healed_at + self._time_to_settle()
-        await self._wait_for_releases()
-        await self._wait_for_nothing_left()
-        record.ended_at = trio.current_time()
+        runs = [_BotRun(bot, self._fleet, self._redis) for bot in bots]
+        async with trio.open_nursery() as nursery:
+            for run in runs:
+                nursery.start_soon(run.play)
+        if all(run.is_over for run in runs):
+            await self._wait_for_nothing_left(runs)
+        for record in self._history.records:
+            record.ended_at = trio.current_time()
         for process in self._fleet.alive:
             await process.stop()
-        record.note("the end")
+        self._history.note("the end")
+
+    async def _wait_for_nothing_left(self, runs: Sequence[_BotRun]) -> None:
+        """Look for what remains when all clients have left and every place has expired."""
+        scenarios = [record.scenario for record in self._history.records]
+        await trio.sleep(max(one.place_seconds + 4 * one.window + 5 for one in scenarios))
+        await wait_all_tasks_blocked()
+        for run in runs:
+            run.look_for_leftovers()
+        if keys := self._redis.data.keys_without_expiry():
+            self._report_left(f"Redis keys that never expire: {keys}")
+        await self._compare_tasks()
+
+    async def _compare_tasks(self) -> None:
+        """Compare the tasks of each process with those of one that never had a client."""
+        old = {process: process.tasks() for process in self._fleet.alive}
+        await self._fleet.start(self._scenario.replicas)
+        longest = max(record.scenario.window for record in self._history.records)
+        await trio.sleep(4 * longest + 5)
+        await wait_all_tasks_blocked()
+        fresh = self._fleet.alive[-1].tasks()
+        for process, tasks in old.items():
+            if tasks != fresh:
+                self._report_left(f"{process} has the tasks {tasks}, a new process {fresh}")
+
+    def _report_left(self, why: str) -> None:
+        self._history.records[0].wrong.append(("nothing-left", why))
+
+
+class _BotRun:
+    """One bot of a run: its clients, and the faults of its scenario."""
+
+    def __init__(self, bot: Bot, fleet: Fleet, redis: SimulatedRedis) -> None:
+        self._record, self._discord = bot.record, bot.discord
+        self._scenario = scenario = bot.scenario
+        self._fleet = fleet
+        self._faults = Faults(bot.record, fleet, redis, bot.discord)
+        door = DirectDoor(_source("door", scenario))
+        self._clients = [
+            Client(number, bot.record, fleet, door, bot.discord)
+            for number in range(scenario.clients)
+        ]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all clients have started, or left."""
+        return all(client.is_done for client in self._clients)
+
+    def _parts(self) -> list[Part]:
+        """Return what each process that is alive has for this bot."""
+        return [process.parts[self._scenario.bot] for process in self._fleet.alive]
+
+    async def play(self) -> None:
+        record = self._record
+        async with trio.open_nursery() as nursery:
+            for client in self._clients:
+                nursery.start_soon(client.live)
+            nursery.start_soon(self._compare_lengths)
+            await self._faults.run()
+            record.healed_at = trio.current_time()
+            record.note("everything works again")
+            record.settled_at = record.healed_at + self._time_to_settle()
+            await self._wait_for_releases()
+            nursery.cancel_scope.cancel()
+
+    def look_for_leftovers(self) -> None:
+        for part in self._parts():
+            for leftover in part.leftovers():
+                self._record.wrong.append(("nothing-left", f"{part.process}: {leftover}"))
 
     def _time_to_settle(self) -> float:
         """Return for how long the faults of before may still delay the next release."""
@@ -154,14 +215,14 @@ class _Run:
             return True  # what such a process had claimed may be used, and counts
         if any(one.ended_at for one in self._record.processes):
             # A claim of a process that was stopped while Redis was away stays counted.
-            return any(one.queue.store.session_starts().spent for one in self._fleet.alive)
+            return any(part.queue.store.session_starts().spent for part in self._parts())
         return scenario.session_start_limit <= len(self._record.answers)
 
     async def _wait_for_releases(self) -> None:
         """Wait until every client was released, or should long have been."""
         scenario, record = self._scenario, self._record
         deadline = record.settled_at
-        while not all(client.is_done for client in self._clients):
+        while not self.is_over:
             await trio.sleep(scenario.window / 2)
             now = trio.current_time()
             if self._is_limit_spent():
@@ -172,7 +233,7 @@ class _Run:
                 reset_seen_at = self._discord.resets_at + scenario.refresh
                 deadline = max(deadline, reset_seen_at)
             if now > deadline + self._time_for_all():
-                alive = [process.record for process in self._fleet.alive]
+                alive = [part.record for part in self._parts()]
                 record.unreleased = [
                     call
                     for call in record.calls
@@ -194,47 +255,21 @@ class _Run:
         )
         return (scenario.lease + 0.6) * (len(self._clients) + 2) + max(held, default=0)
 
-    async def _wait_for_nothing_left(self) -> None:
-        """Look for what remains when everybody has left and every place has expired."""
-        record, scenario = self._record, self._scenario
-        for process in self._fleet.alive:
-            if any(not client.is_done for client in self._clients):
-                return
-            del process
-        await trio.sleep(scenario.place_seconds + 4 * scenario.window + 5)
-        await wait_all_tasks_blocked()
-        for process in self._fleet.alive:
-            for leftover in process.leftovers():
-                record.wrong.append(("nothing-left", f"{process}: {leftover}"))
-        if keys := self._redis.data.keys_without_expiry():
-            record.wrong.append(("nothing-left", f"Redis keys that never expire: {keys}"))
-        await self._compare_tasks()
-
-    async def _compare_tasks(self) -> None:
-        """Compare the tasks of each process with those of one that never had a client."""
-        record = self._record
-        old = {process: process.tasks() for process in self._fleet.alive}
-        replica = self._scenario.replicas
-        await self._fleet.start(replica)
-        await trio.sleep(4 * self._scenario.window + 5)
-        await wait_all_tasks_blocked()
-        fresh = self._fleet.alive[-1].tasks()
-        for process, tasks in old.items():
-            if tasks != fresh:
-                why = f"{process} has the tasks {tasks}, a new process {fresh}"
-                record.wrong.append(("nothing-left", why))
-
     async def _compare_lengths(self) -> None:
         """Compare what each queue thinks of its length with who waits there."""
-        source = self._source("samples")
+        source = _source("samples", self._scenario)
         while True:
             await trio.sleep(source.uniform(0.2, 1.5) * self._scenario.window)
             await wait_all_tasks_blocked()
-            for process in self._fleet.alive:
-                waiting = [call for call in process.calls if call.waits]
-                if len(process.queue) != len(waiting) and process.accepts:
+            for part in self._parts():
+                waiting = [call for call in part.calls if call.waits]
+                if len(part.queue) != len(waiting) and part.process.accepts:
                     why = (
-                        f"{process}: len(queue) is {len(process.queue)}, but {len(waiting)} wait "
+                        f"{part.process}: len(queue) is {len(part.queue)}, but {len(waiting)} wait "
                         f"at {trio.current_time():.6f}: {', '.join(map(str, waiting))}"
                     )
                     self._record.wrong.append(("length", why))
+
+
+def _source(name: str, scenario: Scenario) -> random.Random:
+    return random.Random(f"{name} {scenario.source}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 PROCESS_FAULTS = ("kill", "freeze", "stop")
@@ -27,7 +27,16 @@ REDIS_FAULTS = (
     "set-clock",
 )
 DISCORD_FAULTS = ("max-concurrency", "budget", "discord-down")
-CHOICES = ("clock-rate", "cap", "tight-budget", "loop-guard", "places", "hang-ups", "confirm")
+CHOICES = (
+    "clock-rate",
+    "cap",
+    "tight-budget",
+    "loop-guard",
+    "places",
+    "hang-ups",
+    "confirm",
+    "bots",
+)
 """What is no fault, but can be left out of the scenarios like one."""
 
 ALL_KINDS = (*PROCESS_FAULTS, *REDIS_FAULTS, *CUTS, *SLOW_WAY, *DISCORD_FAULTS, *CHOICES)
@@ -35,9 +44,11 @@ ALL_KINDS = (*PROCESS_FAULTS, *REDIS_FAULTS, *CUTS, *SLOW_WAY, *DISCORD_FAULTS, 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One run. Times are in seconds."""
+    """One run of one bot. Times are in seconds."""
 
     seed: int
+    bot: int
+    """Bots of the same run have the same processes, the same Redis, and the same faults of both."""
     store: Literal["memory", "redis"]
     replicas: int
     has_token: bool
@@ -67,6 +78,16 @@ class Scenario:
     faults: tuple[str, ...]
 
     @property
+    def source(self) -> str:
+        """Name what chooses the behaviour of this bot's clients and of its Discord."""
+        return f"bot {self.bot} of {self.seed}" if self.bot else str(self.seed)
+
+    @property
+    def redis_prefix(self) -> str:
+        """The first part of the bot's keys in Redis."""
+        return f"gateway-queue:bot:{self.bot}" if self.bot else "gateway-queue"
+
+    @property
     def unconfirmed_window(self) -> float:
         """Seconds from an answer that is not confirmed to the next release of its key."""
         return self.window + self.margin
@@ -80,8 +101,40 @@ class Scenario:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
+def draw_all(seed: int, without: frozenset[str] = frozenset()) -> list[Scenario]:
+    """Choose the scenarios of all bots of a run, see :func:`draw`."""
+    first = draw(seed, without)
+    source = random.Random(f"bots {seed}")
+    others = 0 if "bots" in without else source.choices((0, 1, 2), (6, 3, 1))[0]
+    return [first, *(_draw_other(first, bot, source, without) for bot in range(1, others + 1))]
+
+
+def _draw_other(
+    first: Scenario, bot: int, source: random.Random, without: frozenset[str]
+) -> Scenario:
+    """Choose the scenario of a further bot: its processes and Redis are those of the first."""
+    own = draw(source.randrange(10**9), without)
+    is_crowded = source.random() < 0.2
+    shared = tuple(kind for kind in first.faults if kind not in DISCORD_FAULTS)
+    its_discords = tuple(kind for kind in own.faults if kind in DISCORD_FAULTS)
+    return replace(
+        own,
+        seed=first.seed,
+        bot=bot,
+        store=first.store,
+        replicas=first.replicas,
+        hold_on_start=first.hold_on_start,
+        latency=first.latency,
+        clock_rate=first.clock_rate,
+        clients=30 if is_crowded else own.clients,
+        loop_free_starts=0 if is_crowded else own.loop_free_starts,
+        fault_seconds=first.fault_seconds,
+        faults=(*shared, *its_discords),
+    )
+
+
 def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
-    """Choose a scenario.
+    """Choose the scenario of a bot.
 
     Args:
       seed: chooses it.
@@ -113,6 +166,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
     loop_free_starts = source.choice((0, 1, 2, 5))
     return Scenario(
         seed=seed,
+        bot=0,
         store=store,
         replicas=source.choice((1, 1, 2, 3)) if store == "redis" else 1,
         has_token=has_token,

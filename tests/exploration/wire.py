@@ -133,7 +133,7 @@ class WireReplica:
         """End it as SIGTERM ends the command."""
         self.accepts = False
         with trio.move_on_after(GRACE_SECONDS):
-            await self.app.bots.default.queue.close()
+            await self.app.bots.close()
         await self.stop_hypercorn()
 
     async def stop_hypercorn(self) -> None:

@@ -48,6 +48,7 @@ REFUSALS = (
     Refusal("shard=-1", "shard must be a whole number from 0 to 2147483647, not '-1'"),
     Refusal("shard=1&shard=2", "shard is given twice, with different values"),
     Refusal("shard=1&confirm=yes", "confirm must be true or false, not 'yes'"),
+    Refusal("bot=nobody", "bot must be the name of one bot that this server has"),
     Refusal(
         "confirm=true",
         "confirm=true needs shard=N: the queue has to know which shard confirms",
@@ -67,6 +68,8 @@ class WireTicket:
     confirm: bool = False
     """Whether the client closes the response when it has identified."""
     method: Method = "GET"
+    bot: str | None = None
+    """The bot that its request names, if any."""
     refusal: Refusal | None = None
     """What is wrong with the request; then it is no ticket."""
     arrived_at: float = math.inf
@@ -109,9 +112,12 @@ class WireTicket:
         """What follows the path of the request."""
         if self.refusal is not None:
             return f"?{self.refusal.query}"
-        if self.shard is None:
-            return ""
-        return f"?shard={self.shard}" + ("&confirm=true" if self.confirm else "")
+        parameters = [] if self.bot is None else [f"bot={self.bot}"]
+        if self.shard is not None:
+            parameters.append(f"shard={self.shard}")
+        if self.confirm:
+            parameters.append("confirm=true")
+        return "?" + "&".join(parameters) if parameters else ""
 
     @property
     def content(self) -> bytes:

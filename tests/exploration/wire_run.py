@@ -1,20 +1,24 @@
 """Random histories of clients of HTTP/1.1 and HTTP/2 at one replica, checked by true time.
 
+Some replicas have several bots, and each rule has to hold for each of them.
+
 ``scripts/explore --http`` runs them. 2 to 12 clients run about 750 times as fast as real time: a
 seed takes 0.07 s for 50 s.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import structlog
@@ -56,7 +60,7 @@ TOO_SLOW = 3.0
 
 @dataclass(frozen=True)
 class WireScenario:
-    """One run. Times are in seconds."""
+    """One run of one bot. Times are in seconds."""
 
     seed: int
     window: float
@@ -69,25 +73,49 @@ class WireScenario:
     """Whether some clients are slow to read."""
     margin: float
     confirm_seconds: float
+    bot: str | None = None
+    """None for the default bot."""
 
     @property
-    def settings(self) -> Settings:
-        return Settings(
-            window_seconds=self.window,
-            hold_on_start=self.hold_on_start,
-            place_seconds=self.place_seconds,
-            max_concurrency=self.keys,
-            loop_free_starts=0,
-            margin_seconds=self.margin,
-            confirm_seconds=self.confirm_seconds,
-        )
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the bot."""
+        return {
+            "window_seconds": self.window,
+            "hold_on_start": self.hold_on_start,
+            "place_seconds": self.place_seconds,
+            "max_concurrency": self.keys,
+            "loop_free_starts": 0,
+            "margin_seconds": self.margin,
+            "confirm_seconds": self.confirm_seconds,
+        }
+
+    @property
+    def table(self) -> str:
+        """Return the bot's table in ``BOTS_FILE``."""
+        lines = (f"{key} = {json.dumps(value)}" for key, value in self.settings.items())
+        return "\n".join([f'["{self.bot}"]', *lines, ""])
 
     def key(self, shard: int | None) -> int:
         return (shard or 0) % self.keys
 
 
+def draw_all(seed: int) -> list[WireScenario]:
+    """Choose the scenarios of all bots of a run."""
+    first, source = draw(seed), random.Random(f"bots on the wire {seed}")
+    others = source.choices((0, 1, 2), (6, 3, 1))[0]
+    return [
+        first,
+        *(
+            replace(
+                draw(source.randrange(10**9)), seed=seed, bot=f"bot.{bot}", latency=first.latency
+            )
+            for bot in range(1, others + 1)
+        ),
+    ]
+
+
 def draw(seed: int) -> WireScenario:
-    """Choose a scenario."""
+    """Choose the scenario of a bot."""
     source = random.Random(f"wire {seed}")
     return WireScenario(
         seed,
@@ -104,16 +132,14 @@ def draw(seed: int) -> WireScenario:
 
 
 @dataclass(eq=False)
-class WireRecord:
+class WireHistory:
     """What a run leaves behind."""
 
-    scenario: WireScenario
     lines: list[str] = field(default_factory=list)
     wrong: list[tuple[str, str]] = field(default_factory=list)
     """Which rule is broken, and how."""
-    tickets: list[WireTicket] = field(default_factory=list)
-    refused: list[WireTicket] = field(default_factory=list)
-    """Requests that are no tickets."""
+    records: list[WireRecord] = field(default_factory=list)
+    """One for each bot."""
     ended_at: float = 0.0
 
     def broken(self, ignore: frozenset[str] = frozenset()) -> dict[str, str]:
@@ -129,86 +155,116 @@ class WireRecord:
 
     def watch(self, ticket: WireTicket, moment: Moment) -> None:
         if moment == "asks":
-            (self.tickets if ticket.refusal is None else self.refused).append(ticket)
+            record = next(one for one in self.records if one.scenario.bot == ticket.bot)
+            (record.tickets if ticket.refusal is None else record.refused).append(ticket)
         self.note(f"{ticket.name} ({ticket.method} {ticket.query or '/'}) {moment}")
 
 
+@dataclass(eq=False)
+class WireRecord:
+    """What a run leaves behind of one bot."""
+
+    scenario: WireScenario
+    history: WireHistory
+    tickets: list[WireTicket] = field(default_factory=list)
+    refused: list[WireTicket] = field(default_factory=list)
+    """Requests that are no tickets."""
+
+    def note(self, line: str) -> None:
+        self.history.note(line)
+
+    def report(self, rule: str, line: str) -> None:
+        self.history.report(rule, line)
+
+    def opens_at(self, shard: int | None) -> float:
+        """Return when the key of a shard opens next, as far as its answers tell."""
+        scenario = self.scenario
+        key = scenario.key(shard)
+        answered = [
+            ticket
+            for ticket in self.tickets
+            if scenario.key(ticket.shard) == key and ticket.is_answered
+        ]
+        start = scenario.window + scenario.margin if scenario.hold_on_start else 0
+        opens = (openings(scenario, ticket)[0] for ticket in answered)
+        return max(opens, default=start)
+
+
 class _Run:
-    def __init__(self, record: WireRecord) -> None:
-        self.record = record
-        self.scenario = record.scenario
-        self.replica = WireReplica(self.scenario.settings)
+    def __init__(self, history: WireHistory, settings: Settings) -> None:
+        self.history = history
+        self.replica = WireReplica(settings)
         self.shared: list[Http2Client] = []
+        """Connections that any shard of any bot may use."""
         self.nursery: trio.Nursery
         self.unreleased: dict[str, None] = {}
 
     async def run(self) -> None:
-        record, scenario = self.record, self.scenario
-        record.note(str(scenario))
-        longest = scenario.window + scenario.margin + scenario.confirm_seconds
-        limit = longest * (20 + 12 * scenario.clients) + 60
+        history = self.history
+        scenarios = [record.scenario for record in history.records]
+        for scenario in scenarios:
+            history.note(str(scenario))
         async with trio.open_nursery() as outer:
             await outer.start(self.replica.run)
             before = self.replica.tasks()
-            with trio.move_on_after(limit):
+            with trio.move_on_after(max(map(_longest_run, scenarios))):
                 async with trio.open_nursery() as self.nursery:
                     async with trio.open_nursery() as clients:
-                        for number in range(scenario.clients):
-                            clients.start_soon(_Shard(self, number).live)
+                        for record in history.records:
+                            for number in range(record.scenario.clients):
+                                clients.start_soon(_Shard(self, record, number).live)
                     self.nursery.cancel_scope.cancel()
             for name in self.unreleased:
-                record.report("forgotten", f"{name} is not released")
+                history.report("forgotten", f"{name} is not released")
             for end in list(self.replica.ends):
                 end.peer.close()
-            await trio.sleep(scenario.place_seconds + 10)
+            await trio.sleep(max(scenario.place_seconds for scenario in scenarios) + 10)
             self._look_for_leftovers(before)
             self.replica.kill()
-        record.ended_at = trio.current_time()
-        check(record)
+        history.ended_at = trio.current_time()
+        for record in history.records:
+            check(record)
 
     def _look_for_leftovers(self, before: list[str]) -> None:
-        queue = self.replica.app.bots.default.queue
+        queues = [service.queue for service in self.replica.app.bots.services().values()]
         more = Counter(self.replica.tasks()) - Counter(before)
         for what, number in (
             ("tasks", sum(more.values())),
             ("connections", len(self.replica.ends)),
-            ("tickets", len(queue)),
-            ("lanes", len(queue.lanes)),
-            ("places", sum(len(lane.away) for lane in queue.lanes.values())),
+            ("tickets", sum(map(len, queues))),
+            ("lanes", sum(len(queue.lanes) for queue in queues)),
+            ("places", sum(len(lane.away) for queue in queues for lane in queue.lanes.values())),
         ):
             if number:
-                self.record.report(
+                self.history.report(
                     "leftovers", f"{number} {what} {dict(more) if what == 'tasks' else ''}"
                 )
 
-    def opens_at(self, shard: int | None) -> float:
-        """Return when the key of a shard opens next, as far as its answers tell."""
-        key = self.scenario.key(shard)
-        answered = [
-            ticket
-            for ticket in self.record.tickets
-            if self.scenario.key(ticket.shard) == key and ticket.is_answered
-        ]
-        start = self.scenario.window + self.scenario.margin if self.scenario.hold_on_start else 0
-        opens = (openings(self.scenario, ticket)[0] for ticket in answered)
-        return max(opens, default=start)
+
+def _longest_run(scenario: WireScenario) -> float:
+    """Return after how many seconds every client has been released, if none is forgotten."""
+    longest = scenario.window + scenario.margin + scenario.confirm_seconds
+    return longest * (20 + 12 * scenario.clients) + 60
 
 
 class _Shard:
     """One shard: it asks, hangs up, and asks again until it is released."""
 
-    def __init__(self, run: _Run, number: int) -> None:
-        self._source = source = random.Random(f"client {number} {run.scenario.seed}")
+    def __init__(self, run: _Run, record: WireRecord, number: int) -> None:
+        self._scenario = scenario = record.scenario
+        of_bot = "" if scenario.bot is None else f" of {scenario.bot}"
+        self._source = source = random.Random(f"client {number}{of_bot} {scenario.seed}")
         self._run = run
-        self._name = f"c{number}"
-        self._shard = None if source.random() < 0.1 else source.randrange(3 * run.scenario.keys)
+        self._record = record
+        self._name = f"c{number}{of_bot}"
+        self._shard = None if source.random() < 0.1 else source.randrange(3 * scenario.keys)
         self._hang_ups = source.choice((0, 1, MOST_HANG_UPS))
         self._connections = 0
-        self._may_be_slow = run.scenario.are_slow and source.random() < 0.5
+        self._may_be_slow = scenario.are_slow and source.random() < 0.5
         self._confirms = self._shard is not None and source.random() < 0.5
 
     async def live(self) -> None:
-        source, window = self._source, self._run.scenario.window
+        source, window = self._source, self._scenario.window
         await trio.sleep(source.choice((0, window, source.uniform(0, 3 * window))))
         for _ in range(source.choice((1, 1, 2))):
             if not await self._start():
@@ -234,7 +290,7 @@ class _Shard:
 
     def _options(self) -> dict[str, Any]:
         """Choose a connection; what is slow or narrow is so only for a while."""
-        source, latency = self._source, self._run.scenario.latency
+        source, latency = self._source, self._scenario.latency
         options: dict[str, Any] = {
             "up": latency * source.choice((0, 1)),
             "down": latency * source.choice((0, 1)),
@@ -251,17 +307,18 @@ class _Shard:
         return {
             "confirm": self._confirms and source.random() < 0.8,
             "method": "HEAD" if source.random() < 0.05 else "GET",
+            "bot": self._scenario.bot,
         }
 
     def _connect_http1(self) -> Http1Client:
-        record = self._run.record
+        history = self._run.history
         name = f"{self._name}h1-{self._connections}"
         version = "1.0" if self._source.random() < 0.15 else "1.1"
         client = Http1Client(
             self._run.replica,
             name,
-            record.watch,
-            partial(record.report, "answer"),
+            history.watch,
+            partial(history.report, "answer"),
             version=version,
             **self._options(),
         )
@@ -269,12 +326,12 @@ class _Shard:
         return client
 
     def _connect_http2(self, window: int, options: dict[str, Any]) -> Http2Client:
-        record = self._run.record
+        history = self._run.history
         client = Http2Client(
             self._run.replica,
             f"{self._name}h2-{self._connections}",
-            record.watch,
-            partial(record.report, "answer"),
+            history.watch,
+            partial(history.report, "answer"),
             window=window,
             **options,
         )
@@ -372,7 +429,7 @@ class _Shard:
 
     async def _identify(self, hang_up: Callable[[], None]) -> None:
         """Confirm, perhaps late or not at all."""
-        source, longest = self._source, self._run.scenario.confirm_seconds
+        source, longest = self._source, self._scenario.confirm_seconds
         seconds = source.choice((0, longest, math.inf, *(source.uniform(0, longest),) * 3))
         await trio.sleep(min(seconds, longest + 1))
         if seconds < math.inf:
@@ -383,21 +440,21 @@ class _Shard:
         source, run = self._source, self._run
         if self._hang_ups and source.random() < 0.7:
             self._hang_ups -= 1
-            window = run.scenario.window
-            opens_at = run.opens_at(self._shard)
+            window = self._scenario.window
+            opens_at = self._record.opens_at(self._shard)
             until = source.choice(
                 (
                     trio.current_time(),
                     opens_at,
                     opens_at,
-                    opens_at - run.scenario.latency,
+                    opens_at - self._scenario.latency,
                     trio.current_time() + source.uniform(0, 2 * window),
                 )
             )
             with trio.move_on_at(until):
                 await ticket.ended.wait()
             if not ticket.ended.is_set():
-                run.record.note(f"{ticket.name} hangs up")
+                run.history.note(f"{ticket.name} hangs up")
                 hang_up()
                 await trio.sleep(TOO_SLOW if source.random() < 0.2 else 0)
             return
@@ -407,25 +464,25 @@ class _Shard:
             if ticket.is_suspect and ticket.first_at + TOO_SLOW < trio.current_time():
                 break
         if ticket.ended.is_set() and not ticket.is_answered and not ticket.is_suspect:
-            run.record.note(f"{ticket.name} was closed")
+            run.history.note(f"{ticket.name} was closed")
 
 
 @contextmanager
-def _log_into(record: WireRecord) -> Iterator[None]:
+def _log_into(history: WireHistory) -> Iterator[None]:
     """Let the log go to the history: no run of one replica ought to cause an error."""
 
     def note(_: object, level: str, event: structlog.typing.EventDict) -> str:
         words = " ".join(f"{k}={v}" for k, v in event.items() if k != "exc_info")
-        record.note(f"log: {words}")
+        history.note(f"log: {words}")
         if level in {"error", "exception", "critical"}:
             error = sys.exc_info()[1]
-            record.report("error", f"{words}: {error!r}")
+            history.report("error", f"{words}: {error!r}")
         raise structlog.DropEvent
 
     class Handler(logging.Handler):
         def emit(self, line: logging.LogRecord) -> None:
             error = line.exc_info[1] if line.exc_info else None
-            record.report("error", f"Hypercorn: {line.getMessage()}: {error!r}")
+            history.report("error", f"Hypercorn: {line.getMessage()}: {error!r}")
 
     before = structlog.get_config()
     structlog.configure(
@@ -446,19 +503,38 @@ def _log_into(record: WireRecord) -> Iterator[None]:
 
 async def run(seed: int) -> list[str]:
     """Play the history of a seed, on a mock clock and while it is repeatable, and return it."""
-    record = WireRecord(draw(seed))
-    await _play(record)
-    return record.lines
+    history = _new_history(seed)
+    await _play(history)
+    return history.lines
 
 
-async def _play(record: WireRecord) -> None:
-    with _log_into(record):
-        await _Run(record).run()
+def _new_history(seed: int) -> WireHistory:
+    history = WireHistory()
+    history.records = [WireRecord(scenario, history) for scenario in draw_all(seed)]
+    return history
 
 
-def explore(seed: int) -> WireRecord:
-    """Run the scenario of a seed."""
-    record = WireRecord(draw(seed))
+async def _play(history: WireHistory) -> None:
+    default, *others = [record.scenario for record in history.records]
+    with _log_into(history), _bots_file(others) as path:
+        await _Run(history, Settings(**default.settings, bots_file=path)).run()
+
+
+@contextmanager
+def _bots_file(scenarios: Sequence[WireScenario]) -> Iterator[str | None]:
+    """Write a file with some bots, if there are any."""
+    if not scenarios:
+        yield None
+        return
+    with NamedTemporaryFile("w", suffix=".toml") as file:
+        file.writelines(scenario.table for scenario in scenarios)
+        file.flush()
+        yield file.name
+
+
+def explore(seed: int) -> WireHistory:
+    """Run the scenarios of a seed."""
+    history = _new_history(seed)
     with repeatable(seed):
-        trio.run(_play, record, clock=MockClock(autojump_threshold=0))
-    return record
+        trio.run(_play, history, clock=MockClock(autojump_threshold=0))
+    return history

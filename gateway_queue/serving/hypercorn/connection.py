@@ -18,6 +18,7 @@ from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import TrioSingleTask, WorkerContext
 from hypercorn.typing import AppWrapper, LifespanState
 
+from gateway_queue.observing.lines import error_text
 from gateway_queue.serving.hypercorn.stream import deadline
 from gateway_queue.serving.keep_alive import keep_alive
 
@@ -63,7 +64,7 @@ class Connection(TCPServer):
         try:
             await super().run()
         except* Exception as errors:  # noqa: BLE001
-            log.warning("connection closed after an error", error=repr(errors.exceptions))
+            log.warning("connection closed after an error", error=error_text(errors))
 
     async def _close(self) -> None:
         """Close at once when the server stops: two more waits take a third of the time."""

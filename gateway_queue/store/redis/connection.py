@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import trio
 from coredis.connection import BaseConnection, TCPLocation
@@ -24,12 +25,26 @@ SCRIPT = Path(__file__).with_name("decisions.lua")
 KEYS = ("state", "starts", "shards", "heads", "line")
 """The keys of the script, without the prefix."""
 
+GLANCE = Path(__file__).with_name("glance.lua")
+GLANCE_KEYS = KEYS[:3]
+
 
 class Unreachable(Exception):
     """Redis has not answered, or not as it should; the message says why.
 
     What it was asked to do may have been done all the same.
     """
+
+
+class Known(NamedTuple):
+    """What a replica knows of a bot's data; times are the server's, in microseconds."""
+
+    prefix: str
+    replica: str
+    since: int
+    """When the data began."""
+    seen_at: int
+    """When the replica's last command came."""
 
 
 def connections(url: str, location: TCPLocation | None = None) -> ConnectionPool[Any]:
@@ -61,6 +76,7 @@ class Connection:
 
     _connection: BaseConnection
     _script: Any
+    _glance: Any
 
     def __init__(self, pool: ConnectionPool[Any]) -> None:
         self.lost = trio.Event()
@@ -85,6 +101,7 @@ class Connection:
         except RedisError as error:
             self.close(str(error))
         self._script = await self._request(b"SCRIPT LOAD", SCRIPT.read_bytes())
+        self._glance = await self._request(b"SCRIPT LOAD", GLANCE.read_bytes())
 
     async def call(self, prefix: str, command: str, *arguments: RedisValueT) -> Any:
         """Run a command of the script.
@@ -100,6 +117,24 @@ class Connection:
         keys = [f"{prefix}:{key}" for key in KEYS]
         script = (self._script, len(keys), *keys)
         return await self._request(b"EVALSHA", *script, command, *arguments)
+
+    async def glance(self, known: Iterable[Known]) -> Any:
+        """Ask which bots' data has changed or was lost.
+
+        Args:
+          known: what a replica knows of each bot.
+
+        Returns:
+          The server's time, and for each bot a number, see ``glance.lua``.
+
+        Raises:
+          Unreachable: there is no answer.
+        """
+        keys, told = list[str](), list[str | int]()
+        for one in known:
+            keys += (f"{one.prefix}:{key}" for key in GLANCE_KEYS)
+            told += one.replica, one.since, one.seen_at
+        return await self._request(b"EVALSHA", self._glance, len(keys), *keys, *told)
 
     async def eviction_policy(self) -> str | None:
         """Return by what rule a full server removes data; None if it does not, or does not tell.

@@ -15,6 +15,7 @@
 --   quick                the last replica that looked and whose way here is quick enough to release
 --                        tickets, and when: REPLICA=TIME
 --   kept_at              when the expiry of all keys was last put off
+--   changed_at           when a command last changed what other replicas have to learn (glance.lua)
 --   seen:REPLICA         when the last command of that replica came
 --   window:N:K           when the key opens; a claimed key opens when its lease ends
 --   claim:N:K            a list: the token of the key's last claim, until it is used or given back, and
@@ -575,11 +576,19 @@ end
 
 local GRANTED, KEY_CLOSED, SHARD_HELD, QUEUE_CLOSED = 0, 1, 2, 3
 
+-- A replica whose way here is too slow lets the others look, so that it knows of a quicker one.
+local IS_OWN_AFFAIR = {
+  look = ARGV[FIRST_ARGUMENT + 1] == '1', announce = true, withdraw = true, list = true,
+}
+
 local function answer(verdict, wait)
   local used, total, resets_at, _, starts_now, is_discords = budget()
   local shards_now, line_now = redis.call('HLEN', shards), redis.call('HLEN', line)
   redis.call('HSET', state, 'seen:' .. replica, word(now), 'starts_size', word(starts_now),
     'shards_size', word(shards_now), 'line_size', word(line_now))
+  if verdict == GRANTED and not IS_OWN_AFFAIR[command] then
+    redis.call('HSET', state, 'changed_at', word(now))
+  end
   put_off_expiry(starts_now, shards_now, line_now)
   return {verdict, wait, now, tonumber(since), used, total, math.max(0, resets_at - now),
     is_discords}

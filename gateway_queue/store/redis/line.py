@@ -96,6 +96,11 @@ class SharedLine:
         self._is_closed = True
 
     @property
+    def has_places(self) -> bool:
+        """Whether the server lists places of this replica, or will."""
+        return bool(self._shared or self._ended)
+
+    @property
     def is_behind(self) -> bool:
         """Whether there is something to tell."""
         return bool(self._changed or self._ended)

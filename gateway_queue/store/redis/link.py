@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, NoReturn
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any, NoReturn, Protocol
 
 import structlog
 import trio
 from coredis.pool import ConnectionPool
 
 from gateway_queue.faults import Fault, next_fault
-from gateway_queue.store.redis.connection import Connection, Unreachable
+from gateway_queue.store.redis.connection import Connection, Known, Unreachable
 from gateway_queue.store.redis.servers import Sentinels, Servers, ServersOfUrl
 from gateway_queue.store.sentinel_url import SCHEME, parse_sentinel_url
+
+CHANGED, LOST = 1, 2
+"""What ``glance.lua`` says of the data of a bot."""
 
 FIRST_RETRY, LONGEST_RETRY = 0.1, 1.0
 """Seconds between two tries to connect, each time twice as many."""
 
-HOUSEKEEPERS_MAX = 20
-"""Stores that look after their data at the same time: a release never waits for hundreds."""
+LOOK_SECONDS = 1.0
+"""How often at least to look after the data of each bot."""
+
+RESTING_AT_ONCE = 250
+"""Resting stores in one command: a long one would make releases wait."""
+
+TURN_SECONDS = 0.001
+"""Time between two stores that look after their data: a release never waits for hundreds."""
 
 log = structlog.stdlib.get_logger(__name__)
+
+
+class Resting(Protocol):
+    """A store that has nothing to do, and need not look after its data by itself."""
+
+    def known(self) -> Known:
+        """Tell what the store knows of its data."""
+
+    def note_answer(self, now: int, asked_at: float, answered_at: float) -> None:
+        """Compare the server's clock and speed, see :meth:`ServerClock.agrees`.
+
+        Raises:
+          Unreachable: the clock was set.
+        """
+
+    def wake(self) -> None:
+        """Let the store look after its data."""
 
 
 class Link:
@@ -48,7 +76,8 @@ class Link:
         """Why no store can use the server, if so."""
         self.count_error = count_error
         self.observe_round_trip = observe_round_trip
-        self.housekeeping = trio.CapacityLimiter(HOUSEKEEPERS_MAX)
+        self._free_at = -math.inf
+        self._resting: dict[Resting, None] = {}
         self._servers: Servers = (
             Sentinels(parse_sentinel_url(url)) if url.startswith(SCHEME) else ServersOfUrl(url)
         )
@@ -74,6 +103,21 @@ class Link:
     def overlap(self) -> float:
         """Seconds for which another replica may still use a former server."""
         return self._servers.overlap
+
+    async def turn(self) -> None:
+        """Wait until a store may look after its data."""
+        at = max(trio.current_time(), self._free_at)
+        self._free_at = at + TURN_SECONDS
+        await trio.sleep_until(at)
+
+    @contextmanager
+    def resting(self, store: Resting) -> Iterator[None]:
+        """Look after a store's data meanwhile, with one command for all stores that rest."""
+        self._resting[store] = None
+        try:
+            yield
+        finally:
+            del self._resting[store]
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
@@ -133,9 +177,39 @@ class Link:
             self._changed = trio.Event()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._servers.watch, connection)
-                await connection.lost.wait()
+                await self._glance_until_lost(connection)
                 nursery.cancel_scope.cancel()
         return connection
+
+    async def _glance_until_lost(self, connection: Connection) -> None:
+        while not connection.lost.is_set():
+            with trio.move_on_after(LOOK_SECONDS):
+                await connection.lost.wait()
+            with suppress(Unreachable):
+                await self._glance(connection)
+        for store in self._resting:
+            store.wake()
+
+    async def _glance(self, connection: Connection) -> None:
+        """Wake the stores whose data has changed.
+
+        Raises:
+          Unreachable: the data of a store was lost, or the connection is.
+        """
+        stores = iter(tuple(self._resting))
+        while part := tuple(islice(stores, RESTING_AT_ONCE)):
+            asked_at = trio.current_time()
+            now, *verdicts = await connection.glance([store.known() for store in part])
+            answered_at = trio.current_time()
+            self.observe_round_trip(answered_at - asked_at)
+            for store, verdict in zip(part, verdicts, strict=True):
+                if store not in self._resting:
+                    continue  # it looks by itself
+                store.note_answer(now, asked_at, answered_at)
+                if verdict == LOST:
+                    connection.close("its data was lost")
+                elif verdict == CHANGED:
+                    store.wake()
 
     async def _warn_of_eviction(self, connection: Connection) -> None:
         policy = await connection.eviction_policy()

@@ -35,9 +35,9 @@ from gateway_queue.store.redis.clock import (
     longest_here,
     longest_there,
 )
-from gateway_queue.store.redis.connection import CALL_SECONDS, Connection, Unreachable
+from gateway_queue.store.redis.connection import CALL_SECONDS, Connection, Known, Unreachable
 from gateway_queue.store.redis.line import SharedLine, distant_place, host_name
-from gateway_queue.store.redis.link import FIRST_RETRY, Link
+from gateway_queue.store.redis.link import FIRST_RETRY, LOOK_SECONDS, Link
 from gateway_queue.store.redis.script import (
     CONCERNS,
     GRANTED,
@@ -53,8 +53,8 @@ from gateway_queue.store.redis.script import (
 )
 from gateway_queue.store.redis.starts import KnownStarts
 
-LOOK_SECONDS = 1.0
-"""How often at least to look after the connection, and the day's session starts."""
+REST_SECONDS = 600.0
+"""How long a store rests at most."""
 
 SLOW_SECONDS = 3 * LOOK_SECONDS
 """A replica for which no answer of the server was in time for so long cannot release tickets."""
@@ -148,9 +148,14 @@ class RedisStore:
         self._knows_line = trio.Event()
         """Set while the server can be told of places."""
         self._looked_at = 0
+        # Whether there was no other command since the last look.
+        self._is_quiet = False
+        self._awake = trio.Event()
         self._discord_budget: DiscordBudget | None = None
         self._known = ScriptReply(0, 0, 0, 0, 0, self._limit or -1, microseconds(DAY), 0)
         self._known_at = trio.current_time()
+        # When the server was asked last that has answered; this store need not have asked itself.
+        self._heard_at = self._known_at
 
     def _set_rules(self, rules: Rules) -> None:
         lease = lease_seconds(rules)
@@ -181,8 +186,8 @@ class RedisStore:
         try:
             self._since = None
             self._connection = connection
-            async with self._link.housekeeping:
-                is_identified = await self._catch_up()
+            await self._link.turn()
+            is_identified = await self._catch_up()
             if self._since != self._trusted_since or not is_identified:
                 self._trusted_at, self._trusted_since = self._when_to_trust(), self._since
             self._hold = self._lease
@@ -195,9 +200,10 @@ class RedisStore:
                 with trio.move_on_after(look_in):
                     await connection.lost.wait()
                 look_in = LOOK_SECONDS
-                async with self._link.housekeeping:
-                    await self._look()
-                    await self._settle_doubtful()
+                await self._rest(connection)
+                await self._link.turn()
+                await self._look()
+                await self._settle_doubtful()
                 self._line.look_again(self._clock)
         except Unreachable as error:
             now = trio.current_time()
@@ -211,6 +217,42 @@ class RedisStore:
     def _opens_at(self) -> float:
         """From when on claims can be granted; infinite while that is not known."""
         return self._trusted_at if self._is_caught_up else math.inf
+
+    async def _rest(self, connection: Connection) -> None:
+        """Leave the data to the link while there is nothing to do, until the data changes."""
+        may_rest = (
+            self._is_quiet
+            and self._is_quick
+            and trio.current_time() >= self._opens_at
+            and not self._doubtful
+            and not self._untold
+            and not self._identifying
+            and not self._line.has_places  # other replicas have to see that this one lives
+            and not connection.lost.is_set()  # the link wakes the stores only once
+        )
+        if may_rest:
+            self._awake = trio.Event()
+            resumes_in = self.session_starts().resumes_in  # then other figures hold
+            with self._link.resting(self), trio.move_on_after(min(REST_SECONDS, resumes_in)):
+                await self._awake.wait()
+
+    def known(self) -> Known:
+        return Known(self._prefix, self._replica, *self._seen)
+
+    def note_answer(self, now: int, asked_at: float, answered_at: float) -> None:
+        self._compare_speed(answered_at - asked_at)
+        if not self._is_quick:
+            self.wake()
+        if self._connection is not None and not self._clock.agrees(now, asked_at, answered_at):
+            self._doubt_clock(self._connection)
+        self._heard_at = asked_at
+
+    def _doubt_clock(self, connection: Connection) -> NoReturn:
+        self._seen, self._trusted_since = (0, 0), None
+        connection.close("its clock was set")
+
+    def wake(self) -> None:
+        self._awake.set()
 
     def _when_to_trust(self) -> float:
         """Return when no lease and no start can be left that the server does not know."""
@@ -281,6 +323,7 @@ class RedisStore:
           Whether the server says which one it is.
         """
         looked_at = self._looked_at
+        self._is_quiet = True
         answer, more = await self._ask("look", looked_at, int(self._is_quick))
         server, quick_ago, identifying, *starts = more
         if self._slowness is not None and int(quick_ago) < microseconds(SLOW_SECONDS):
@@ -342,6 +385,9 @@ class RedisStore:
         connection = self._connection
         if connection is None:
             raise Unreachable("not connected")
+        if command != "look":
+            self._is_quiet = False
+            self.wake()
         asked_at = trio.current_time()
         told = (self._replica, *self._seen, *self._script_settings, *arguments)
         reply = await connection.call(self._prefix, command, *told)
@@ -354,20 +400,20 @@ class RedisStore:
             self._since = answer.since
             # After a longer time, another server may have taken over, which other replicas use, and
             # this may be the former server that does not know it.
-            if not is_same_clock or answered_at > self._known_at + RESTORE_SECONDS:
+            if not is_same_clock or answered_at > self._heard_at + RESTORE_SECONDS:
                 self._trusted_since = None
             if self._trusted_since is None:
                 self._clock = ServerClock(self._longest_lease)
                 self._clock.agrees(answer.now, asked_at, answered_at)
         elif not is_same_clock:
-            self._seen, self._trusted_since = (0, 0), None
-            connection.close("its clock was set")
+            self._doubt_clock(connection)
         if self._since != answer.since:
             connection.close("its data was lost")
         since, last = self._seen
         # Answers that arrive together can be read in another order.
         self._seen = answer.since, max(answer.now, last if answer.since == since else 0)
         self._known, self._known_at = answer, asked_at
+        self._heard_at = asked_at
         return answer, reply[len(ScriptReply._fields) :]
 
     def _compare_speed(self, seconds: float) -> None:
@@ -508,6 +554,7 @@ class RedisStore:
         self._clock.remember(self._longest_lease)
         self._starts.keep(self._limit)
         self._trusted_at = max(self._trusted_at, trio.current_time() + self._lease)
+        self.wake()
 
     def regroup(self, max_concurrency: int) -> None:
         self._max_concurrency = max_concurrency  # the server knows all the windows that it has
