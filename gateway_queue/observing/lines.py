@@ -21,6 +21,7 @@ SELDOM = frozenset(
         "connection closed after an error",
         "request without ?shard=, treated as shard 0",
         "the store is too slow to release tickets",
+        "too few descriptors for all tickets: raise the limit of open files",
     }
 )
 
