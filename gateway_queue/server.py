@@ -26,7 +26,7 @@ h2_max_concurrent_streams = 900
 keep_alive_max_requests = 2**31 - 1
 
 # Any headers are welcome, within reason: a limit for each connection that is not a request yet.
-h11_max_incomplete_size = 128 * 1024
+h11_max_incomplete_size = h2_max_header_list_size = 32 * 1024
 
 # Waiting requests end at once when the server stops; answers that are being written do not.
 graceful_timeout = 0

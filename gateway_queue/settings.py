@@ -53,6 +53,13 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
+def _positive_number(text: str) -> int:
+    number = _whole_number(text)
+    if number == 0:
+        raise ValueError(text)
+    return number
+
+
 def _seconds_or_zero(text: str) -> float:
     # Plain notation only: float() would also take "1_0", "nan" and digits of other scripts.
     if not re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", text, re.ASCII | re.IGNORECASE):
@@ -258,6 +265,12 @@ class Settings:
         _path,
         takes="the path of a TOML file",
         about="TOML file with a table of settings for each further bot; SIGHUP reads it again",
+    )
+    max_waiting: int = _variable(
+        100_000,
+        _positive_number,
+        takes="a whole number from 1 to 999999999",
+        about="the most tickets that wait; a connection with one more is closed without an answer",
     )
     log_level: str = _variable(
         "info", _one_of(LOG_LEVELS), takes=f"one of {', '.join(LOG_LEVELS)}", about="minimum level"

@@ -23,7 +23,7 @@ from tests.exploration.wire_run import explore
 WINDOW = 5.0
 CONFIRM = 10.0
 
-FIXED_SEEDS = (2, 6, 10, 11, 20, 106, 153, 264, 321, 385, 466, 728, 2039, 3064, 3831)
+FIXED_SEEDS = (2, 6, 10, 11, 20, 106, 153, 264, 321, 385, 466, 728, 2039, 3064, 3831, 9200240)
 """Add each seed that has found a fault."""
 
 SEEDS_OF_SEVERAL_BOTS = (3, 7, 21, 38)

@@ -18,7 +18,6 @@ from tests.harness import (
     Server,
     allow_10_000_connections,
     eventually,
-    first_answers,
     open_files,
     serving,
     with_open_files,
@@ -82,9 +81,9 @@ def preface_with(frame: bytes) -> bytes:
     return connection.data_to_send() + frame
 
 
-def test_a_header_line_of_64_kib_is_a_ticket_like_any() -> None:
+def test_a_header_line_of_30_kib_is_a_ticket_like_any() -> None:
     with serving(WINDOW_SECONDS=0.001) as server:
-        line = b"X-Long: " + b"a" * 65_536
+        line = b"X-Long: " + b"a" * 30_000
         assert_serves(server)
         before = server.peak_memory()
         for _ in range(200):
@@ -105,7 +104,7 @@ def test_garbage_disturbs_nobody() -> None:
                     client.socket.shutdown(socket.SHUT_WR)
                 except OSError:
                     continue  # closed before it had all
-                assert client.rest()[:12] in {b"", b"HTTP/1.1 400"}
+                assert client.rest()[:12] in {b"", b"HTTP/1.1 400", b"HTTP/1.1 431"}
             assert_serves(server)
         assert not [line for line in server.lines if "Traceback" in line or "[error" in line]
 
@@ -160,14 +159,20 @@ def test_streams_that_come_and_go_leave_nothing_behind() -> None:
 def test_descriptors_that_run_out_come_back() -> None:
     """80 clients want an answer from a server that may have 64 files open."""
     with serving(*with_open_files(64, 64), WINDOW_SECONDS=0.01) as server:
-        clients = [server.connect() for _ in range(80)]
-        waiting = list(clients)
+        waiting = [server.connect() for _ in range(80)]
         while waiting:
-            ((number, answer),) = first_answers(waiting, 1)
-            assert answer.status == 200
-            waiting.pop(number).hang_up()
+            client = waiting.pop()
+            try:
+                first = client.socket.recv(12)
+            except ConnectionResetError:
+                first = b""
+            if first:
+                assert first == b"HTTP/1.1 200"
+            else:
+                waiting.insert(0, server.connect())
+            client.hang_up()
         assert_serves(server)
-        complaints = [line for line in server.lines if "accept" in line]
+        complaints = [line for line in server.lines if "too few descriptors" in line]
         assert 1 <= len(complaints) <= 3
         assert not [line for line in server.lines if "Traceback" in line]
 

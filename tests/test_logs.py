@@ -21,7 +21,7 @@ from gateway_queue.discord.api import BadToken, SessionStartLimit, Unavailable
 from gateway_queue.discord.limits import Limits
 from gateway_queue.observing.budget_alarm import BudgetAlarm
 from gateway_queue.observing.event_log import DEPARTURES_SECONDS, EventLog
-from gateway_queue.observing.lines import SELDOM_SECONDS, Limiter, clean, error_text
+from gateway_queue.observing.lines import SELDOM_SECONDS, Limiter, clean
 from gateway_queue.queue.events import Abandoned, Released, SlotTooLate
 from gateway_queue.settings import Settings
 from gateway_queue.store import SessionStarts
@@ -236,11 +236,3 @@ def test_colours_on_a_terminal_only(no_color: str, coloured: bool) -> None:
         process.kill()
         process.wait()
         os.close(main)
-
-
-def test_errors_of_a_connection_are_named_in_plain_words() -> None:
-    broken = ExceptionGroup("of a task", [ConnectionResetError(104, "Connection reset by peer")])
-    assert error_text(ExceptionGroup("of a connection", [broken, KeyError("stream")])) == (
-        "ConnectionResetError: [Errno 104] Connection reset by peer; KeyError: 'stream'"
-    )
-    assert error_text(TimeoutError()) == "TimeoutError"

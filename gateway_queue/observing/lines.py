@@ -21,6 +21,7 @@ SELDOM = frozenset(
         "connection closed after an error",
         "request without ?shard=, treated as shard 0",
         "the store is too slow to release tickets",
+        "too few descriptors for all tickets: raise the limit of open files",
     }
 )
 
@@ -84,10 +85,3 @@ def printable(text: str, *, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() or one in keep else ascii(one)[1:-1] for one in text)
-
-
-def error_text(error: BaseException) -> str:
-    """Name an error, or each one of a group, with what it says."""
-    if isinstance(error, BaseExceptionGroup):
-        return "; ".join(map(error_text, error.exceptions))
-    return f"{type(error).__name__}: {error}".removesuffix(": ")

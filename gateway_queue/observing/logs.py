@@ -12,6 +12,7 @@ import structlog
 from structlog.dev import ConsoleRenderer, plain_traceback
 
 from gateway_queue.observing.lines import Limiter, clean
+from gateway_queue.observing.output import Output
 from gateway_queue.settings import Settings
 
 ACCEPTING = "trio.serve_listeners"
@@ -40,7 +41,7 @@ def configure(settings: Settings) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler()
+    handler = Output()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -27,11 +27,13 @@ from gateway_queue.web.auth import Unauthorized
 from gateway_queue.web.dashboard.events import Feeds
 from gateway_queue.web.dashboard.page import Page, icon
 from gateway_queue.web.dashboard.snapshot import take
-from gateway_queue.web.problems import CONTENT_TYPE, problem
+from gateway_queue.web.host import OtherHost, check_host
+from gateway_queue.web.problems import CONTENT_TYPE, RequestError, problem
 from gateway_queue.web.query import BadParameter, shard_in
+from gateway_queue.web.shared import Shared, parts
 from gateway_queue.web.status import status_document
 from gateway_queue.web.summary import BotSummary, summaries
-from gateway_queue.web.tickets import TicketRequest, Turns
+from gateway_queue.web.tickets import NoRoom, TicketRequest, Turns
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -85,7 +87,10 @@ class GatewayQueue(QuartTrio):
         log.info("gateway-queue starts", version=__version__, **addresses, **in_log(settings))
         self.bots = Bots(settings, self._refuse_token)
         self._access = Access(self.bots, settings.auth_token)
+        self._max_waiting, self._was_full = settings.max_waiting, False
+        self._is_open_to_all = settings.auth_token is None
         self._page = Page()
+        self._documents = Shared()
         self._feeds = Feeds(self._write_event, self.nursery)
         await self.nursery.start(self._run_bots)
 
@@ -118,8 +123,12 @@ class GatewayQueue(QuartTrio):
     async def _status(self) -> Response:
         """Describe the queue, or where one shard is."""
         service, shard = self._asked_for(), shard_in(request.query_string)
-        document = await status_document(service, shard, await self._list_beside(service))
-        return Response(document, content_type="application/json")
+
+        async def write() -> bytes:
+            return await status_document(service, shard, await self._list_beside(service))
+
+        document = await self._documents.get(("/status", service, shard), write)
+        return long_response(document, "application/json")
 
     async def _show_metrics(self) -> Response:
         """Hand the metrics to Prometheus."""
@@ -135,9 +144,13 @@ class GatewayQueue(QuartTrio):
     async def _dashboard(self) -> Response:
         """Show the queue to people."""
         service = self._asked_for()
-        bots = await self._list_beside(service)
-        page = self._page.whole(await take(service), service.labels, bots)
-        response = Response(page, mimetype="text/html")
+
+        async def write() -> bytes:
+            bots = await self._list_beside(service)
+            return self._page.whole(await take(service), service.labels, bots).encode()
+
+        page = await self._documents.get(("/dashboard", service), write)
+        response = long_response(page, "text/html; charset=utf-8")
         response.headers["Content-Security-Policy"] = self._page.security_policy
         return response
 
@@ -168,16 +181,25 @@ class GatewayQueue(QuartTrio):
         return super().asgi_app({**scope, "path": path}, receive, send)
 
     def _admit(self, scope: HTTPScope) -> Turns:
-        return self._access.service(scope).queue.turn
+        turns = self._access.service(scope).queue.turn
+        is_full = len(self.bots) >= self._max_waiting
+        if is_full and not self._was_full:
+            log.warning("MAX_WAITING is reached: further connections are closed")
+        self._was_full = is_full
+        if is_full:
+            raise NoRoom
+        return turns
 
-    def _refusal(self, path: str, scope: HTTPScope) -> Unauthorized | None:
+    def _refusal(self, path: str, scope: HTTPScope) -> RequestError | None:
         """Tell why a request has no right to the answer of an endpoint, if so."""
         try:
             if path in OF_ONE_BOT:
+                if self._is_open_to_all:
+                    check_host(scope)
                 self._access.service(scope)
             else:
                 self._access.check_server(scope)
-        except Unauthorized as refusal:
+        except (Unauthorized, OtherHost) as refusal:
             return refusal
         except BadParameter:  # the endpoint tells what is wrong
             pass
@@ -234,13 +256,20 @@ async def explain_parameter(error: BadParameter) -> Response:
     return problem_response(error.status, str(error))
 
 
-def _refuse(refusal: Unauthorized, _: HTTPScope) -> NoReturn:
+def _refuse(refusal: RequestError, _: HTTPScope) -> NoReturn:
     raise refusal
 
 
 def problem_response(status: HTTPStatus, detail: str) -> Response:
     """Answer with a problem document."""
     return Response(problem(status, detail), status, content_type=CONTENT_TYPE)
+
+
+def long_response(document: bytes, content_type: str) -> Response:
+    """Answer with a document that may be large."""
+    response = Response(parts(document), content_type=content_type)
+    response.content_length = len(document)
+    return response
 
 
 def _path(target: str) -> str:

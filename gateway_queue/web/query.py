@@ -11,6 +11,9 @@ from gateway_queue.web.problems import RequestError
 SHARD_MAX = 2**31 - 1
 """Shard ids are 32-bit in every library that we know; more is a mistake of the caller."""
 
+PARAMETERS_MAX = 100
+"""Parameters of a request. To read thousands of them takes long."""
+
 
 class BadParameter(RequestError):
     """A parameter of a ticket request is not valid."""
@@ -27,7 +30,7 @@ def asked_for(query: bytes) -> tuple[int | None, bool]:
     """
     if b"shard" not in query and b"confirm" not in query and b"%" not in query:
         return None, False
-    parameters = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    parameters = _parameters(query)
     shard = _shard(parameters)
     confirm = _one("confirm", {_switch(value) for name, value in parameters if name == "confirm"})
     if confirm and shard is None:
@@ -41,15 +44,23 @@ def shard_in(query: bytes) -> int | None:
     Raises:
       BadParameter: ``shard`` is not one whole number from 0 to ``SHARD_MAX``.
     """
-    return _shard(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    return _shard(_parameters(query))
 
 
 def bots_in(query: bytes) -> set[str]:
     """Read the names of bots in a raw query string; most often there is none."""
     if b"bot" not in query and b"%" not in query:
         return set()
-    parameters = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-    return {value for name, value in parameters if name == "bot"}
+    return {value for name, value in _parameters(query) if name == "bot"}
+
+
+def _parameters(query: bytes) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(
+            query.decode("latin-1"), keep_blank_values=True, max_num_fields=PARAMETERS_MAX
+        )
+    except ValueError:
+        raise BadParameter(f"there are more than {PARAMETERS_MAX} parameters") from None
 
 
 def _shard(parameters: list[tuple[str, str]]) -> int | None:
@@ -74,7 +85,7 @@ def shard_number(text: str) -> int:
     Raises:
       BadParameter: it is not a whole number from 0 to ``SHARD_MAX``.
     """
-    # Ten digits are enough for SHARD_MAX, and int() takes far more than digits.
-    if not re.fullmatch("0*[0-9]{1,10}", text, re.ASCII) or int(text) > SHARD_MAX:
+    # int() takes far more than digits, but not thousands of them.
+    if not re.fullmatch("[0-9]{1,100}", text, re.ASCII) or int(text) > SHARD_MAX:
         raise BadParameter(f"shard must be a whole number from 0 to {SHARD_MAX}, not {text[:50]!r}")
     return int(text)

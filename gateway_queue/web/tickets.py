@@ -7,10 +7,10 @@ answers below, and where none is right it stays without: held until its client l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, suppress
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import structlog
 import trio
@@ -23,6 +23,7 @@ from hypercorn.typing import (
 )
 
 from gateway_queue.queue.ticket import NotAnswered, Turn
+from gateway_queue.serving.hypercorn.stream import TICKET
 from gateway_queue.web.problems import CONTENT_TYPE, RequestError, page, problem
 from gateway_queue.web.query import asked_for
 
@@ -38,6 +39,14 @@ ANSWER_SECONDS = 0.8
 """A client whose connection does not take the answer within this time keeps others waiting."""
 
 
+REFUSED_SECONDS = 1.5
+"""How long the rest of a refused request may take, so that its client gets to read the answer."""
+
+
+class NoRoom(Exception):
+    """As many tickets wait as may."""
+
+
 class Turns(Protocol):
     """Makes the context in which a shard is answered, see :meth:`Queue.turn`."""
 
@@ -50,7 +59,7 @@ class TicketRequest:
     """One request, from its arrival to its answer; its client's leaving cancels it.
 
     Args:
-      admit: lets the request in, or raises :class:`RequestError`.
+      admit: lets the request in, or raises :class:`RequestError` or :class:`NoRoom`.
     """
 
     __slots__ = ("_admit", "_is_http_1", "_receive", "_scope", "_send")
@@ -75,6 +84,8 @@ class TicketRequest:
             shard, confirm = asked_for(self._scope["query_string"])
         except RequestError as refused:
             return self._refuse(refused)
+        except NoRoom:
+            return _end_without_answer()
         self._scope["headers"] = ()  # not needed any more, and long for some clients
         return self._stall(turns, shard, confirm=confirm)
 
@@ -85,12 +96,14 @@ class TicketRequest:
         headers = ((b"content-type", content_type.encode()), *refused.headers)
         with suppress(NotAnswered, trio.TooSlowError):
             await self._answer(refused.status, headers, document)
-            await self._end_http_1()
+            with trio.move_on_after(REFUSED_SECONDS):
+                await self._end_http_1()
 
     async def _stall(self, turns: Turns, shard: int | None, *, confirm: bool) -> None:
         """Stall, answer, and end."""
         came_at, is_answered = trio.current_time(), False
         try:
+            await self._note_stall()
             async with turns(shard, confirm=confirm) as turn:
                 by = turn.answer_by
                 await self._answer(HTTPStatus.OK, JSON, GO, by=by, stays_open=confirm)
@@ -115,6 +128,11 @@ class TicketRequest:
             log.exception("ticket failed, its request is held")
             while (await self._receive())["type"] == "http.request":
                 pass
+
+    async def _note_stall(self) -> None:
+        """Let the server know that this is a ticket; other servers than ours do not ask."""
+        if note := self._scope.get("extensions", {}).get(TICKET):
+            await cast("Callable[[], Awaitable[None]]", note)()
 
     async def _end_http_1(self) -> None:
         """End the exchange when all of the request is here.
@@ -187,3 +205,7 @@ class TicketRequest:
                 await self._send(message)
         except OSError as error:
             raise NotAnswered from error
+
+
+async def _end_without_answer() -> None:
+    """Let the server close the connection."""

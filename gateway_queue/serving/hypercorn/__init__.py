@@ -31,7 +31,7 @@ used                            needed for                       without it; not
 ``_create_stream``,
 ``_window_updated``,
 ``stream_buffers``,
-``priority``, ``has_data``,
+``has_data``,
 ``StreamBuffer._complete``,
 ``_is_empty``, ``buffer``
 ``TCPServer._close``            10,000 connections close in      1 s more of CPU time;
@@ -41,6 +41,15 @@ used                            needed for                       without it; not
                                 deadline
 ``H2Protocol.stream_send``      head, body and end are one       a client gets a part of an
                                 write                            answer; ``test_http2``
+``H2Protocol.priority``         to forget one of 900 streams     a client that ends its requests
+                                does not take 3 ms               delays releases; ``test_attack``
+``H2Protocol.connection``,      frames are counted before h2     floods delay releases by seconds;
+``handle``, ``initiate``        parses them                      ``test_attack``
+``H2Protocol``, ``H11Protocol`` 1000 requests are no limit; a    tickets are lost, or a secret gets
+``keep_alive_requests``,        change of the protocol is for    into the log; ``test_attack``
+``_check_protocol``             the first request only
+``HTTPStream.handle``,          the app tells tickets from       half-closed clients get no answer
+``scope``, ``TaskGroup``        endpoints                        from endpoints; ``test_attack``
 ==============================  ===============================  =================================
 
 Beside Hypercorn: :mod:`gateway_queue.serving.event_loop` replaces the private ``_epoll`` of trio's

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import select
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import structlog
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
-from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import TrioSingleTask, WorkerContext
 from hypercorn.typing import AppWrapper, LifespanState
 
-from gateway_queue.observing.lines import error_text
+from gateway_queue.serving.hypercorn.descriptors import descriptors
 from gateway_queue.serving.hypercorn.stream import deadline
+from gateway_queue.serving.hypercorn.turns import turns
 from gateway_queue.serving.keep_alive import keep_alive
 
 log = structlog.stdlib.get_logger(__name__)
@@ -27,6 +28,9 @@ log = structlog.stdlib.get_logger(__name__)
 SEND_SECONDS, SLOWEST_READER = 0.8, 10_000
 """How soon a client has to read once the kernel's buffers are full, and how many bytes per second:
 the next ticket waits until an answer is written."""
+
+READ_BYTES = 2**15
+"""How much is read in one step."""
 
 PROBES_MAX = 4
 """How often a connection is probed for a client that may just have left."""
@@ -38,6 +42,14 @@ class ProbeClient(Event):
 
     times: int = 1
     """How often in a row there must be nothing to read, if more than once."""
+
+
+class WaitForTurn(Event):
+    """There is more to handle of what was read."""
+
+
+class HoldsTicket(Event):
+    """A request of this connection stalls from now on."""
 
 
 class Connection(TCPServer):
@@ -55,16 +67,29 @@ class Connection(TCPServer):
         stream: trio.SSLStream[trio.SocketStream],
     ) -> None:
         super().__init__(app, config, context, state, stream)
-        self.idle_task = _Idle(config.keep_alive_timeout)
+        self.idle_task: _Idle = _Idle(config.keep_alive_timeout)
+        self._scope = trio.CancelScope()
+        self._turn: trio.CancelScope | None = None
+        """Set while what has come waits for its turn."""
         # Hypercorn's type says that there always is TLS.
         self._transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
 
     async def run(self) -> None:
         keep_alive(self._transport)
+        descriptors().add(self)
         try:
-            await super().run()
+            with self._scope:
+                await super().run()
         except* Exception as errors:  # noqa: BLE001
-            log.warning("connection closed after an error", error=error_text(errors))
+            # Only the kinds: what an exception says may hold a header with a token.
+            kinds = ", ".join(sorted({type(error).__name__ for error in _leaves(errors)}))
+            log.warning("connection closed after an error", error=kinds)
+        finally:
+            descriptors().remove(self)
+
+    def close(self) -> None:
+        """End it at once, without an answer."""
+        self._scope.cancel()
 
     async def _close(self) -> None:
         """Close at once when the server stops: two more waits take a third of the time."""
@@ -76,17 +101,40 @@ class Connection(TCPServer):
     async def _read_data(self) -> None:
         """Read until the client leaves, however long it stalls: without a timeout for each read."""
         try:
-            while data := await self._receive():
-                await self.protocol.handle(RawData(bytes(data)))
-            await self.protocol.handle(RawData(b""))
+            while await self._handle_next():
+                pass
         except (trio.ClosedResourceError, trio.BrokenResourceError):
             pass
         await self.protocol.handle(Closed())
 
+    async def _handle_next(self) -> bool:
+        """Handle what is read next, and keep none of it here while the client is silent."""
+        data = await self._receive()
+        await self.protocol.handle(RawData(bytes(data)))
+        return bool(data)
+
     def _receive(self) -> Awaitable[bytes | bytearray]:
         if isinstance(self.stream, trio.SocketStream):
-            return _read(self.stream.socket)
-        return self.stream.receive_some(MAX_RECV)
+            return _read(self.stream.socket, self._take_turn)
+        return self._receive_tls(self.stream)
+
+    async def _receive_tls(self, stream: trio.SSLStream[trio.SocketStream]) -> bytes | bytearray:
+        data = await stream.receive_some(READ_BYTES)
+        await self._take_turn()
+        return data
+
+    async def _take_turn(self) -> None:
+        """Wait for a turn to handle what has come; a probe of the client ends the wait.
+
+        A client that hangs up leaves at once.
+        """
+        if self._state_in_kernel() & ~select.POLLIN:
+            return
+        came_at = trio.current_time()
+        with trio.CancelScope() as self._turn:
+            await turns().wait()
+        self._turn = None
+        self.idle_task.extend(trio.current_time() - came_at)
 
     async def protocol_send(self, event: Event) -> None:
         """Close on a client that does not read, where Hypercorn would wait for it.
@@ -99,8 +147,21 @@ class Connection(TCPServer):
                     await self._write(event.data)
             elif isinstance(event, ProbeClient):
                 await self._probe_client(event.times)
+            elif isinstance(event, WaitForTurn):
+                await self._take_turn()
+            elif isinstance(event, HoldsTicket):
+                if not descriptors().hold(self):
+                    self.close()
             else:
+                self._note(event)
                 await super().protocol_send(event)
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Updated):
+            if event.idle:
+                descriptors().let_go(self)
+            else:
+                descriptors().note_request(self)
 
     async def _probe_client(self, times: int) -> None:
         """Wait for pending writes, then check whether the client has disconnected."""
@@ -109,6 +170,9 @@ class Connection(TCPServer):
             async with self.send_lock:
                 pass
             state = self._state_in_kernel()
+            if self._turn is not None:
+                self._turn.cancel()
+                state |= select.POLLIN
             if state & ~select.POLLIN:
                 await self.protocol.handle(Closed())
                 return
@@ -145,7 +209,15 @@ class Connection(TCPServer):
             self.send_lock.release()
 
 
-async def _read(socket: trio.socket.SocketType) -> bytes:
+def _leaves(errors: BaseExceptionGroup[Exception]) -> Iterator[Exception]:
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+async def _read(socket: trio.socket.SocketType, take_turn: Callable[[], Awaitable[None]]) -> bytes:
     """Receive as trio's stream does, which takes 1 kB more for each client that stalls.
 
     Raises:
@@ -155,8 +227,11 @@ async def _read(socket: trio.socket.SocketType) -> bytes:
         if socket.fileno() < 0:
             raise trio.ClosedResourceError
         await trio.lowlevel.wait_readable(socket)
+        await take_turn()
+        if socket.fileno() < 0:
+            raise trio.ClosedResourceError
         try:
-            return os.read(socket.fileno(), MAX_RECV)
+            return os.read(socket.fileno(), READ_BYTES)
         except BlockingIOError:
             continue
         except OSError as error:
@@ -179,3 +254,7 @@ class _Idle(TrioSingleTask):
 
     async def stop(self) -> None:
         self._connection.deadline = math.inf
+
+    def extend(self, seconds: float) -> None:
+        """Do not count the time in which the client waits for the server."""
+        self._connection.deadline += seconds

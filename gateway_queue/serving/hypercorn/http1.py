@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 
 import h11
 import trio
 from hypercorn.events import Closed, Event, RawData
+from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.typing import H11SendableEvent
+from trio.lowlevel import ParkingLot
 
-from gateway_queue.serving.hypercorn.connection import ProbeClient
-from gateway_queue.serving.hypercorn.stream import ClientGone
+from gateway_queue.serving.hypercorn.connection import HoldsTicket, ProbeClient
+from gateway_queue.serving.hypercorn.stream import (
+    HEADERS_MAX,
+    ClientGone,
+    Stream,
+    TicketAdmitted,
+)
+from gateway_queue.serving.hypercorn.turns import turns
 
 PIPELINED_MAX = 2**16
 """Bytes that a client may send ahead, behind a request that still stalls."""
+
+
+HEAD_END = re.compile(rb"\n\r?\n")
+
+NO_REQUEST = {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE}
 
 
 class _Paused(Exception):
@@ -46,12 +59,24 @@ class HTTP1(H11Protocol):
         self._paused = False
         self._is_closed = False
         self._unsent = b""
-        self._unanswered: HTTPStream | None = None
+        self._unanswered: Stream | None = None
+        self._news = ParkingLot()
 
     async def handle(self, event: Event) -> None:
-        """Ignore requests that are read after their client has left."""
+        """Ignore requests that are read after their client has left.
+
+        A client that only closed its sending side gets its answer, except to a ticket.
+        """
         self._is_closed |= isinstance(event, Closed)
         await super().handle(event)
+        if isinstance(event, Closed):
+            self._news.unpark_all()
+        elif event == RawData(b""):
+            while self._will_answer():
+                await self._news.park()
+
+    def _will_answer(self) -> bool:
+        return not self._is_closed and isinstance(self.stream, Stream) and not self.stream.is_ticket
 
     async def _handle_events(self) -> None:
         """Parse what has come, and go on to read when h11 pauses.
@@ -62,12 +87,24 @@ class HTTP1(H11Protocol):
         """
         if self._is_closed:
             return
+        if self._has_too_many_headers():
+            await self._send_error_response(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            await self.send(Closed())
+            return
         try:
             await super()._handle_events()
         except _Paused:
             self._paused = True
             if len(self.connection.trailing_data[0]) > PIPELINED_MAX:
                 await self.send(Closed())
+
+    def _has_too_many_headers(self) -> bool:
+        """Count the lines of the next head: h11 takes long for many of them."""
+        if self.connection.their_state is not h11.IDLE:
+            return False
+        head = self.connection.trailing_data[0].lstrip(b"\r\n")
+        end = HEAD_END.search(head)
+        return head.count(b"\n", 0, end.start() if end else len(head)) > HEADERS_MAX
 
     async def _maybe_recycle(self) -> None:
         """Get ready for the next request, and read it if it has come during a pause.
@@ -76,12 +113,31 @@ class HTTP1(H11Protocol):
         """
         with trio.CancelScope(shield=True):
             await super()._maybe_recycle()
+        self._news.unpark_all()
         if self._paused and self.connection.our_state is h11.IDLE:
             self._paused = False
-            self.task_group.spawn(self._handle_events)
+            self.task_group.spawn(self._read_on)
+
+    async def _read_on(self) -> None:
+        await turns().wait()
+        await self._handle_events()
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        """Let only the first request of a connection change the protocol.
+
+        Hypercorn would lose another one, and log its headers. A server may ignore the offer.
+        """
+        if self.keep_alive_requests == 0:
+            await super()._check_protocol(event)
 
     async def _create_stream(self, request: h11.Request) -> None:
-        """Ignore an offer of WebSockets, as a server may: the request is a request like any."""
+        """Ignore an offer of WebSockets, as a server may: the request is a request like any.
+
+        A request with two lengths is the last one of its connection (RFC 9112, 6.1).
+        """
+        names = {name for name, _ in request.headers}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            self.keep_alive_requests = self.config.keep_alive_max_requests
         headers = [(name, value) for name, value in request.headers if name != b"upgrade"]
         if len(headers) != len(request.headers):
             request = h11.Request(
@@ -91,6 +147,14 @@ class HTTP1(H11Protocol):
                 http_version=request.http_version,
             )
         await super()._create_stream(request)
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Pass on that a request is a ticket."""
+        if isinstance(event, TicketAdmitted):
+            self._news.unpark_all()
+            await self.send(HoldsTicket())
+        else:
+            await super().stream_send(event)
 
     async def _send_h11_event(self, event: H11SendableEvent) -> None:
         """Send the head of an answer in one packet with what follows, as Hypercorn does not.
@@ -106,13 +170,14 @@ class HTTP1(H11Protocol):
             except h11.LocalProtocolError:
                 if self.connection.their_state is not h11.ERROR:
                     raise
-        if isinstance(event, h11.Response) and isinstance(self.stream, HTTPStream):
+        if isinstance(event, h11.Response) and isinstance(self.stream, Stream):
             self._unanswered = self.stream
             if self.stream.scope["method"] != "HEAD":
                 return
         if stream := self._unanswered:
             self._unanswered = None
-            await self.send(ProbeClient())
+            if stream.is_ticket:
+                await self.send(ProbeClient())
             if stream.closed:
                 raise ClientGone
         data, self._unsent = self._unsent, b""
@@ -121,8 +186,8 @@ class HTTP1(H11Protocol):
     async def _send_error_response(self, status_code: int) -> None:
         """Answer what is no request at all; otherwise close without an answer.
 
-        The others are: 431 for long headers, 501 for a transfer coding that h11 does not know,
-        400 for a broken body behind a request that stalls.
+        The others are: 501 for a transfer coding that h11 does not know, 400 for a broken body
+        behind a request that stalls.
         """
-        if status_code == HTTPStatus.BAD_REQUEST and self.stream is None:
+        if status_code in NO_REQUEST and self.stream is None:
             await super()._send_error_response(status_code)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import trio
-from hypercorn.protocol.events import Event, StreamClosed
+from hypercorn.protocol.events import EndBody, Event, Request, StreamClosed
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.typing import ASGISendEvent
+
+TICKET = "gateway_queue.ticket"
+"""The name, among the extensions of ASGI, of the function that makes a request a ticket."""
+
+HEADERS_MAX = 100
+"""Headers of a request; with more of them it is refused."""
 
 
 class ClientGone(OSError):
@@ -24,6 +31,25 @@ class Stream(HTTPStream):
     Hypercorn answers 500, and many clients take any answer for a permission.
     """
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.is_ticket = False
+        """Whether this request stalls, rather than being answered at once."""
+        self.is_whole = False
+        """Whether all of the request has come."""
+
+    async def handle(self, event: Event) -> None:
+        """Let the app say, before it starts, that this request is a ticket."""
+        self.is_whole |= isinstance(event, EndBody)
+        await super().handle(event)
+        if isinstance(event, Request):
+            self.scope["extensions"][TICKET] = self.become_ticket  # type: ignore[assignment]
+
+    async def become_ticket(self) -> None:
+        """Note that this request stalls. Its client has gone when it sends no more."""
+        self.is_ticket = True
+        await self.send(TicketAdmitted(self.stream_id))
+
     async def app_send(self, message: ASGISendEvent | None) -> None:
         if message is None and self.state is ASGIHTTPState.REQUEST and not self.closed:
             await self.send(StreamClosed(stream_id=self.stream_id))
@@ -37,6 +63,11 @@ class Stream(HTTPStream):
             and message.get("more_body")
         ):
             await self.send(Flush(self.stream_id))
+
+
+@dataclass(frozen=True)
+class TicketAdmitted(Event):
+    """A request stalls from now on."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""The handler of all log lines: it writes them to stderr, and never waits for a reader."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from logging import LogRecord
+
+STDERR = 2
+
+PIPE_BUF = select.PIPE_BUF
+"""Bytes that a pipe takes without waiting once poll says that it takes any."""
+
+
+class Output(logging.Handler):
+    """Writes lines to a descriptor. Those that it does not take at once are lost, and counted.
+
+    Nobody may read stderr, or not fast enough. A write would stop the event loop then, and with it
+    all releases.
+
+    Args:
+      descriptor: a pipe, a terminal, a socket or a file.
+    """
+
+    def __init__(self, descriptor: int = STDERR) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._rest = b""
+        """Of a line whose beginning is written."""
+        self._lost = 0
+
+    def emit(self, record: LogRecord) -> None:
+        """Write a line, if all former ones are written."""
+        try:
+            self._write_rest()
+            if self._rest:
+                self._lost += 1
+                return
+            lines = [record]
+            if self._lost:
+                lines.insert(0, _loss(self._lost))
+                self._lost = 0
+            self._rest = "".join(f"{self.format(line)}\n" for line in lines).encode(
+                "utf-8", "backslashreplace"
+            )
+            self._write_rest()
+        except Exception:  # noqa: BLE001
+            self.handleError(record)
+
+    def _write_rest(self) -> None:
+        while self._rest and self._takes_more():
+            try:
+                written = os.write(self._descriptor, self._rest[:PIPE_BUF])
+            except BlockingIOError:
+                return
+            except OSError:  # the reader is gone
+                written = len(self._rest)
+            self._rest = self._rest[written:]
+
+    def _takes_more(self) -> bool:
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLOUT)
+        return bool(poll.poll(0))
+
+
+def _loss(count: int) -> LogRecord:
+    return logging.makeLogRecord(
+        {
+            "name": __name__,
+            "levelno": logging.WARNING,
+            "levelname": "WARNING",
+            "msg": f"stderr was full: {count} lines of the log are lost",
+        }
+    )

@@ -1,0 +1,58 @@
+"""Takes what clients send in small steps, one per turn of the event loop."""
+
+from __future__ import annotations
+
+import trio
+from trio.lowlevel import ParkingLot, RunVar
+
+STEPS_MAX, SHORT_SECONDS = 4, 0.0004
+"""How many connections take a step in a turn if the last turn was short, otherwise one does."""
+
+
+class Turns:
+    """Gives all connections their turns, one after the other.
+
+    A release takes about ten turns of the event loop, from the end of its window to its answer. So
+    it comes late by ten such turns at most, however many clients send something meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._line = ParkingLot()
+        self._given = 0
+        """How many may take a step now."""
+        self._given_at = 0.0
+
+    async def wait(self) -> None:
+        """Wait until this task may do one more step."""
+        if self._given:
+            await self._line.park()
+            self._begin_step()
+        else:
+            self._given = 1
+            try:
+                await trio.lowlevel.checkpoint()
+            finally:
+                self._begin_step()
+
+    def _begin_step(self) -> None:
+        """Let the next ones take their steps in the next turn of the loop, if this is the last."""
+        self._given -= 1
+        if self._given:
+            return
+        now = trio.current_time()
+        is_short = now - self._given_at < SHORT_SECONDS
+        self._given_at = now
+        self._given = min(len(self._line), STEPS_MAX if is_short else 1)
+        self._line.unpark(count=self._given)
+
+
+_turns = RunVar[Turns]("turns")
+
+
+def turns() -> Turns:
+    """Return the turns of this event loop."""
+    try:
+        return _turns.get()
+    except LookupError:
+        _turns.set(Turns())
+        return _turns.get()

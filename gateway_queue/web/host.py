@@ -1,0 +1,52 @@
+"""Keeps pages of other sites from reading a server on the same machine as the browser."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from http import HTTPStatus
+from ipaddress import ip_address
+
+from hypercorn.typing import HTTPScope
+
+from gateway_queue.web.problems import RequestError
+
+
+class OtherHost(RequestError):
+    """A request names a host that this machine may not be."""
+
+    status = HTTPStatus.MISDIRECTED_REQUEST
+
+
+def check_host(scope: HTTPScope) -> None:
+    """Look at the host that a request over the loopback interface names.
+
+    A site can let its own name lead to 127.0.0.1, and a browser would let its pages read what the
+    server answers. A name without dots belongs to no site.
+
+    Raises:
+      OtherHost: it is neither an address nor a local name.
+    """
+    if not scope["server"] or not _is_loopback(scope["server"][0]):
+        return
+    for name, value in scope["headers"]:
+        if name == b"host" and not _is_local(value.decode("latin-1")):
+            raise OtherHost(
+                "this server is reached over the loopback interface: use the name localhost, "
+                "or set AUTH_TOKEN"
+            )
+
+
+def _is_loopback(address: str) -> bool:
+    with suppress(ValueError):
+        return ip_address(address).is_loopback
+    return False
+
+
+def _is_local(host: str) -> bool:
+    name = re.sub(r":[0-9]*\Z", "", host).strip("[]").removesuffix(".").lower()
+    if "." not in name or name.endswith(".localhost"):
+        return True
+    with suppress(ValueError):
+        return bool(ip_address(name))
+    return False
