@@ -88,7 +88,7 @@ def fleet_after_chaos(library: Library, max_concurrency: int) -> Iterator[Fleet]
 def gets_many_without_the_queue(library: Library) -> None:
     """Start the fleet without the queue, and wait for Invalid Sessions."""
     with (
-        enforcing(5, max_concurrency=4) as gateway,
+        enforcing(5) as gateway,
         running_bots(library, gateway, None) as bots,
     ):
         bots.start_all()
