@@ -46,6 +46,18 @@ def wait_until_all_are_up(gateway: Gateway) -> None:
     eventually(lambda: len(gateway.shards_up) == SHARDS, LONG)
 
 
+def a_waiting_shard(queue: Server) -> int:
+    """Wait until a shard waits."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found.extend(waiting_shards(queue))
+        return bool(found)
+
+    eventually(look)
+    return found[0]
+
+
 @contextmanager
 def fleet_after_chaos(library: Library, max_concurrency: int) -> Iterator[Fleet]:
     """Kill the queue, a process whose shard waits, and all processes, and start them again.
@@ -69,8 +81,7 @@ def fleet_after_chaos(library: Library, max_concurrency: int) -> Iterator[Fleet]
             queue.signal(signal.SIGKILL)
             queue.wait()
         with serving(**variables) as queue:
-            eventually(lambda: bool(waiting_shards(queue)))
-            number = waiting_shards(queue)[0] * PROCESSES // SHARDS
+            number = a_waiting_shard(queue) * PROCESSES // SHARDS
             bots.kill(number)
             bots.start(number)
             wait_until_all_are_up(gateway)
