@@ -14,15 +14,9 @@ from typing import Any
 from tests.fake_discord.gateway import Gateway, enforcing
 from tests.fake_discord.latency import Latency
 from tests.harness import Server, eventually, free_port, serving
-from tests.libraries import (
-    DISCORD_JS,
-    DISCORD_PY,
-    DISCORDENO,
-    HIKARI,
-    SHARDS,
-    Library,
-    running_bots,
-)
+from tests.libraries import SHARDS, Script, running_bots
+from tests.libraries.node import DISCORD_JS, DISCORDENO
+from tests.libraries.python import DISCORD_PY, HIKARI
 
 KEYS = 4
 PATIENCE = 300.0
@@ -133,7 +127,7 @@ def _measure(conditions: Conditions, way: Way, window: float) -> str:
         )
         queue = stack.enter_context(serving(**variables))
 
-        def start(number: int, library: Library) -> None:
+        def start(number: int, library: Script) -> None:
             library = _busy(library, conditions.busy)
             bots = running_bots(library, gateway, port, confirm=way.confirm)
             stack.enter_context(bots).start(number)
@@ -151,7 +145,7 @@ def _asked(queue: Server) -> int:
     return int(status["waiting"]) + int(status["released"])
 
 
-def _busy(library: Library, seconds: float | None) -> Library:
+def _busy(library: Script, seconds: float | None) -> Script:
     """Let a bot compute for some time, pause for as long, and so on, if it is to."""
     if seconds is None:
         return library

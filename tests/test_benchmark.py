@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmark import scenarios
+from tests.benchmark import peers, scenarios
 from tests.benchmark.__main__ import SECONDS, main
 from tests.benchmark.subjects import Subject, floor, ours, running
 from tests.harness import Server, serving
@@ -79,6 +79,14 @@ def test_a_slot_that_nobody_gets_is_seen() -> None:
     with toy("none") as server:
         figures = scenarios.churn(running(url(server), 0.05, pid=None), 100)
     assert figures["slots unused"] >= 3
+
+
+@pytest.mark.timeout(300)  # the peer is built first
+def test_a_restart_that_releases_early_is_seen() -> None:
+    """The peer in Go forgets its last release; ours holds for a window when it starts."""
+    figure = "windows between two releases"
+    assert scenarios.restart(peers.go, 1)[figure] < 1
+    assert scenarios.restart(ours, 1)[figure] >= 1
 
 
 def test_every_scenario_measures_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import subprocess
 import time
@@ -18,19 +17,15 @@ import trio
 from tests.fake_discord.gateway import Gateway, enforcing
 from tests.fake_discord.latency import Latency
 from tests.harness import GO, PATIENCE, Server, eventually, free_port, serving
-from tests.libraries import (
-    DISCORD_JS,
-    DISCORD_PY,
-    DISCORDENO,
-    HIKARI,
-    PROCESSES,
-    SHARDS,
-    Library,
-    all_are_confirmed,
-    recipe,
-    running_bots,
-    waiting_shards,
+from tests.libraries import PROCESSES, SHARDS, Library, Script, recipe, running_bots
+from tests.libraries.chaos import (
+    LONG,
+    fleet_after_chaos,
+    gets_many_without_the_queue,
+    wait_until_all_are_up,
 )
+from tests.libraries.node import DISCORD_JS, DISCORDENO
+from tests.libraries.python import DISCORD_PY, DISNAKE, HIKARI, NEXTCORD, PY_CORD
 
 WINDOW = 0.5
 """Seconds, of the queue and of the stand-in. The time that a shard takes to identify does not scale
@@ -41,56 +36,25 @@ DISCORDS_WINDOW, DISCORDS_MARGIN = 5.0, 0.25
 
 KEYS = 4
 
-MARGIN = 1.0
-"""Seconds that a restarted queue holds longer: a shard may identify after the end of its queue."""
-
 FLEETS = {library.name: library for library in (DISCORD_PY, HIKARI)}
+FORKS = {library.name: library for library in (PY_CORD, DISNAKE, NEXTCORD)}
+FLEETS_AND_FORKS: dict[str, Library] = {**FLEETS, **FORKS}
 
 FROM_READY: dict[str, Any] = {"counts_from_ready": True, "seconds_to_ready": 0.05}
 """The harder way to count: what is not early then is not early by the arrival of IDENTIFY."""
 
-LONG = 3 * PATIENCE
-"""Seconds that a fleet may take to start, on a busy machine."""
 
-
-def wait_until_all_are_up(gateway: Gateway) -> None:
-    eventually(lambda: len(gateway.shards_up) == SHARDS, LONG)
-
-
-@pytest.mark.parametrize("name", FLEETS)
-def test_no_shard_gets_an_invalid_session(name: str) -> None:
-    port = free_port()
-    with (
-        enforcing(WINDOW, max_concurrency=KEYS, **FROM_READY) as gateway,
-        running_bots(FLEETS[name], gateway, port) as bots,
-    ):
-        variables = gateway.discord.variables(
-            PORT=port, WINDOW_SECONDS=WINDOW, MARGIN_SECONDS=MARGIN
-        )
-        bots.start_all()
-        with serving(**variables) as queue:
-            eventually(lambda: len(gateway.shards_up) >= 6, LONG)
-            queue.signal(signal.SIGKILL)
-            queue.wait()
-        with serving(**variables) as queue:
-            eventually(lambda: bool(waiting_shards(queue)))
-            number = waiting_shards(queue)[0] * PROCESSES // SHARDS
-            bots.kill(number)
-            bots.start(number)
-            wait_until_all_are_up(gateway)
-
-            bots.kill_all()
-            eventually(lambda: not gateway.shards_up)
-            bots.start_all()
-            wait_until_all_are_up(gateway)
-            eventually(lambda: all_are_confirmed(queue))
-
-            before = len(gateway.identifies)
-            trio.from_thread.run(gateway.reconnect_all, trio_token=gateway.trio_token)
-            # Whoever is told so right after its READY may identify anew, in its turn.
-            eventually(lambda: gateway.resumed + len(gateway.identifies) - before >= SHARDS, LONG)
-            assert gateway.resumed >= SHARDS // 2
-    assert gateway.early == []
+@pytest.mark.timeout(300)  # forks are installed first
+@pytest.mark.parametrize("max_concurrency", [1, 4])
+@pytest.mark.parametrize("library", FLEETS_AND_FORKS.values(), ids=FLEETS_AND_FORKS)
+def test_no_shard_gets_an_invalid_session(library: Library, max_concurrency: int) -> None:
+    with fleet_after_chaos(library, max_concurrency) as fleet:
+        gateway = fleet.gateway
+        before = len(gateway.identifies)
+        fleet.reconnect_all()
+        # A shard that reconnects right after its READY may identify anew, in its turn.
+        eventually(lambda: gateway.resumed + len(gateway.identifies) - before >= SHARDS, LONG)
+        assert gateway.resumed >= SHARDS // 2
 
 
 @dataclass(frozen=True)
@@ -144,14 +108,10 @@ def test_nobody_starts_when_the_days_starts_are_spent() -> None:
     assert gateway.early == []
 
 
-@pytest.mark.parametrize("name", FLEETS)
-def test_without_the_queue_the_same_fleet_gets_many(name: str) -> None:
-    with (
-        enforcing(DISCORDS_WINDOW, max_concurrency=KEYS) as gateway,
-        running_bots(FLEETS[name], gateway, None) as bots,
-    ):
-        bots.start_all()
-        eventually(lambda: len(gateway.early) >= 6, LONG)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("library", FLEETS_AND_FORKS.values(), ids=FLEETS_AND_FORKS)
+def test_without_the_queue_the_same_fleet_gets_many(library: Library) -> None:
+    gets_many_without_the_queue(library)
 
 
 def test_a_shell_script_asks_again_until_it_is_its_turn() -> None:
@@ -276,7 +236,7 @@ bot.run"""
         eventually(lambda: len(gateway.shards_up) == SHARDS // PROCESSES)
 
 
-def with_one_shard(library: Library, head: str = "") -> Library:
+def with_one_shard(library: Script, head: str = "") -> Script:
     """Return a library whose first process has one shard, after some other text."""
     return replace(library, start=head + library.start.replace("_ids=shards", "_ids=shards[:1]"))
 

@@ -1,61 +1,55 @@
-"""The README's recipe for disgo, which needs nothing of that library, in a program of its own."""
+"""The README's recipes for Go, with their libraries, against a stand-in for Discord."""
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
+import httpx
 import pytest
 
-from tests.harness import environ, eventually, free_port, serving
-from tests.libraries import identifying, recipe
+from tests.fake_discord import TOKEN
+from tests.harness import GO, eventually, free_port, serving
+from tests.libraries import SHARDS, code_block, identifying, metric
+from tests.libraries.building import Program
+from tests.libraries.chaos import LONG, fleet_after_chaos, gets_many_without_the_queue
+from tests.libraries.go import DISCORDGO, DISGO, WAIT
 
-PROGRAM = """package main
+FLEETS = {library.name: library for library in (DISGO, DISCORDGO)}
 
-import (
-	"context"
-	"fmt"
-	"net/http"
-	"os"
-	"sync"
-	"time"
-)
+# The first test compiles Go's HTTP library, which takes a minute of CPU time.
+pytestmark = pytest.mark.timeout(600)
 
-RECIPE
-
-func main() {
-	patience, _ := time.ParseDuration(os.Args[1])
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	queue := &HTTPQueue{}
-	fmt.Println(queue.Wait(ctx, 3))
-	fmt.Scanln()
-	queue.Unlock(3)
-	fmt.Scanln()
-}
-"""
+every_library = pytest.mark.parametrize("library", FLEETS.values(), ids=FLEETS)
 
 
-def built(folder: Path, port: int) -> str:
-    """Build a program that asks for shard 3; after one line of input it unlocks, then it ends."""
-    (folder / "main.go").write_text(PROGRAM.replace("RECIPE", recipe("disgo", port)))
-    go = str(Path(sysconfig.get_path("purelib"), "go", "bin", "go"))
-    with TemporaryDirectory() as cache:
-        variables = environ(GOCACHE=cache, GOTOOLCHAIN="local", CGO_ENABLED=0)
-        build = [go, "build", "-o", "wait", "main.go"]
-        subprocess.run(build, cwd=folder, env=variables, check=True)
-    return str(folder / "wait")
+@pytest.mark.parametrize("max_concurrency", [1, 4])
+@every_library
+def test_no_shard_gets_an_invalid_session(library: Program, max_concurrency: int) -> None:
+    with fleet_after_chaos(library, max_concurrency) as fleet:
+        released = fleet.queue.status()["released"]
+        fleet.reconnect_all()
+        eventually(lambda: fleet.gateway.resumed == SHARDS, LONG)
+        assert fleet.queue.status()["released"] == released, "a RESUME needs no ticket"
+
+
+@every_library
+def test_without_the_queue_the_same_fleet_gets_many(library: Program) -> None:
+    gets_many_without_the_queue(library)
 
 
 @contextmanager
-def waiting(program: str, patience: str) -> Iterator[subprocess.Popen[str]]:
-    """Run the program until the end of the context."""
+def waiting(port: int, patience: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the program that asks for shard 3 until the end of the context."""
     process = subprocess.Popen(
-        [program, patience], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*WAIT.command(port, confirm=True), patience],
+        cwd=WAIT.folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with process:
         try:
@@ -70,12 +64,10 @@ def printed(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-@pytest.mark.timeout(300)  # it compiles Go's HTTP library, which takes a minute of CPU time
-def test_a_go_program_asks_until_its_turn_and_confirms_or_stops(tmp_path: Path) -> None:
+def test_the_recipe_asks_until_its_turn_and_confirms_or_stops() -> None:
     port = free_port()
-    program = built(tmp_path, port)
     with (
-        waiting(program, "1m") as process,
+        waiting(port, "1m") as process,
         serving(PORT=port, WINDOW_SECONDS=0.1, CONFIRM_SECONDS=600) as queue,
     ):
         assert printed(process) == "<nil>\n"
@@ -87,7 +79,24 @@ def test_a_go_program_asks_until_its_turn_and_confirms_or_stops(tmp_path: Path) 
         assert process.poll() is None
     with (
         serving(PORT=port, WINDOW_SECONDS=3600) as queue,
-        waiting(program, "500ms") as process,
+        waiting(port, "500ms") as process,
     ):
         assert printed(process) == "context deadline exceeded\n"
         eventually(lambda: queue.status()["abandoned"] == 1)
+
+
+def test_sandwich_daemon_gets_its_answer() -> None:
+    """Its module cannot be fetched, so this sends what its ``IdentifyViaURL`` sends.
+
+    A POST with JSON, whose URL names the shard; 200 and 204 let the shard identify, and the
+    response is closed at once.
+    """
+    found = re.search(r'NewIdentifyViaURL\("([^"]+)"', code_block("Sandwich-Daemon"))
+    assert found
+    body = {"shard_id": 3, "shard_count": 4, "max_concurrency": 1, "token": TOKEN}
+    with serving(WINDOW_SECONDS=1, MAX_CONCURRENCY=4) as queue:
+        url = found[1].replace("127.0.0.1:5000", f"127.0.0.1:{queue.port}")
+        url = url.replace("{shard_id}", "3")
+        assert httpx.post(url, content=json.dumps(body), timeout=None).content == GO
+        assert httpx.post(url, content=json.dumps(body), timeout=None).content == GO
+        assert metric(queue, 'gateway_queue_released_total{rate_limit_key="3"}') == 2

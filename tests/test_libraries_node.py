@@ -13,43 +13,26 @@ from contextlib import contextmanager
 import pytest
 import trio
 
-from tests.fake_discord.gateway import Gateway, enforcing
+from tests.fake_discord.gateway import enforcing
 from tests.harness import GO, PATIENCE, Server, eventually, free_port, serving
-from tests.libraries import (
+from tests.libraries import SHARDS, Script, identifying, recipe, running_bots, waiting_shards
+from tests.libraries.chaos import LONG, WINDOW, fleet_after_chaos, gets_many_without_the_queue
+from tests.libraries.node import (
     DISCORD_JS,
     DISCORDENO,
     DISCORDJS_WS,
     ERIS,
-    LIBRARIES,
+    FOLDER,
     NODE,
     OCEANIC,
-    PROCESSES,
-    SHARDS,
-    Library,
-    all_are_confirmed,
-    identifying,
-    metric,
-    recipe,
-    running_bots,
-    waiting_shards,
 )
 
 FLEETS = {
     library.name: library for library in (DISCORD_JS, DISCORDJS_WS, DISCORDENO, OCEANIC, ERIS)
 }
 KEYS = 4
-WINDOW = 0.25
-"""Seconds: the queue's window and Discord's own."""
-MARGIN = 1.0
-"""Seconds that a restarted queue holds longer: a shard may identify after the end of its queue."""
-LONG = 3 * PATIENCE
-"""Seconds that a fleet may take to start, on a busy machine."""
 
 every_library = pytest.mark.parametrize("library", FLEETS.values(), ids=FLEETS)
-
-
-def wait_until_all_are_up(gateway: Gateway) -> None:
-    eventually(lambda: len(gateway.shards_up) == SHARDS, LONG)
 
 
 def no_shard_waits_twice(queue: Server) -> bool:
@@ -57,54 +40,23 @@ def no_shard_waits_twice(queue: Server) -> bool:
     return len(shards) == len(set(shards))
 
 
+@pytest.mark.parametrize("max_concurrency", [1, 4])
 @every_library
-def test_no_shard_gets_an_invalid_session(library: Library) -> None:
-    port = free_port()
-    with (
-        enforcing(WINDOW, max_concurrency=KEYS) as gateway,
-        running_bots(library, gateway, port) as bots,
-    ):
-        variables = gateway.discord.variables(
-            PORT=port, WINDOW_SECONDS=WINDOW, MARGIN_SECONDS=MARGIN
-        )
-        with serving(**variables, HOLD_ON_START="false") as queue:
-            bots.start_all()
-            eventually(lambda: len(gateway.shards_up) >= 6, LONG)
-            queue.signal(signal.SIGKILL)
-            queue.wait()
-        with serving(**variables) as queue:
-            eventually(lambda: bool(waiting_shards(queue)))
-            number = waiting_shards(queue)[0] * PROCESSES // SHARDS
-            bots.kill(number)
-            bots.start(number)
-            wait_until_all_are_up(gateway)
-
-            bots.kill_all()
-            eventually(lambda: not gateway.shards_up)
-            bots.start_all()
-            wait_until_all_are_up(gateway)
-            eventually(lambda: all_are_confirmed(queue))
-            assert metric(queue, "gateway_queue_unconfirmed_total") == 0
-
-            released = queue.status()["released"]
-            trio.from_thread.run(gateway.reconnect_all, trio_token=gateway.trio_token)
-            eventually(lambda: gateway.resumed == SHARDS, LONG)
-            assert queue.status()["released"] == released, "a RESUME needs no ticket"
-    assert gateway.early == []
+def test_no_shard_gets_an_invalid_session(library: Script, max_concurrency: int) -> None:
+    with fleet_after_chaos(library, max_concurrency) as fleet:
+        released = fleet.queue.status()["released"]
+        fleet.reconnect_all()
+        eventually(lambda: fleet.gateway.resumed == SHARDS, LONG)
+        assert fleet.queue.status()["released"] == released, "a RESUME needs no ticket"
 
 
 @every_library
-def test_without_the_queue_the_same_fleet_gets_many(library: Library) -> None:
-    with (
-        enforcing(5, max_concurrency=KEYS) as gateway,
-        running_bots(library, gateway, None) as bots,
-    ):
-        bots.start_all()
-        eventually(lambda: len(gateway.early) >= 6, LONG)
+def test_without_the_queue_the_same_fleet_gets_many(library: Script) -> None:
+    gets_many_without_the_queue(library)
 
 
 @pytest.mark.parametrize("library", [DISCORD_JS, DISCORDJS_WS, DISCORDENO], ids=lambda it: it.name)
-def test_a_shard_whose_connection_ends_asks_anew(library: Library) -> None:
+def test_a_shard_whose_connection_ends_asks_anew(library: Script) -> None:
     """The other libraries do so too, but wait 5 s before."""
     port = free_port()
     with (
@@ -131,7 +83,7 @@ STOP = {
 
 
 @every_library
-def test_a_bot_that_stops_leaves_the_queue(library: Library) -> None:
+def test_a_bot_that_stops_leaves_the_queue(library: Script) -> None:
     port = free_port()
     stop_when_told = f"""
 process.once("SIGUSR2", () => {STOP[library.name]});
@@ -173,7 +125,7 @@ def node(program: str) -> Iterator[subprocess.Popen[str]]:
     """Run a program of Node until the end of the context."""
     process = subprocess.Popen(
         [*NODE, program],
-        cwd=LIBRARIES,
+        cwd=FOLDER,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

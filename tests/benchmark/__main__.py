@@ -14,6 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tests.benchmark import peers
 from tests.benchmark.report import Report
 from tests.benchmark.scenarios import ON_OTHERS, ON_THE_FLOOR, SCENARIOS
 from tests.benchmark.subjects import Died, Subject, floor, ours, running
@@ -34,6 +35,7 @@ SECONDS = {
     "drain": 19,
     "idle": 8,
     "start": 2,
+    "restart": 6,
     "passthrough": 7,
 }
 """How long one run of each scenario takes with 10,000 waiters on a machine with 2 cores."""
@@ -58,10 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
+    subjects: dict[str, Subject]
     if options.url:
         subjects = {"server": running(options.url, options.window, options.pid)}
     else:
         subjects = {"server": ours, "floor": floor}
+    if options.peers:
+        subjects["rust"] = peers.rust
+        subjects["go"] = peers.go
     report = Report(options.waiters, options.runs)
     plan = list(_plan(report, options.scenarios, subjects))
     shorter, longer = (
@@ -98,6 +104,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--window", type=float, default=5.0, help="of that server, in seconds (default: 5)"
     )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="measure queues in Rust (twilight-gateway-queue behind hyper, window 5 s) and Go "
+        "(net/http) as well; they are built first",
+    )
     parser.add_argument("--pid", type=int, help="its process, if it cannot be found by its port")
     parser.add_argument(
         "--waiters",
@@ -114,6 +126,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--chart", type=Path, metavar="FILE", help="draw lines of several lengths, as SVG"
     )
     options = parser.parse_args(arguments)
+    if options.peers and options.url:
+        parser.error("--peers is for the server of this checkout, not for one at a --url")
     possible = [name for name in SCENARIOS if not options.url or name in ON_OTHERS]
     if impossible := set(options.scenarios) - set(possible):
         parser.error(f"cannot measure {', '.join(sorted(impossible))} here")
@@ -150,7 +164,7 @@ def _plan(
     for _ in range(report.runs):
         for scenario in scenarios:
             for name, subject in subjects.items():
-                if name == "server" or scenario in ON_THE_FLOOR:
+                if name != "floor" or scenario in ON_THE_FLOOR:
                     yield Measurement(report, scenario, name, subject)
 
 

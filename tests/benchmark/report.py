@@ -42,19 +42,25 @@ class Report:
         return statistics.median(figures) if figures else None
 
     def table(self) -> Table:
-        """Show the medians, and beside them the floor where it has any."""
+        """Show the medians of all subjects, and how the server compares with the floor."""
         title = f"{self.waiters:,} waiters, medians of {self.runs} runs"
         table = Table("scenario", "figure", title=title)
-        for column in ("server", "floor", "ratio"):
+        subjects = self._subjects()
+        for column in (*subjects, "server / floor"):
             table.add_column(column, justify="right")
         for scenario, names in self._figures.items():
             for name in names:
-                server = self.median(scenario, name, "server")
-                floor = self.median(scenario, name, "floor")
+                medians = {subject: self.median(scenario, name, subject) for subject in subjects}
+                server, floor = medians["server"], medians.get("floor")
                 ratio = server / floor if server is not None and floor else None
-                table.add_row(scenario, name, *map(_shown, (server, floor, ratio)))
+                table.add_row(scenario, name, *map(_shown, (*medians.values(), ratio)))
             table.add_section()
         return table
+
+    def _subjects(self) -> list[str]:
+        """Return the names of all that was measured, in the order of their first figures."""
+        figures = (names for scenario in self._figures.values() for names in scenario.values())
+        return list(dict.fromkeys(subject for names in figures for subject in names))
 
     def write(self, path: Path) -> None:
         """Write every run's figures as JSON."""

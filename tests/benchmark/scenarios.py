@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from tests.benchmark.load import Crowd
 from tests.benchmark.subjects import Died, Subject, Target
-from tests.harness import PATIENCE
+from tests.harness import PATIENCE, free_port
 
 Figures = dict[str, float]
 
@@ -18,11 +18,14 @@ STALLED = 3600.0
 """A window, in seconds, in which nobody is released while something else is measured."""
 
 WINDOW = 0.1
-RELEASES = 200
-"""Gaps that are measured: enough for a 99th percentile that is not the maximum."""
+RELEASES, FEW_RELEASES = 200, 12
+"""Gaps that are measured: enough for a 99th percentile that is not the maximum, unless the server
+has its own window of some seconds."""
 
 BUSY_WINDOW = 0.05
 """For a storm that is over in seconds: how many gaps there are depends on it."""
+
+RESTART_WINDOW = 2.0
 
 ASKERS = 32
 """Connections that keep the server busy, and few enough not to wait for each other."""
@@ -83,7 +86,7 @@ def lateness(subject: Subject, waiters: int) -> Figures:
         _gather(target, crowd, waiters)
         _wait_for_answers(target, crowd, 1)
         before, cpu = len(crowd.answers), target.cpu()
-        releases = min(RELEASES, waiters // 2)
+        releases = min(RELEASES if target.window <= 1 else FEW_RELEASES, waiters // 2)
         _wait_for_answers(target, crowd, releases)
         used = target.cpu() - cpu
         return {
@@ -129,6 +132,19 @@ def start(subject: Subject, _: int) -> Figures:
         return {"s until the first answer": crowd.answers[0] - spawned}
 
 
+def restart(subject: Subject, _: int) -> Figures:
+    """Kill the server right after a release, and start it again."""
+    port = free_port()
+    answers: list[float] = []
+    for _ in range(2):
+        with subject(RESTART_WINDOW, PORT=port) as target, Crowd(target.address) as crowd:
+            crowd.come(1)
+            _wait_for_answers(target, crowd, 1)
+            answers.append(crowd.answers[0])
+    before, after = answers
+    return {"windows between two releases": (after - before) / target.window}
+
+
 def passthrough(subject: Subject, _: int) -> Figures:
     """Let a few ask again and again, and be answered at once."""
     with (
@@ -150,7 +166,7 @@ Scenario = Callable[[Subject, int], Figures]
 
 SCENARIOS: dict[str, Scenario] = {
     scenario.__name__: scenario
-    for scenario in (hold, storm, churn, lateness, drain, idle, start, passthrough)
+    for scenario in (hold, storm, churn, lateness, drain, idle, start, restart, passthrough)
 }
 
 ON_THE_FLOOR = {"hold", "idle", "start", "passthrough"}

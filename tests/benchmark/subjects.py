@@ -90,7 +90,7 @@ def _nanoseconds(process: psutil.Process) -> int:
 @contextmanager
 def ours(window: float, **variables: object) -> Iterator[Target]:
     """Start ``gateway-queue``."""
-    with _started(installed("gateway-queue"), window=window, **variables) as target:
+    with started(installed("gateway-queue"), window=window, **variables) as target:
         yield target
 
 
@@ -98,12 +98,13 @@ def ours(window: float, **variables: object) -> Iterator[Target]:
 def floor(window: float, **variables: object) -> Iterator[Target]:
     """Start a bare ASGI function under the same Hypercorn."""
     command = (sys.executable, "-m", "tests.benchmark.floor")
-    with _started(*command, window=window, **variables) as target:
+    with started(*command, window=window, **variables) as target:
         yield target
 
 
 @contextmanager
-def _started(*command: str, window: float, **variables: object) -> Iterator[Target]:
+def started(*command: str, window: float, **variables: object) -> Iterator[Target]:
+    """Start a server by its command, with a window of so many seconds."""
     with serving(*command, WINDOW_SECONDS=window, **variables) as server:
         process = server.process
         yield Target(("127.0.0.1", server.port), [process.pid], window, process)

@@ -227,6 +227,7 @@ class Gateway:
                 "guilds": [],
                 "private_channels": [],
                 "session_id": session.name,
+                "_trace": [],
                 "resume_gateway_url": self.discord.gateway_url,
                 "shard": [shard, count],
                 "application": {"id": USER["id"], "flags": 0},

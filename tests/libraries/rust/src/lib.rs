@@ -1,0 +1,3 @@
+//! The README's recipe, for the programs.
+
+pub mod queue;

@@ -1,0 +1,113 @@
+"""The README's recipes for Rust, with their libraries, against a stand-in for Discord."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import pytest
+
+from tests.fake_discord import playing
+from tests.harness import SLACK, Server, eventually, serving
+from tests.libraries import SHARDS
+from tests.libraries.building import Program
+from tests.libraries.chaos import LONG, fleet_after_chaos, gets_many_without_the_queue
+from tests.libraries.rust import PERMITS, TWILIGHT
+
+FLEETS = {library.name: library for library in (TWILIGHT,)}
+
+pytestmark = [pytest.mark.toolchain, pytest.mark.timeout(600)]
+
+every_library = pytest.mark.parametrize("library", FLEETS.values(), ids=FLEETS)
+
+
+@pytest.mark.parametrize("max_concurrency", [1, 4])
+@every_library
+def test_no_shard_gets_an_invalid_session(library: Program, max_concurrency: int) -> None:
+    with fleet_after_chaos(library, max_concurrency) as fleet:
+        released = fleet.queue.status()["released"]
+        fleet.reconnect_all()
+        eventually(lambda: fleet.gateway.resumed == SHARDS, LONG)
+        assert fleet.queue.status()["released"] == released, "a RESUME needs no ticket"
+
+
+@every_library
+def test_without_the_queue_the_same_fleet_gets_many(library: Program) -> None:
+    gets_many_without_the_queue(library)
+
+
+@dataclass(frozen=True)
+class Permit:
+    """When a shard that was enqueued may identify."""
+
+    shard: int
+    waited: float
+    """Seconds since the start of the program."""
+
+
+def permits(queue: Server, *shards: int) -> list[Permit]:
+    """Enqueue shards at the same time, and return their permits in the order of their coming."""
+    command = [*PERMITS.command(queue.port, confirm=True), *map(str, shards)]
+    output = subprocess.run(
+        command, cwd=PERMITS.folder, check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    lines = (line.split() for line in output.splitlines())
+    return [Permit(int(shard), float(waited)) for shard, waited in lines]
+
+
+class TestTwilightsOwnSuite:
+    """What twilight-gateway-queue asks of a ``Queue``, of the recipe instead of its own queue.
+
+    Its own order of keys in one window is left out: keys are independent here.
+    """
+
+    WINDOW = 2.0
+    """Seconds, long enough to tell from the time that a busy machine takes."""
+
+    def queue(self, **variables: object) -> AbstractContextManager[Server]:
+        return serving(WINDOW_SECONDS=self.WINDOW, HOLD_ON_START="false", **variables)
+
+    def test_the_same_id_is_serial(self) -> None:
+        with self.queue() as queue:
+            first, second = permits(queue, 0, 0)
+        assert second.waited - first.waited >= self.WINDOW - SLACK
+
+    def test_different_ids_are_parallel(self) -> None:
+        with self.queue(MAX_CONCURRENCY=2) as queue:
+            assert max(permit.waited for permit in permits(queue, 1, 0)) < self.WINDOW
+
+    def test_a_bucket_gives_one_permit_per_window(self) -> None:
+        with self.queue(MAX_CONCURRENCY=4) as queue:
+            *others, last = permits(queue, 0, 1, 3, 3)
+        assert {permit.shard for permit in others} == {0, 1, 3}
+        assert max(permit.waited for permit in others) < self.WINDOW
+        assert last.shard == 3
+        assert last.waited >= self.WINDOW - SLACK
+
+    def test_without_a_concurrency_it_is_instant(self) -> None:
+        with self.queue(MAX_CONCURRENCY=0) as queue:
+            assert max(permit.waited for permit in permits(queue, 0, 0)) < self.WINDOW
+
+    def test_a_new_concurrency_fills_its_buckets(self) -> None:
+        with (
+            playing(max_concurrency=1) as discord,
+            self.queue(**discord.variables(DISCORD_REFRESH_SECONDS=0.1)) as queue,
+        ):
+            eventually(lambda: bool(discord.requests))
+            discord.max_concurrency = 2
+            eventually(lambda: queue.status()["max_concurrency"] == 2)
+            first, second = permits(queue, 0, 1)
+        assert second.waited - first.waited < self.WINDOW
+
+    def test_the_reset_refills_the_permits(self) -> None:
+        with (
+            playing(remaining=0, total=1, reset_after=3000) as discord,
+            self.queue(**discord.variables()) as queue,
+        ):
+            eventually(lambda: queue.status()["session_starts"] is not None)
+            asked, resets_in = time.monotonic(), queue.status()["session_starts"]["resets_in"]
+            discord.remaining, discord.reset_after = 1, 86_400_000
+            permits(queue, 0)
+        assert time.monotonic() - asked >= resets_in - SLACK
