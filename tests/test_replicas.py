@@ -114,7 +114,7 @@ def test_no_ticket_is_overtaken_by_one_that_came_over_a_window_later(redis: Redi
 
 
 def known_places(redis: RedisServer) -> str:
-    return redis.command("HLEN", "gateway-queue:line")
+    return redis.command("HLEN", "{gateway-queue}:line")
 
 
 def leave(server: Server, client: Client, redis: RedisServer) -> None:
