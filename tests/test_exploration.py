@@ -51,7 +51,6 @@ FIXED_SEEDS = (
     8001702,
     9000477,
     63000321,
-    63000504,
 )
 """Add each seed that has found a fault."""
 
