@@ -48,6 +48,9 @@ FIXED_SEEDS = (
     900929,
     913636,
     1300496,
+    8001702,
+    9000477,
+    63000321,
 )
 """Seeds of one bot. Add each seed that has found a fault."""
 

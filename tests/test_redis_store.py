@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway_queue.queue import Queue
 from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.store.redis import Link, RedisStore, connection
@@ -309,6 +310,48 @@ async def test_a_user_that_may_not_ask_for_information_can_use_it(redis: RedisSe
         await connected(store)
         await store.start_window(await claimed(store), trio.current_time())
         await claimed(store)
+
+
+async def test_the_list_of_places_expires_though_its_last_one_ends_as_the_next_one_comes(
+    redis: RedisServer,
+) -> None:
+    async def wait_for_turn(queue: Queue, scope: trio.CancelScope) -> None:
+        with scope:
+            async with queue.turn(None):
+                pass
+
+    async with (
+        pair(redis.url, Rules(2.0, hold=False)) as (store, _),
+        trio.open_nursery() as nursery,
+    ):
+        queue, first = Queue(store, max_concurrency=1), trio.CancelScope()
+        nursery.start_soon(wait_for_turn, queue, first)
+        await until(lambda: redis.command("HKEYS", "test:line").endswith(":0"))
+        first.cancel()
+        nursery.start_soon(wait_for_turn, queue, trio.CancelScope())
+        await until(lambda: redis.command("HKEYS", "test:line").endswith(":1"))
+        assert int(redis.command("PTTL", "test:line").removeprefix(":")) > 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_places_are_told_if_the_first_connection_could_not_be_used(
+    redis: RedisServer,
+) -> None:
+    async def wait_for_turn(queue: Queue) -> None:
+        async with queue.turn(1):
+            pass
+
+    with Proxy(redis.port) as proxy:
+        proxy.swallows_answers_to = b"$4\r\nlook\r\n"
+        async with (
+            opened(proxy.url, Rules(2.0, hold=False, place_seconds=30)) as store,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(wait_for_turn, Queue(store, max_concurrency=1))
+            await until(lambda: proxy.cuts > 0)
+            proxy.swallows_answers_to = None
+            await until(lambda: redis.command("HLEN", "test:line") == ":1")
+            nursery.cancel_scope.cancel()
 
 
 # --- claims whose answer is lost ---------------------------------------------------------------

@@ -631,7 +631,11 @@ def _is_before(
         # Each replica knows the time of Redis by a way there and back.
         rank = min(rank, _place_since(record, mine.call) - _way_to_redis(record))
     if _was_elsewhere(record, other.call):
-        other_rank = other.call.arrived_at or now
+        # If its replica did not answer for a while, another client of its shard may have its place.
+        is_sole = all(
+            one.client == other.call.client for one in record.calls if one.shard == other.call.shard
+        )
+        other_rank = (other.call.arrived_at or now) if is_sole else math.inf
     return (
         (chosen_at is None or chosen_at > now)
         and (other.call.shard is None or other.call.shard != mine.call.shard)

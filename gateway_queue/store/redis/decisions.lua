@@ -745,6 +745,7 @@ function commands.share()
     told[#told + 1] = expects
   end
   forget_some_places()
+  expire(line, KEPT) -- its last place may have ended before the next one came
   local reply = answer(GRANTED, 0)
   for i = 1, #told do
     reply[#reply + 1] = told[i]

@@ -226,7 +226,9 @@ def _change(shared: _Shared, clock: ServerClock) -> Change:
     if place.connected_at is None:
         connected, kept_until = 0, clock.at(place.expires_at)
     else:
-        connected, kept_until = clock.at(place.connected_at), 0
+        # By the clock of the place's time: the server's may have been set since.
+        later = place.connected_at - place.joined_at
+        connected, kept_until = round((place.since + later) * MICROSECONDS), 0
     shard = "" if place.shard is None else place.shard
     words = f"{place.number} {shard} {kind} {since} {connected} {kept_until} {place.confirm:d}"
     return Change(place.number, place.shard, since, words)

@@ -211,7 +211,8 @@ class RedisStore:
         finally:
             self._connection = None
             self._is_caught_up = False
-            self._knows_line = trio.Event()
+            if self._knows_line.is_set():
+                self._knows_line = trio.Event()
 
     @property
     def _opens_at(self) -> float:
