@@ -297,9 +297,13 @@ class RedisStore:
         """Tell the server of all places here, whenever it can be reached."""
         while True:
             await self._line.has_changes()
-            await self._knows_line.wait()
-            with suppress(Unreachable):
+            knows_line = self._knows_line
+            await knows_line.wait()
+            try:
                 await self._tell_changes()
+            except Unreachable:
+                if self._knows_line is knows_line:
+                    self._knows_line = trio.Event()  # until there is another connection
 
     async def _tell_changes(self) -> None:
         changes = self._line.changes(self._clock)
