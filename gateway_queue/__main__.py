@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app.addresses = tuple(map(address, listeners))
     config.bind = [f"fd://{listener.detach()}" for listener in listeners]
     trio.run(_serve, config)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # while Python ends, an alarm would kill it
 
 
 def _parser() -> argparse.ArgumentParser:
