@@ -159,7 +159,7 @@ class Service:
                 self._refuse_token()
 
     def not_ready(self) -> str | None:
-        """Tell why no ticket can be released, if so."""
+        """Return why no ticket can be released; None if tickets can be released."""
         if self.queue.max_concurrency == 0:
             return None
         if fault := self.queue.store.fault:

@@ -89,7 +89,7 @@ def own_server(settings: Settings) -> str:
 
 
 def is_url(text: str) -> bool:
-    """Tell whether this is the URL of a server."""
+    """Return whether this is the URL of a server."""
     try:
         url = urlsplit(text)
         return url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0

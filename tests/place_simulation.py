@@ -18,7 +18,7 @@ PATIENCE = 30.0
 SPREAD = 97.3
 """Seconds in which all shards come, as processes start one after another."""
 OVERDUE = 60.0
-"""Seconds behind one's turn from which on one is taken for starved."""
+"""A shard that is released so many seconds after its turn counts as overdue."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Outcome:
 
     @property
     def out_of_order(self) -> int:
-        """How many were overtaken by one who came later."""
+        """Return how many shards a later one overtook."""
         overtaken, latest_to_go = 0, -1
         for shard in self.order:
             overtaken += shard < latest_to_go
@@ -89,8 +89,8 @@ def table() -> str:
     rows = {
         "all released after": [f"{outcome.times[-1]:,.0f} s" for outcome in (plain, kept)],
         "longest wait": [f"{max(outcome.waits):,.0f} s" for outcome in (plain, kept)],
-        "overtaken by one who came later": [str(o.out_of_order) for o in (plain, kept)],
-        f"over {OVERDUE:.0f} s behind their turn": [str(o.starved) for o in (plain, kept)],
+        "shards overtaken by a later one": [str(o.out_of_order) for o in (plain, kept)],
+        f"shards over {OVERDUE:.0f} s behind their turn": [str(o.starved) for o in (plain, kept)],
     }
     lines += [f"| {name} | {' | '.join(figures)} |" for name, figures in rows.items()]
     return "\n".join(lines)

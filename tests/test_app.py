@@ -165,7 +165,7 @@ async def test_a_client_that_does_not_take_its_answer_is_not_waited_for(
 
 
 @pytest.mark.parametrize("left", [0.3, 0.0, -1.0])
-async def test_nobody_is_answered_when_the_slot_is_not_good_any_more(
+async def test_no_client_is_answered_with_an_expired_slot(
     autojump_clock: MockClock, left: float
 ) -> None:
     """A slot that several replicas share is good for a while only."""

@@ -135,7 +135,7 @@ def test_a_client_that_starts_no_more_requests_gets_its_answers() -> None:
         client.assert_go(*streams)
 
 
-def test_an_upgrade_behind_a_ticket_is_a_ticket_and_its_headers_are_no_news() -> None:
+def test_an_upgrade_behind_a_ticket_is_a_ticket_and_its_headers_are_not_logged() -> None:
     with serving(WINDOW_SECONDS=0.5, AUTH_TOKEN=SECRET) as server:
         head = f"GET / HTTP/1.1\r\nHost: queue\r\nAuthorization: Bearer {SECRET}\r\n"
         upgrade = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n"
@@ -155,7 +155,7 @@ def test_1001_requests_on_one_connection_of_hypercorn() -> None:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_log_that_nobody_reads_stops_nothing(stop: signal.Signals) -> None:
+def test_an_unread_log_does_not_stop_releases(stop: signal.Signals) -> None:
     """A pipe takes 64 kB."""
     read_end, write_end = os.pipe()
     port_file = socket.create_server(("127.0.0.1", 0))

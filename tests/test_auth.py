@@ -85,19 +85,19 @@ def test_none_and_several_are_refused(server: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
-def test_those_who_watch_need_no_token(server: Server, path: str) -> None:
+def test_health_checks_need_no_token(server: Server, path: str) -> None:
     assert ask(server, path).status == 200
     assert ask(server, path, "Bearer wrong").status == 200
 
 
-def test_who_is_refused_takes_no_turn() -> None:
+def test_a_refused_request_takes_no_slot() -> None:
     with serving(AUTH_TOKEN=TOKEN, WINDOW_SECONDS=3600, HOLD_ON_START="false") as server:
         for _ in range(20):
             assert ask(server, "/", "Bearer wrong").status == 401
         assert ask(server, "/", f"Bearer {TOKEN}").body == GO
 
 
-def test_without_a_token_everybody_is_let_in() -> None:
+def test_without_a_token_every_request_is_accepted() -> None:
     with serving(WINDOW_SECONDS=0.001) as server:
         assert ask(server, "/", "Bearer anything").body == GO
         assert ask(server, "/status", "Bearer anything").status == 200

@@ -74,7 +74,7 @@ def test_a_server_that_dies_fails_the_benchmark() -> None:
     assert str(end.value.code) == "the server has died, or answers nobody: hold"
 
 
-def test_a_slot_that_nobody_gets_is_seen() -> None:
+def test_an_unused_slot_is_seen() -> None:
     """The toy does not notice that its clients have left, and answers them."""
     with toy("none") as server:
         figures = scenarios.churn(running(url(server), 0.05, pid=None), 100)

@@ -141,7 +141,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BotServer]:
         yield bots
 
 
-def test_without_the_file_nothing_names_a_bot() -> None:
+def test_without_the_file_no_output_names_a_bot() -> None:
     with serving(HOLD_ON_START="false", LOG_FORMAT="json") as server:
         assert server.connect().answer().body == GO
         assert "bot" not in server.status()
@@ -347,7 +347,7 @@ def test_a_changed_bot_keeps_its_tickets_and_windows(tmp_path: Path) -> None:
         assert bots.count("Traceback") == 0
 
 
-def test_a_bot_that_returns_knows_who_is_identifying(tmp_path: Path) -> None:
+def test_a_bot_that_returns_still_has_its_identifying_shard(tmp_path: Path) -> None:
     text = "[a]\nwindow_seconds = 0.5\n"
     with serving_bots(tmp_path, text) as bots:
         identifying = bots.ask("a", "&shard=1&confirm=true")

@@ -108,7 +108,7 @@ def test_it_stops_within_2_seconds_with_10_000_waiting() -> None:
         assert {client.rest() for client in clients} == {b""}
 
 
-def test_a_stop_between_releases_answers_nobody_else() -> None:
+def test_a_stop_between_releases_answers_no_other_client() -> None:
     with serving(WINDOW_SECONDS=0.2) as server:
         clients = [server.connect() for _ in range(50)]
         first_answers(clients[:5], 5)

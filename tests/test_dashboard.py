@@ -120,7 +120,7 @@ def test_a_release_appears_and_the_count_falls(browser: Browser) -> None:
         assert server.status()["released"] == 4, "the page itself takes no turn"
 
 
-def test_who_waits_where(browser: Browser, busy: Server) -> None:
+def test_the_page_lists_waiting_shards_by_key(browser: Browser, busy: Server) -> None:
     with opened(browser, busy) as watched:
         page = watched.page
         expect(page).to_have_title("(200) Gateway queue")
@@ -136,7 +136,7 @@ def test_who_waits_where(browser: Browser, busy: Server) -> None:
         expect(aside.locator("tbody tr")).to_contain_text("client left, place kept until")
 
 
-def test_why_somebody_is_held(browser: Browser) -> None:
+def test_the_page_explains_why_a_shard_is_held(browser: Browser) -> None:
     with serving(HOLD_ON_START="false", LOOP_FREE_STARTS=1) as server:
         server.ask(7).answer()
         server.ask(7)
@@ -284,7 +284,7 @@ def test_it_is_loaded_anew_when_the_server_has_another_one(browser: Browser) -> 
 @pytest.mark.parametrize(
     ("scheme", "background"), [("light", "rgb(244, 245, 248)"), ("dark", "rgb(16, 18, 24)")]
 )
-def test_everybody_can_read_it(
+def test_the_page_is_accessible(
     browser: Browser, busy: Server, scheme: Any, background: str
 ) -> None:
     with opened(browser, busy, color_scheme=scheme) as watched:
@@ -412,7 +412,7 @@ def test_an_empty_queue_teaches(browser: Browser) -> None:
         expect(steps).to_have_count(0)
 
 
-def test_who_identifies_and_who_does_not_confirm(browser: Browser) -> None:
+def test_the_page_shows_identifying_and_unconfirmed_shards(browser: Browser) -> None:
     variables = {"HOLD_ON_START": "false", "MAX_CONCURRENCY": 2, "CONFIRM_SECONDS": 1}
     with serving(**variables, LOOP_FREE_STARTS=0, WINDOW_SECONDS=0.05) as server:
         for shard in (4, 4, 4, 7):
@@ -469,7 +469,7 @@ def test_browsers_get_their_icon() -> None:
     assert icon.body.startswith(b"<svg ")
 
 
-def test_with_reduced_motion_nothing_moves(browser: Browser) -> None:
+def test_with_reduced_motion_the_page_does_not_move(browser: Browser) -> None:
     with serving(WINDOW_SECONDS=3000) as server:
         server.ask(1)
         with opened(browser, server, reduced_motion="reduce") as watched:

@@ -209,7 +209,7 @@ def test_tickets_are_held_until_discord_has_answered(fault: str) -> None:
         assert all(answer.at > second for _, answer in answers)
 
 
-def test_delays_between_tries_grow_while_nobody_listens() -> None:
+def test_delays_between_tries_grow_while_discord_is_away() -> None:
     with playing() as discord:
         url = discord.url
     with serving_with(discord, DISCORD_API_URL=url) as server:
@@ -357,7 +357,7 @@ def test_a_shard_in_a_crash_loop_is_held_and_others_pass() -> None:
         assert "held_for=1" in line
 
 
-def test_behind_a_gateway_proxy_everybody_goes_at_once() -> None:
+def test_behind_a_gateway_proxy_every_request_is_answered_at_once() -> None:
     """Also with a token, and though no Discord is there."""
     variables = {"DISCORD_TOKEN": TOKEN, "DISCORD_API_URL": "http://127.0.0.1:1"}
     with serving(MAX_CONCURRENCY=0, WINDOW_SECONDS=3600, **variables) as server:
@@ -368,7 +368,7 @@ def test_behind_a_gateway_proxy_everybody_goes_at_once() -> None:
         assert server.get("/readyz").status == 200
 
 
-def test_status_shows_who_waits_where() -> None:
+def test_status_lists_waiting_shards_by_key() -> None:
     with serving(MAX_CONCURRENCY=2, WINDOW_SECONDS=100) as server:
         clients = [server.ask(shard) for shard in (5, 2, 7)] + [server.connect()]
         clients.append(server.ask(9))

@@ -24,7 +24,7 @@ main([])
 """
 
 
-async def test_sockets_with_news_take_turns() -> None:
+async def test_readable_sockets_take_turns() -> None:
     """A task that is due meanwhile has to wait for a few of them, not for all."""
     event_loop.install()
     woken = list[socket.socket]()

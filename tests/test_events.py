@@ -51,7 +51,7 @@ async def listen(feeds: Feeds[str], heard: Heard, pause: float) -> None:
             await trio.sleep(pause)
 
 
-async def test_an_event_a_second_while_anybody_listens(autojump_clock: MockClock) -> None:
+async def test_one_event_per_second_while_a_page_is_open(autojump_clock: MockClock) -> None:
     numbered = Numbered()
     quick, slow = Heard(), Heard()
     async with trio.open_nursery() as nursery:
@@ -157,7 +157,7 @@ def test_they_ask_for_the_token(path: str) -> None:
     assert b'www-authenticate: Basic realm="gateway-queue"' in refused.raw
 
 
-def test_who_leaves_is_forgotten() -> None:
+def test_a_page_that_closes_is_forgotten() -> None:
     with serving() as server:
         idle = open_files(server)
         listeners = [server.connect(LISTEN) for _ in range(20)]
@@ -168,7 +168,7 @@ def test_who_leaves_is_forgotten() -> None:
         eventually(lambda: open_files(server) == idle)
 
 
-def test_who_does_not_read_is_dropped() -> None:
+def test_a_page_that_does_not_read_is_dropped() -> None:
     """And nobody else waits for that, nor is anything kept."""
     with serving(WINDOW_SECONDS=3600) as server, socket.socket() as deaf:
         idle = open_files(server)

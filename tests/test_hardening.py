@@ -93,7 +93,7 @@ def test_a_header_line_of_30_kib_is_a_ticket_like_any() -> None:
         assert server.peak_memory() - before < 8 * 2**20
 
 
-def test_garbage_disturbs_nobody() -> None:
+def test_garbage_disturbs_no_other_client() -> None:
     with serving(WINDOW_SECONDS=0.001) as server:
         tls = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + os.urandom(500)
         for garbage in [tls, *(os.urandom(size) for size in (1, 100, 10_000, 1_000_000))]:
@@ -109,7 +109,7 @@ def test_garbage_disturbs_nobody() -> None:
         assert not [line for line in server.lines if "Traceback" in line or "[error" in line]
 
 
-def test_a_client_that_never_reads_delays_nobody_for_long() -> None:
+def test_a_client_that_never_reads_delays_others_only_briefly() -> None:
     """It asks for more answers than the kernel has room for."""
     with serving(WINDOW_SECONDS=0.0005) as server, socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
@@ -125,7 +125,7 @@ def test_a_client_that_never_reads_delays_nobody_for_long() -> None:
         assert 0.5 < max(waits) < 1.2
 
 
-def test_a_client_that_gives_no_credit_delays_nobody_for_long() -> None:
+def test_a_client_without_flow_control_credit_delays_others_only_briefly() -> None:
     """HTTP/2 lets a client forbid to send it a body."""
     window = 1.0
     with serving(WINDOW_SECONDS=window) as server:

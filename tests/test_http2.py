@@ -191,7 +191,7 @@ def test_any_method_is_a_ticket(server: Server, method: str) -> None:
     assert client.answers.get(stream, b"") == (b"" if method == "HEAD" else GO)
 
 
-def test_an_upload_that_outlasts_its_turn_disturbs_nobody_else(server: Server) -> None:
+def test_an_upload_that_outlasts_its_answer_disturbs_no_other_client(server: Server) -> None:
     client = H2Client.with_prior_knowledge(connect(server))
     client.read()
     uploads = [client.ask([(":method", "POST"), *GET[1:]], end=False) for _ in range(3)]

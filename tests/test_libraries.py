@@ -91,7 +91,7 @@ def test_with_discords_own_window_no_shard_gets_an_invalid_session() -> None:
         assert all(threads.map(starts_without_invalid_session, fleets))
 
 
-def test_nobody_starts_when_the_days_starts_are_spent() -> None:
+def test_no_shard_starts_when_the_days_starts_are_spent() -> None:
     port = free_port()
     with (
         enforcing(WINDOW, max_concurrency=KEYS, remaining=20) as gateway,

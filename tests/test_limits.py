@@ -133,7 +133,7 @@ def test_keys_change_while_many_wait(
 
 
 @given(st.lists(st.integers(0, 40), max_size=60, unique=True), st.integers(1, 12))
-def test_those_who_move_to_other_lanes_stay_in_order(shards: list[int], keys: int) -> None:
+def test_tickets_that_move_to_other_lanes_stay_in_order(shards: list[int], keys: int) -> None:
     histories = []
 
     async def main() -> None:
@@ -171,7 +171,9 @@ async def test_a_change_waits_for_the_answer_under_way(autojump_clock: MockClock
     assert began == pytest.approx([0, 1 + WINDOW])
 
 
-async def test_who_leaves_after_a_change_has_left(autojump_clock: MockClock) -> None:
+async def test_a_client_that_leaves_after_a_change_of_keys_is_gone(
+    autojump_clock: MockClock,
+) -> None:
     async with running(keys=1, hold=True) as queue:
         history = History(queue)
         async with trio.open_nursery() as nursery:
@@ -210,7 +212,9 @@ async def test_an_unnamed_shard_is_warned_of_where_keys_matter(
             )
 
 
-async def test_with_no_keys_everybody_goes_at_once(autojump_clock: MockClock) -> None:
+async def test_with_max_concurrency_0_every_ticket_is_released_at_once(
+    autojump_clock: MockClock,
+) -> None:
     async with running(keys=0, hold=True, session_start_limit=1, loop_free_starts=1) as queue:
         for _ in range(1000):
             async with queue.turn(3):
@@ -363,7 +367,7 @@ def test_discord_never_counts_more_than_it_allows(
     assert len(day.identified) == len(shards)
 
 
-async def test_a_new_process_waits_for_those_that_the_former_one_has_released(
+async def test_a_new_process_waits_for_shards_that_the_former_process_released(
     autojump_clock: MockClock,
 ) -> None:
     """Discord has not seen them yet when it is asked, and no other starts are left."""
@@ -479,7 +483,7 @@ async def test_starts_that_are_claimed_at_the_same_time_do_not_exceed_the_limit(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_start_that_came_to_nothing_is_there_for_the_next(
+async def test_an_unused_session_start_is_free_for_the_next_ticket(
     autojump_clock: MockClock,
 ) -> None:
     async def leave_when_chosen(queue: Queue) -> None:
@@ -535,7 +539,7 @@ async def test_a_token_that_is_no_good_later_changes_nothing(
         follower.cancel_scope.cancel()
 
 
-async def test_a_reset_is_believed_when_discord_does_not_answer(autojump_clock: MockClock) -> None:
+async def test_the_reset_counts_when_discord_does_not_answer(autojump_clock: MockClock) -> None:
     day = Day(total=1, resets=HOUR, faults=[True] * 10_000)
     async with running(keys=None) as queue:
         await queue.update_budget(DiscordBudget(total=1, remaining=0, resets_at=HOUR, asked_at=0.0))
@@ -635,7 +639,7 @@ async def test_others_pass_a_shard_that_is_held(autojump_clock: MockClock, guard
     assert order == others
 
 
-async def test_who_is_held_may_leave_and_nothing_stays(autojump_clock: MockClock) -> None:
+async def test_a_held_ticket_can_leave_without_a_trace(autojump_clock: MockClock) -> None:
     async with running(loop_free_starts=1) as queue:
         await starts_of_one_shard(queue, 1)
         with trio.move_on_after(3):
@@ -647,7 +651,7 @@ async def test_who_is_held_may_leave_and_nothing_stays(autojump_clock: MockClock
         assert trio.current_time() == 3
 
 
-async def test_who_is_held_moves_with_the_keys(autojump_clock: MockClock) -> None:
+async def test_a_held_ticket_moves_when_the_keys_change(autojump_clock: MockClock) -> None:
     async with running(keys=1, loop_free_starts=1) as queue, trio.open_nursery() as nursery:
         history = History(queue)
         await starts_of_one_shard(queue, 1)

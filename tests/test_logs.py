@@ -189,7 +189,7 @@ def test_a_limited_line_says_how_many_came_between() -> None:
     assert limit(None, "warning", {"event": "refused"}) == {"event": "refused", "unlogged": 3}
 
 
-def test_nothing_raw_and_nothing_long_gets_out() -> None:
+def test_logged_values_are_escaped_and_cut() -> None:
     line = {"event": "a\x1b[2J", "reason": "b" * 10_000, "exception": "c\n\x07", "number": 1}
     cleaned = clean(None, "info", line)
     assert cleaned["event"] == r"a\x1b[2J"

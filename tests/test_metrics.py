@@ -184,7 +184,7 @@ def value(registry: CollectorRegistry, name: str) -> float:
 
 
 @pytest.mark.parametrize("idle", [0.0, 100.0])
-async def test_lateness_counts_from_when_the_window_is_open_and_somebody_waits(
+async def test_lateness_counts_from_when_a_key_is_open_and_a_client_waits(
     autojump_clock: MockClock, idle: float
 ) -> None:
     metrics = Metrics()

@@ -128,7 +128,7 @@ class Line:
         return scope
 
 
-async def test_a_turn_passes_while_nobody_stands_there_and_the_place_stays_in_front(
+async def test_an_away_shard_is_passed_and_its_place_stays_in_front(
     autojump_clock: MockClock,
 ) -> None:
     async with running(hold=True, place_seconds=KEPT) as queue, trio.open_nursery() as nursery:
@@ -151,7 +151,7 @@ async def test_a_turn_passes_while_nobody_stands_there_and_the_place_stays_in_fr
     assert line.order == [2, 3, 1, 4, 5]
 
 
-async def test_who_comes_back_in_the_moment_of_its_turn_is_released_once(
+async def test_a_shard_that_returns_at_its_turn_is_released_once(
     autojump_clock: MockClock,
 ) -> None:
     """Its old connection is chosen, the new one is there, and then the old one is seen to go."""
@@ -222,7 +222,7 @@ async def test_of_several_places_the_foremost_is_taken_first(autojump_clock: Moc
     ("away_for", "place_seconds", "shard", "keeps"),
     [(29, 30, 1, True), (31, 30, 1, False), (1, 0, 1, False), (1, 30, None, False)],
 )
-async def test_who_keeps_a_place(
+async def test_which_shards_keep_a_place(
     autojump_clock: MockClock, away_for: float, place_seconds: float, shard: int | None, keeps: bool
 ) -> None:
     others = list(range(10, 22))
@@ -257,7 +257,7 @@ async def test_places_go_along_when_the_number_of_keys_changes(autojump_clock: M
     assert line.order == [7, 5]
 
 
-async def test_who_is_held_keeps_its_place_too(autojump_clock: MockClock) -> None:
+async def test_a_held_shard_keeps_its_place_too(autojump_clock: MockClock) -> None:
     async with (
         running(place_seconds=KEPT, loop_free_starts=1) as queue,
         trio.open_nursery() as nursery,

@@ -167,7 +167,7 @@ def test_a_slow_store_loses_no_ticket_and_makes_none_early(
     st.lists(st.tuples(st.floats(0.1, 30), st.floats(0, 3)), max_size=4),
     st.sampled_from([1, 3]),
 )
-def test_restarts_release_nobody_early_and_lose_nobody_who_asks_again(
+def test_restarts_release_no_shard_early_and_lose_no_shard_that_asks_again(
     history: list[Client], restarts: list[tuple[float, float]], keys: int
 ) -> None:
     releases: list[Release] = []
@@ -210,7 +210,7 @@ async def test_a_day_of_windows(autojump_clock: MockClock) -> None:
         assert elapsed() == pytest.approx(windows * WINDOW)
 
 
-async def test_the_next_in_line_gets_the_slot_of_one_who_leaves_when_chosen(
+async def test_the_next_ticket_gets_the_slot_of_a_client_that_leaves_when_chosen(
     autojump_clock: MockClock,
 ) -> None:
     """A thousand leave in the moment in which the first of them is chosen; one stays."""
@@ -244,7 +244,7 @@ async def test_an_answer_that_fails_counts_as_one_that_is_out(autojump_clock: Mo
             assert elapsed() == pytest.approx(WINDOW)
 
 
-async def test_closing_finishes_the_answer_under_way_and_releases_nobody_else(
+async def test_closing_finishes_the_answer_under_way_and_releases_no_other_ticket(
     autojump_clock: MockClock,
 ) -> None:
     answered = []

@@ -100,9 +100,7 @@ async def test_the_lease_of_a_replica_that_dies_ends_a_window_after_its_last_ans
 
 
 @pytest.mark.parametrize("stays", [True, False])
-async def test_who_has_waited_longest_goes_first_while_it_waits(
-    redis: RedisServer, stays: bool
-) -> None:
+async def test_the_longest_waiting_ticket_goes_first(redis: RedisServer, stays: bool) -> None:
     async with pair(redis.url, Rules(1.0, hold=False)) as (one, other):
         await one.start_window(await claimed(one), trio.current_time())
         long_ago = trio.current_time() - 100
@@ -182,7 +180,7 @@ def debuggable() -> Iterator[RedisServer]:
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("first", [0, 1], ids=["who released", "the other one"])
-async def test_data_that_is_lost_in_part_makes_nobody_early(
+async def test_data_that_is_lost_in_part_makes_no_release_early(
     debuggable: RedisServer, fault: Callable[[RedisServer], None], first: int
 ) -> None:
     rules = Rules(1.5, hold=False, session_start_limit=10, loop_free_starts=3)
@@ -237,7 +235,7 @@ async def test_the_starts_of_a_replica_that_died_are_known_to_the_others(
         assert 10 < refusal.seconds <= 15
 
 
-async def test_a_failover_behind_a_proxy_that_keeps_connections_makes_nobody_early(
+async def test_a_failover_behind_a_proxy_that_keeps_connections_makes_no_release_early(
     redis: RedisServer,
 ) -> None:
     rules = Rules(1.5, hold=False, session_start_limit=3)
@@ -405,7 +403,7 @@ async def test_a_doubtful_claim_is_given_back_after_two_reconnections(
             await connected(store)
 
 
-async def test_a_claim_that_nobody_waits_for_is_given_back(redis: RedisServer) -> None:
+async def test_a_claim_without_a_waiting_caller_is_given_back(redis: RedisServer) -> None:
     rules = Rules(2.0, hold=False, session_start_limit=10)
     with Proxy(redis.port, delay=0.1) as proxy:
         async with opened(proxy.url, rules) as store:
@@ -554,7 +552,7 @@ async def test_the_oldest_ticket_of_all_keys_goes_first(redis: RedisServer, stay
         assert isinstance(await other.claim(1, None, long_ago), Claim if stays else Refusal)
 
 
-async def test_a_replica_whose_oldest_ticket_has_a_closed_key_holds_nobody_up(
+async def test_a_replica_whose_oldest_ticket_has_a_closed_key_delays_no_other_replica(
     redis: RedisServer,
 ) -> None:
     rules = Rules(1.0, hold=False, releases_per_window=2)
@@ -588,7 +586,7 @@ async def test_a_claim_stays_good_when_the_number_of_keys_changes(redis: RedisSe
             assert isinstance(await other.claim(key, None, trio.current_time()), Refusal)
 
 
-async def test_numbers_of_keys_that_alternate_make_nobody_early(redis: RedisServer) -> None:
+async def test_numbers_of_keys_that_alternate_make_no_release_early(redis: RedisServer) -> None:
     rules = Rules(0.8, hold=False)
     async with pair(redis.url, rules) as (one, other):
         one.regroup(4)
@@ -712,7 +710,7 @@ def step_clock(redis: RedisServer, seconds: float) -> None:
 
 @pytest.mark.usefixtures("clock_that_is_set")
 @pytest.mark.parametrize("step", [100.0, -100.0])
-async def test_a_redis_whose_clock_is_set_is_not_believed(redis: RedisServer, step: float) -> None:
+async def test_a_redis_whose_clock_is_set_is_not_trusted(redis: RedisServer, step: float) -> None:
     """Forward, all windows would seem to be over; back, they would seem to last forever."""
     rules, errors = Rules(0.5, hold=False), list[None]()
     async with opened(redis.url, rules, errors) as store:
@@ -749,7 +747,7 @@ async def test_windows_and_leases_are_long_enough_by_a_clock_that_runs_fast(
 
 
 @pytest.mark.usefixtures("clock_that_is_set")
-async def test_a_step_that_a_far_replica_cannot_notice_makes_nobody_early(
+async def test_a_clock_step_that_a_far_replica_cannot_notice_makes_no_release_early(
     redis: RedisServer,
 ) -> None:
     rules, granted_at = Rules(2.0, hold=False), list[float]()

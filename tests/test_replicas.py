@@ -83,7 +83,7 @@ def is_ready(server: Server) -> bool:
     return readiness(server)[0] == 200
 
 
-def test_600_waiters_of_3_replicas_go_one_a_window_and_key(redis: RedisServer) -> None:
+def test_600_waiters_of_3_replicas_are_released_one_per_window_and_key(redis: RedisServer) -> None:
     window, keys, number = 0.25, 16, 600
     with replicas(3, redis.url, WINDOW_SECONDS=window, MAX_CONCURRENCY=keys) as servers:
         calls_before = redis.calls()
@@ -352,7 +352,7 @@ def evict_the_starts(redis: RedisServer) -> None:
     "fault",
     [kill_and_restart, pause, flush, lose_the_script, evict_the_state, evict_the_starts],
 )
-def test_whatever_becomes_of_redis_nobody_is_early_and_nobody_lost(
+def test_no_failure_of_redis_makes_a_release_early_or_loses_a_ticket(
     redis: RedisServer, fault: Callable[[RedisServer], None]
 ) -> None:
     window = 0.3

@@ -18,7 +18,7 @@ NOTICED_WITHIN = 30
 """Seconds that the contract gives the server to find out."""
 
 
-def test_whoever_vanishes_without_a_word_loses_its_place() -> None:
+def test_a_client_that_disappears_loses_its_place() -> None:
     """A second host, with one cable to ours: it asks first, and then the cable is pulled.
 
     Both hosts are network namespaces, in a namespace of users where this user may make them.
@@ -34,7 +34,7 @@ def test_whoever_vanishes_without_a_word_loses_its_place() -> None:
 
 
 @pytest.mark.parametrize("way", ["command", "hypercorn"])
-def test_the_kernel_asks_after_each_client_at_another_time(way: str) -> None:
+def test_the_kernel_probes_each_client_at_another_time(way: str) -> None:
     """After all at once, it would drop questions, and give up clients that are there."""
     with serving(*WAYS[way]) as server:
         for shard in range(100):

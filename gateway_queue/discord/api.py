@@ -1,4 +1,4 @@
-"""Discord's HTTP API: what it says of a bot's session starts."""
+"""Discord's HTTP API: the session start limits of a bot."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Outcome = Literal["answered", "rejected_token", "rate_limited", "failed"]
 
 
 class BadToken(Exception):
-    """Discord does not know the token."""
+    """Discord rejected the token."""
 
 
 class Unavailable(Exception):
-    """Discord has not said what it was asked; the message says why.
+    """Discord did not answer the question; the message says why.
 
     Args:
       retry_after: seconds in which it does not want to be asked again.
@@ -129,7 +129,7 @@ class Discord:
         self._count_request = count_request
 
     async def session_start_limit(self) -> SessionStartLimit:
-        """Ask for what Get Gateway Bot knows.
+        """Ask Discord for the session start limit (Get Gateway Bot).
 
         Raises:
           BadToken: the token is none of a bot.

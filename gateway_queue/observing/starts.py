@@ -1,4 +1,4 @@
-"""Which shards have started most often, to find out who uses up the day's session starts."""
+"""Which shards start most often, to find out which ones use up the day's session starts."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Slot:
 
 
 class Turn(Protocol):
-    """What the caller has to know to answer a client whose turn it is."""
+    """What the caller needs to answer a client whose turn it is."""
 
     @property
     def answer_by(self) -> float:

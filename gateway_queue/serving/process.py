@@ -112,7 +112,7 @@ def exit_unable_to_serve(line: str) -> NoReturn:
 
 
 def _is_worker_of_hypercorns_command() -> bool:
-    """Tell whether the parent is Hypercorn's command, and not a program that uses Hypercorn.
+    """Return whether the parent is Hypercorn's command, and not a program that uses Hypercorn.
 
     Hypercorn spawns its workers. So Python imports the main module of the parent here, too, or if
     that is a package's, passes on its path. A process that the app starts has the same main module,
@@ -137,7 +137,7 @@ def _end_hypercorn(parent: int) -> None:
 
 
 def _is_sole_worker() -> bool:
-    """Tell whether no other worker of the same Hypercorn runs, and keep it so."""
+    """Return whether this is the only worker of its Hypercorn, and keep others from starting."""
     if multiprocessing.parent_process() is None:
         return True
     # Only the children of a program know its key, so no other server or user can hold this name.
@@ -149,7 +149,7 @@ def _is_sole_worker() -> bool:
 
 
 def hold_socket(name: str) -> bool:
-    """Hold an abstract socket until this process ends, or tell that another one does."""
+    """Hold an abstract socket until this process ends; return False if another process holds it."""
     holder = socket.socket(socket.AF_UNIX)
     try:
         holder.bind(f"\0{name}")

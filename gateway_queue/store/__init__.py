@@ -283,4 +283,4 @@ class WindowStore(Protocol):
         """Take over what Discord says of the day's session starts."""
 
     def session_starts(self) -> SessionStarts:
-        """Tell what is known here of the day's session starts."""
+        """Return the day's session starts, as far as this replica knows them."""

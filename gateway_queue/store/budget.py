@@ -13,7 +13,7 @@ https://discord.com/developers/docs/events/gateway#session-start-limit-object"""
 
 
 class Budget:
-    """Counts starts, and knows when there may be no more. Times are in seconds, of one clock.
+    """Counts session starts, and compares them with the limit. Times are in seconds, of one clock.
 
     Until Discord's figures come, a start counts for 24 hours: so no day has more than the limit,
     whenever it begins. Discord's day ends at its reset. Here it ends one window later, because a
@@ -66,7 +66,7 @@ class Budget:
         self._starts = deque(self._starts, maxlen=max(1, budget.total))
 
     def seen_at(self, now: float) -> SessionStarts:
-        """Tell how many starts are used, at a time that never goes back."""
+        """Return how many starts are used, at a time that never goes back."""
         if self._discord_budget is not None:
             return self._seen_with(self._discord_budget, now)
         while self._starts and self._starts[0] + DAY <= now:

@@ -26,7 +26,7 @@ class LoopGuard:
         self._free_starts = free_starts
 
     def wait(self, shard: int | None, now: float) -> float:
-        """Tell how long the shard must not start, 0 if it may now. Then ask again."""
+        """Return how many seconds the shard has to wait; 0 if it may start now."""
         if shard not in self._starts:
             return 0.0
         starts = self._starts[shard]

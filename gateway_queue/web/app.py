@@ -191,7 +191,7 @@ class GatewayQueue(QuartTrio):
         return turns
 
     def _refusal(self, path: str, scope: HTTPScope) -> RequestError | None:
-        """Tell why a request has no right to the answer of an endpoint, if so."""
+        """Return why a request may not have the answer of an endpoint; None if it may."""
         try:
             if path in OF_ONE_BOT:
                 if self._is_open_to_all:

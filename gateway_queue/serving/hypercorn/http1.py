@@ -52,7 +52,7 @@ class _PauseSignal:
 
 
 class HTTP1(H11Protocol):
-    """HTTP/1 that notices a disconnect at any time, knows no WebSockets and never answers a 5xx."""
+    """HTTP/1 that notices a disconnect at any time, ignores WebSockets and never answers a 5xx."""
 
     async def initiate(self) -> None:
         self.can_read = _PauseSignal()

@@ -45,7 +45,7 @@ class ServerClock:
         self._former_least = deque[tuple[float, float]]()
 
     def agrees(self, now: int, asked_at: float, answered_at: float) -> bool:
-        """Take over what an answer shows of the clock, and tell whether it was not set.
+        """Learn the clock from an answer, and return whether the clock was not set.
 
         Args:
           now: what the server's clock has shown, in microseconds.

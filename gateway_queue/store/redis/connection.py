@@ -137,7 +137,7 @@ class Connection:
         return await self._request(b"EVALSHA", self._glance, len(keys), *keys, *told)
 
     async def eviction_policy(self) -> str | None:
-        """Return by what rule a full server removes data; None if it does not, or does not tell.
+        """Return the rule by which a full server removes data; None if it removes none.
 
         Raises:
           Unreachable: there is no answer.

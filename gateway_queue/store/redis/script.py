@@ -50,7 +50,7 @@ def glance_seconds(rules: Rules) -> float:
 
 
 def lease_seconds(rules: Rules) -> float:
-    """Return how long a key stays closed if nothing more is heard of its claim."""
+    """Return how long a key stays closed if its claim is neither used nor given back."""
     return rules.unconfirmed_window + answer_seconds(rules)
 
 

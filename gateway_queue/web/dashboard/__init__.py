@@ -1,1 +1,1 @@
-"""The live page: what it shows, how that is written, and how it stays up to date."""
+"""The live page: its content, its HTML, and its updates."""

@@ -1,4 +1,4 @@
-"""Server-sent events: one snapshot a second, for all who listen."""
+"""Server-sent events: one snapshot per second for all open pages."""
 
 from __future__ import annotations
 
