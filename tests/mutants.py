@@ -153,8 +153,8 @@ MUTANTS = (
     ),
     Mutant(
         "queue/places.py",
-        "            last.expires_at = trio.current_time() + self.seconds",
-        "            last.expires_at = trio.current_time() + self.seconds / 2",
+        "            last.expires_at = trio.current_time() + self._store.rules.place_seconds",
+        "            last.expires_at = trio.current_time() + self._store.rules.place_seconds / 2",
         "a place is kept for half of its time",
     ),
     Mutant(
@@ -357,7 +357,7 @@ MUTANTS = (
     ),
     Mutant(
         "serving/hypercorn/http1.py",
-        "            self.task_group.spawn(self._handle_events)",
+        "            self.task_group.spawn(self._read_on)",
         "            pass",
         "a request that comes behind one that stalls is never read",
     ),

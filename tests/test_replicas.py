@@ -86,7 +86,7 @@ def is_ready(server: Server) -> bool:
 def test_600_waiters_of_3_replicas_are_released_one_per_window_and_key(redis: RedisServer) -> None:
     window, keys, number = 0.25, 16, 600
     with replicas(3, redis.url, WINDOW_SECONDS=window, MAX_CONCURRENCY=keys) as servers:
-        calls_before = redis.calls()
+        calls_before, started_at = redis.calls(), time.monotonic()
         answers = first_answers(ask_in_turn(servers, number, keys), number)
         calls = redis.calls() - calls_before
 
@@ -95,7 +95,10 @@ def test_600_waiters_of_3_replicas_are_released_one_per_window_and_key(redis: Re
     assert min(map(min, by_key)) >= window - SLACK
     # A machine that does other things besides; by itself it is within 3 % of one a window.
     assert max(sum(of_key) / len(of_key) for of_key in by_key) < 1.2 * window
-    assert calls <= 3 * len(servers) * number
+    # A release: three commands of each replica, at most. A ticket: one when it comes, one when it
+    # goes. Each replica looks once per second, and asks as often for shards with an older place.
+    looks = len(servers) * 2 * (time.monotonic() - started_at)
+    assert calls <= (3 * len(servers) + 2) * number + looks
 
 
 def test_no_ticket_is_overtaken_by_one_that_came_over_a_window_later(redis: RedisServer) -> None:

@@ -122,7 +122,7 @@ def test_several_bots(tmp_path: Path) -> None:
     with serving(BOTS_FILE=tmp_path / "bots.toml", **usual) as server:
         exit_status, text = status(PORT=server.port)
     assert exit_status == 1
-    assert "Redis cannot be reached" in text.splitlines()[-1]
+    assert "Redis cannot be used" in text.splitlines()[-1]
 
 
 def test_one_shard() -> None:

@@ -157,15 +157,26 @@ def oldest_first(record: Record) -> str | None:
 
 
 def oldest_replica_first(record: Record) -> str | None:
-    """Section 5: oldest first over all replicas, without faults."""
+    """Section 5: oldest first over all replicas, without faults.
+
+    The clients of a shard can exchange their places, when a replica does not answer for a while.
+    """
     scenario = record.scenario
     if scenario.store == "memory":
         return None
+    clients = defaultdict[int | None, set[object]](set)
+    for call in record.calls:
+        clients[call.shard].add(call.client)
+
+    def place_of(call: Call) -> tuple[float, float] | None:
+        may_exchange = scenario.place_seconds and call.shard is not None
+        return None if may_exchange and len(clients[call.shard]) > 1 else _arrival(call)
+
     return _younger_first(
         record,
         record.calm_since,
         _way_to_redis(record),
-        _arrival,
+        place_of,
         lambda call, other: call.process is not other.process,
     )
 

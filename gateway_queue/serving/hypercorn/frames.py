@@ -22,7 +22,7 @@ STEP_COST = 20
 COSTS = {HEADERS: STEP_COST, SETTINGS: STEP_COST}
 """What a frame costs in a step: one is a request, the other concerns all streams. Others cost 1."""
 
-ALLOWANCE, ALLOWANCE_PER_SECOND = 3000.0, 100.0
+ALLOWANCE, ALLOWANCE_PER_SECOND = 5000.0, 100.0
 """How many frames a client may send that carry nothing, at once and in the long run. To end 900
 requests and to start them again takes 1800."""
 

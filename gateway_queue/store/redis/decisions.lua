@@ -409,6 +409,12 @@ local function drop_head(field)
   end
 end
 
+-- When the claim of a replica arrives at the latest that sends it at some time. Its caution is about as
+-- long as the way here and back.
+local function asks_again_at(at, caution)
+  return math.max(at, now) + math.min(2 * caution, window / 2)
+end
+
 -- How long an older ticket of another replica goes before. A replica that does not ask when it
 -- should is forgotten soon after.
 local function wait_for_older(field, came_at)
@@ -443,12 +449,13 @@ local function read_place(name, value)
   return place
 end
 
--- Returns the places of a shard that are not over.
+-- Returns the places of a shard. One that is over stays for a lease, and as long as its own replica
+-- lives: a client may have come back to it in time, and the news may still be on the way.
 local function read_places(list)
   local places = {}
   for name, value in entries(list) do
     local place = read_place(name, value)
-    if not place.free_until or place.free_until > now then
+    if not place.free_until or place.free_until + lease > now or place.owner == replica then
       places[#places + 1] = place
     end
   end
@@ -482,8 +489,8 @@ local function take_oldest(places, mine, is_new)
   local oldest
   for i = 1, #places do
     local other = places[i]
-    if other.free_until and other.owner ~= replica and other.came < mine.came
-      and (not oldest or other.came < places[oldest].came) then
+    if other.free_until and other.free_until > now and other.owner ~= replica
+      and other.came < mine.came and (not oldest or other.came < places[oldest].came) then
       oldest = i
     end
   end
@@ -649,8 +656,7 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
   end
   local verdict, wait = decide(number, key, shard_of(token), came_at, caution)
   local field = number .. ':' .. key
-  -- The caution is about as long as the way here and back, which the next claim takes on top.
-  local asks_at = now + wait + math.min(2 * caution, window / 2)
+  local asks_at = asks_again_at(now + wait, caution)
   if verdict == KEY_CLOSED then
     set_head(field, came_at, asks_at)
   elseif verdict == SHARD_HELD then
@@ -712,8 +718,8 @@ function commands.give_back(number, key, token)
 end
 
 -- A replica with a ticket that will claim the key for the first time at some time.
-function commands.announce(number, key, came_at, asks_at)
-  asks_at = asks_at + grace -- by its own clock: its claim takes the whole way here after that
+function commands.announce(number, key, came_at, asks_at, caution)
+  asks_at = asks_again_at(tonumber(asks_at), tonumber(caution))
   set_head(number .. ':' .. key, tonumber(came_at), asks_at)
   if most_releases > 0 then
     set_head('queue', tonumber(came_at), asks_at)
@@ -730,6 +736,9 @@ end
 -- Changed places of this replica: NUMBER SHARD KIND CAME CONNECTED KEPT_UNTIL CONFIRM, where KIND is e
 -- for a place that has ended. Returns two numbers for each, see set_place().
 function commands.share()
+  if seen_since ~= since then
+    return answer(GRANTED, 0) -- the replica notices, and tells all its places again as new ones
+  end
   local told = {}
   for i = FIRST_ARGUMENT, #ARGV do
     local number, shard, kind, came, connected, kept_until, confirm =

@@ -480,8 +480,9 @@ class RedisStore:
         """Tell other replicas of a ticket here that cannot be released yet but may be older."""
         if self._opens_at < math.inf:
             times = round(came_at * MICROSECONDS), self._clock.at(self._opens_at)
+            caution = microseconds(self._clock.longest_step())
             with suppress(Unreachable):
-                await self._ask("announce", self._max_concurrency, key, *times)
+                await self._ask("announce", self._max_concurrency, key, *times, caution)
 
     async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
         self._identifying.pop(claim.token, None)
