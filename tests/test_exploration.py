@@ -57,7 +57,7 @@ FIXED_SEEDS = (
 SEEDS_OF_SEVERAL_BOTS = (77000, 77012, 77018, 77019, 77029)
 """The last three have a bot with many clients."""
 
-FIXED_SEEDS_OF_SEVERAL_BOTS = (5000005, 11000153, 21000027, 333646925)
+FIXED_SEEDS_OF_SEVERAL_BOTS = (5000005, 11000153, 21000027, 41000388, 333646925)
 
 SECONDS = 30.0
 """For how long to try seeds that nobody has tried before."""

@@ -550,7 +550,7 @@ class RedisStore:
     async def retire(self) -> None:
         self._line.close()
         with trio.move_on_after(RETIRE_SECONDS), suppress(Unreachable):
-            while self._line.is_behind:
+            while self._line.is_behind and self._knows_line.is_set():
                 await self._tell_changes()
             await self._ask("retire")
 
