@@ -31,7 +31,15 @@ def test_h2spec(tmp_path: Path) -> None:
         check=True,
     )
     with serving() as server:
-        command = [str(program), "--port", str(server.port), "--path", "/healthz", "--timeout", "5"]
+        command = [
+            str(program),
+            "--port",
+            str(server.port),
+            "--path",
+            "/healthz",
+            "--timeout",
+            "15",
+        ]
         subprocess.run([*command, "--junit-report", str(report)], check=False, capture_output=True)
         assert json.loads(server.get("/healthz").body) == {"status": "ok"}
     cases = list(ET.parse(report).iter("testcase"))
