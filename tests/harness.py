@@ -310,3 +310,10 @@ def allow_10_000_connections() -> None:
 def open_files(server: Server) -> int:
     """Count the descriptors that a server holds."""
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+def metric(server: Server, name: str) -> float:
+    """Return one value of a server's metrics."""
+    found = re.search(rf"(?m)^{name} (\S+)$", server.get("/metrics").body.decode())
+    assert found, name
+    return float(found[1])

@@ -12,33 +12,12 @@ import httpx
 import pytest
 
 from tests.fake_discord import TOKEN
-from tests.harness import GO, eventually, free_port, serving
-from tests.libraries import SHARDS, code_block, identifying, metric
-from tests.libraries.building import Program
-from tests.libraries.chaos import LONG, fleet_after_chaos, gets_many_without_the_queue
-from tests.libraries.go import DISCORDGO, DISGO, WAIT
-
-FLEETS = {library.name: library for library in (DISGO, DISCORDGO)}
+from tests.harness import GO, eventually, free_port, metric, serving
+from tests.libraries import code_block, identifying
+from tests.libraries.go import WAIT
 
 # The first test compiles Go's HTTP library, which takes a minute of CPU time.
 pytestmark = pytest.mark.timeout(600)
-
-every_library = pytest.mark.parametrize("library", FLEETS.values(), ids=FLEETS)
-
-
-@pytest.mark.parametrize("max_concurrency", [1, 4])
-@every_library
-def test_no_shard_gets_an_invalid_session(library: Program, max_concurrency: int) -> None:
-    with fleet_after_chaos(library, max_concurrency) as fleet:
-        released = fleet.queue.status()["released"]
-        fleet.reconnect_all()
-        eventually(lambda: fleet.gateway.resumed == SHARDS, LONG)
-        assert fleet.queue.status()["released"] == released, "a RESUME needs no ticket"
-
-
-@every_library
-def test_without_the_queue_the_same_fleet_gets_many(library: Program) -> None:
-    gets_many_without_the_queue(library)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ import trio
 
 from tests.fake_discord.gateway import enforcing
 from tests.harness import GO, PATIENCE, Server, eventually, free_port, serving
-from tests.libraries import SHARDS, Script, identifying, recipe, running_bots, waiting_shards
-from tests.libraries.chaos import LONG, WINDOW, fleet_after_chaos, gets_many_without_the_queue
+from tests.libraries import Script, identifying, recipe, running_bots, waiting_shards
+from tests.libraries.chaos import WINDOW
 from tests.libraries.node import (
     DISCORD_JS,
     DISCORDENO,
@@ -38,21 +38,6 @@ every_library = pytest.mark.parametrize("library", FLEETS.values(), ids=FLEETS)
 def no_shard_waits_twice(queue: Server) -> bool:
     shards = waiting_shards(queue)
     return len(shards) == len(set(shards))
-
-
-@pytest.mark.parametrize("max_concurrency", [1, 4])
-@every_library
-def test_no_shard_gets_an_invalid_session(library: Script, max_concurrency: int) -> None:
-    with fleet_after_chaos(library, max_concurrency) as fleet:
-        released = fleet.queue.status()["released"]
-        fleet.reconnect_all()
-        eventually(lambda: fleet.gateway.resumed == SHARDS, LONG)
-        assert fleet.queue.status()["released"] == released, "a RESUME needs no ticket"
-
-
-@every_library
-def test_without_the_queue_the_same_fleet_gets_many(library: Script) -> None:
-    gets_many_without_the_queue(library)
 
 
 @pytest.mark.parametrize("library", [DISCORD_JS, DISCORDJS_WS, DISCORDENO], ids=lambda it: it.name)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count, pairwise
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from tests.harness import (
     first_answers,
     free_port,
     installed,
+    metric,
     serving,
 )
 from tests.redis_server import Proxy, RedisServer, redis_server
@@ -93,8 +95,9 @@ def test_600_waiters_of_3_replicas_are_released_one_per_window_and_key(redis: Re
     assert sorted(shard for shard, _ in answers) == list(range(number))
     by_key = gaps(answers, keys).values()
     assert min(map(min, by_key)) >= window - SLACK
-    # A machine that does other things besides; by itself it is within 3 % of one a window.
-    assert max(sum(of_key) / len(of_key) for of_key in by_key) < 1.5 * window
+    # By itself it is within 3 % of one per window; the machine does other things besides.
+    assert max(map(median, by_key)) < 1.2 * window
+    assert max(map(mean, by_key)) < 1.5 * window
     # A release: three commands of each replica, at most. A ticket: one when it comes, one when it
     # goes. Each replica looks once per second, and asks as often for shards with an older place.
     looks = len(servers) * 2 * (time.monotonic() - started_at)
@@ -470,8 +473,7 @@ def test_a_redis_that_is_too_slow_releases_nobody_and_says_so(redis: RedisServer
 
 
 def store_errors(server: Server) -> float:
-    metrics = server.get("/metrics").body.decode()
-    return float(re.findall(r"(?m)^gateway_queue_store_errors_total (\S+)", metrics)[0])
+    return metric(server, "gateway_queue_store_errors_total")
 
 
 def test_clients_of_a_replica_that_is_too_slow_ask_another_one(

@@ -161,7 +161,7 @@ def test_a_failover_makes_no_shard_early_and_loses_none(
     assert min(gaps(answers)[0]) >= WINDOW - SLACK
     released_at = min(answer.at for _, answer in answers if answer.at > failed_over_at)
     # A retry of the connection, and the polls of the sentinels, take a second each.
-    assert released_at - failed_over_at < LEASE + OVERLAP_SECONDS + 5
+    assert released_at - failed_over_at < LEASE + OVERLAP_SECONDS + 3
 
 
 def test_a_primary_that_sentinels_have_replaced_is_not_used(watched: Watched) -> None:

@@ -106,7 +106,7 @@ class Queue:
 
     def dismiss(self) -> None:
         """Let every waiting client go without an answer, and keep no places."""
-        for place in [place for lane in self.lanes.values() for place in lane]:
+        for place in self._all_places():
             ticket = place.ticket
             self._places.end(place, "gone")
             if ticket is not None:
@@ -114,9 +114,9 @@ class Queue:
 
     def send_away(self) -> None:
         """Let every waiting client go without an answer; the places of named shards stay."""
-        places = [place for lane in self.lanes.values() for place in lane]
-        for ticket in [place.ticket for place in places if place.ticket is not None]:
-            ticket.dismiss()
+        for place in self._all_places():
+            if place.ticket is not None:
+                place.ticket.dismiss()
 
     def change_rules(self, rules: Rules) -> None:
         """Hold to other rules from now on. Tickets keep waiting, for at least one more window."""
@@ -142,7 +142,7 @@ class Queue:
                 self.dismiss()
             return
         was_known = bool(self.max_concurrency)
-        places = [place for lane in self.lanes.values() for place in lane]
+        places = self._all_places()
         for place in places:
             place.unlist()
         self.store.regroup(number)
@@ -213,6 +213,10 @@ class Queue:
         self.abandoned += 1
         self.report(Abandoned(ticket.shard))
         self._list(self._places.leave(ticket))
+
+    def _all_places(self) -> list[Place]:
+        """Return the places of all lanes, in the order of each lane."""
+        return [place for lane in self.lanes.values() for place in lane]
 
     def _move(self, standing: Standing, since: float, joined_at: float) -> None:
         """Move a place to another time in the queue."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -164,13 +164,10 @@ def oldest_replica_first(record: Record) -> str | None:
     scenario = record.scenario
     if scenario.store == "memory":
         return None
-    clients = defaultdict[int | None, set[object]](set)
-    for call in record.calls:
-        clients[call.shard].add(call.client)
+    exchanging = _shards_of_several_clients(record) if scenario.place_seconds else set()
 
     def place_of(call: Call) -> tuple[float, float] | None:
-        may_exchange = scenario.place_seconds and call.shard is not None
-        return None if may_exchange and len(clients[call.shard]) > 1 else _arrival(call)
+        return None if call.shard in exchanging else _arrival(call)
 
     return _younger_first(
         record,
@@ -202,8 +199,9 @@ def _kept_places(record: Record) -> dict[Call, tuple[float, float]]:
         if call.shard is not None and call.arrived_at is not None:
             by_shard[call.shard].append(call)
     kept: dict[Call, tuple[float, float]] = {}
-    for calls in by_shard.values():
-        if len({call.client for call in calls}) > 1:
+    exchanging = _shards_of_several_clients(record)
+    for shard, calls in by_shard.items():
+        if shard in exchanging:
             continue
         place, kept_until, known_at = math.inf, -math.inf, 0.0
         for call in calls:
@@ -214,6 +212,12 @@ def _kept_places(record: Record) -> dict[Call, tuple[float, float]]:
             kept_until, free_at = _kept_until(record, call)
             known_at = max(known_at, free_at)
     return kept
+
+
+def _shards_of_several_clients(record: Record) -> set[int]:
+    clients = {(call.shard, call.client) for call in record.calls if call.arrived_at is not None}
+    number = Counter(shard for shard, _ in clients if shard is not None)
+    return {shard for shard, several in number.items() if several > 1}
 
 
 def _kept_until(record: Record, call: Call) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import IO, Protocol
 
 from tests.fake_discord import TOKEN
 from tests.fake_discord.gateway import Gateway
-from tests.harness import README, Server, environ
+from tests.harness import README, Server, environ, metric
 
 HERE = Path(__file__).parent
 RECIPES = README.parent / "gateway_queue" / "recipes"
@@ -64,13 +64,6 @@ def waiting_shards(queue: Server) -> list[int]:
     """Return the shards whose clients wait."""
     tickets = (ticket for lane in queue.status()["lanes"] for ticket in lane["tickets"])
     return [ticket["shard"] for ticket in tickets if ticket["state"] == "waiting"]
-
-
-def metric(queue: Server, name: str) -> float:
-    """Return one value of the queue's metrics."""
-    found = re.search(rf"(?m)^{name} (\S+)$", queue.get("/metrics").body.decode())
-    assert found, name
-    return float(found[1])
 
 
 def all_are_confirmed(queue: Server) -> bool:

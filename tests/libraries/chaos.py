@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import trio
 
 from tests.fake_discord.gateway import Gateway, enforcing
-from tests.harness import PATIENCE, Server, eventually, free_port, serving
+from tests.harness import PATIENCE, Server, eventually, free_port, metric, serving
 from tests.libraries import (
     PROCESSES,
     SHARDS,
     Library,
     all_are_confirmed,
-    metric,
     running_bots,
     waiting_shards,
 )

@@ -383,6 +383,9 @@ local function restore_identifying(number, key, token, until_when)
   end
   set_release(token, until_when, '?' .. word(now))
   set_identifying(token, number, key, until_when)
+  if not redis.call('ZSCORE', starts, token) then
+    count_start(token, now)
+  end
 end
 
 for token, value in entries(kept_identifying) do
@@ -449,13 +452,17 @@ local function read_place(name, value)
   return place
 end
 
--- Returns the places of a shard. One that is over stays for a lease, and as long as its own replica
--- lives: a client may have come back to it in time, and the news may still be on the way.
+-- Whether a place can be forgotten. One that is over stays for a lease, and as long as its own replica
+-- lives: a client may have come back to it in time, and the command that says so may still be on the way.
+local function is_past_place(place)
+  return place.free_until and place.free_until + lease <= now and place.owner ~= replica
+end
+
 local function read_places(list)
   local places = {}
   for name, value in entries(list) do
     local place = read_place(name, value)
-    if not place.free_until or place.free_until + lease > now or place.owner == replica then
+    if not is_past_place(place) then
       places[#places + 1] = place
     end
   end
@@ -521,11 +528,8 @@ local function forget_some_places()
     local name = some[i]:match('/(.*)')
     if not name then
       write_places(some[i], read_places(some[i + 1]))
-    else
-      local free_until = read_place(name, some[i + 1]).free_until
-      if free_until and free_until <= now then
-        redis.call('HDEL', line, some[i])
-      end
+    elseif is_past_place(read_place(name, some[i + 1])) then
+      redis.call('HDEL', line, some[i])
     end
   end
 end
