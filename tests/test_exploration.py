@@ -57,7 +57,15 @@ FIXED_SEEDS = (
 SEEDS_OF_SEVERAL_BOTS = (77000, 77012, 77018, 77019, 77029)
 """The last three have a bot with many clients."""
 
-FIXED_SEEDS_WITH_BOTS = (5000005, 11000153, 21000027, 41000388, 72000528, 333646925)
+FIXED_SEEDS_WITH_BOTS = (
+    5000005,
+    11000153,
+    21000027,
+    41000388,
+    72000528,
+    333646925,
+    639189395,
+)
 """Those above were found before there were several bots."""
 
 SECONDS = 30.0

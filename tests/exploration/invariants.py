@@ -33,10 +33,10 @@ CLAIM_SECONDS = 1.1
 NOTICE_SECONDS = 6.0
 """In this time, a process notices that Redis answers too late."""
 
-RECONNECT_SECONDS = 0.5
-"""How long it takes to connect again, and to claim again then, on a fast way to Redis."""
+CONNECT_SECONDS = 0.5
+"""How long it takes to connect, also again, and to claim then, on a fast way to Redis."""
 
-RECONNECT_ROUND_TRIPS = 12
+CONNECT_ROUND_TRIPS = 12
 
 MOMENT = 0.02
 """What a process needs to choose a ticket, with a millisecond for each key that waits its turn."""
@@ -395,7 +395,7 @@ def slots_used(record: Record) -> str | None:
             calm_since,
             call.arrived_at or 0,
             _late_process_forgotten(record, at),
-            _reconnected(record, at),
+            _connected(record, call.process, at),
             _key_opens(record, call, at),
             _queue_opens(record, call, at),
             free_at,
@@ -458,10 +458,13 @@ def _late_process_forgotten(record: Record, at: float) -> float:
     )
 
 
-def _reconnected(record: Record, at: float) -> float:
-    """Return until when the last connection that was cut may delay a release."""
+def _connected(record: Record, process: ProcessRecord, at: float) -> float:
+    """Return until when the start of a process, or the last cut, may delay its releases."""
+    if record.scenario.store == "memory":
+        return 0.0
     latest = max((cut for cut in record.cuts if cut < at), default=-math.inf)
-    return latest + RECONNECT_SECONDS + RECONNECT_ROUND_TRIPS * 4 * record.scenario.latency
+    began = max(latest, process.started_at)
+    return began + CONNECT_SECONDS + CONNECT_ROUND_TRIPS * 4 * record.scenario.latency
 
 
 def _queue_opens(record: Record, call: Call, at: float) -> float:
