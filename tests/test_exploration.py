@@ -65,6 +65,11 @@ FIXED_SEEDS_WITH_BOTS = (
     72000528,
     333646925,
     639189395,
+    810001462,
+    810002017,
+    810002182,
+    810002264,
+    810003903,
 )
 """Those above were found before there were several bots."""
 

@@ -14,6 +14,10 @@ from tests.exploration.redis_data import Database
 from tests.exploration.redis_server import SimulatedRedis
 from tests.exploration.scenario import DISCORD_FAULTS
 
+CONNECTED_SECONDS = 1.5
+"""When all processes are connected. One that need not hold its keys at the start has been told that
+nothing was released before: so until it is connected, no data may be lost of what others release."""
+
 
 class Faults:
     """Lets the faults of a bot's scenario happen, at times that its seed chooses.
@@ -66,6 +70,8 @@ class Faults:
             async with trio.open_nursery() as nursery:
                 while self._kinds:
                     await trio.sleep(source.uniform(0, 2) * self._window)
+                    if not scenario.hold_on_start:
+                        await trio.sleep_until(CONNECTED_SECONDS)
                     nursery.start_soon(self._causes[source.choice(self._kinds)])
                 await trio.sleep_forever()
         self._redis.is_up = True

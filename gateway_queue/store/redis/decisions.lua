@@ -405,6 +405,15 @@ local function set_head(field, came_at, asks_at)
   expire(heads, 2 * lease)
 end
 
+-- Lets the ticket of this replica, if there is one, go before others until it has asked again.
+local function keep_head(field, asks_at)
+  for other, value in entries(redis.call('HGET', heads, field)) do
+    if other == replica then
+      set_head(field, value:match('%d+'), asks_at)
+    end
+  end
+end
+
 local function drop_head(field)
   local listed = redis.call('HGET', heads, field)
   if listed then
@@ -490,13 +499,14 @@ local function index_of(places, name)
   end
 end
 
--- Lets a client have the oldest place of its shard that no client has at another replica. Its own
--- place is free instead, if it had one before.
-local function take_oldest(places, mine, is_new)
+-- Lets a client have the oldest place of its shard that no client has at another replica, and that was
+-- not over when this one connected: only later may it be known that the other replica is dead. The
+-- client's own place is free instead, if it had one before.
+local function take_oldest(places, mine, connected, is_new)
   local oldest
   for i = 1, #places do
     local other = places[i]
-    if other.free_until and other.free_until > now and other.owner ~= replica
+    if other.free_until and other.free_until > connected and other.owner ~= replica
       and other.came < mine.came and (not oldest or other.came < places[oldest].came) then
       oldest = i
     end
@@ -566,7 +576,7 @@ local function set_place(name, shard, kind, came, connected, kept_until, confirm
     places[#places + 1] = mine
   end
   if not mine.kept_until then
-    take_oldest(places, mine, not index and kind == 'n')
+    take_oldest(places, mine, connected, not index and kind == 'n')
   end
   write_places(shard, places)
   return mine.came, mine.kept_until and 0 or expects_older(places, mine)
@@ -710,10 +720,11 @@ function commands.restore_claim(number, key, token, lease_left)
   return answer(GRANTED, 0)
 end
 
-function commands.give_back(number, key, token)
+function commands.give_back(number, key, token, caution)
   local field = number .. ':' .. key
   if is_claimed_with(number, key, token) then
     redis.call('HDEL', state, 'claim:' .. field, 'window:' .. field)
+    keep_head(field, asks_again_at(now, tonumber(caution)))
   end
   set_release(token, nil)
   set_identifying(token, nil)

@@ -83,11 +83,11 @@ class SharedLine:
     def remove(self, place: Standing) -> None:
         """Note that a place has ended."""
         shared = self._shared.pop(place.number, None)
-        if shared is None or self._is_closed:
+        if shared is None:
             return
         self._changed.pop(place.number, None)
         self._expecting.pop(place.number, None)
-        if shared.is_told or place.number in self._on_the_way:
+        if not self._is_closed and (shared.is_told or place.number in self._on_the_way):
             self._ended[place.number] = place.shard
             self._has_changes.set()
 

@@ -199,12 +199,15 @@ class RedisStore:
             while True:
                 with trio.move_on_after(look_in):
                     await connection.lost.wait()
-                look_in = LOOK_SECONDS
-                await self._rest(connection)
+                was_quiet = self._is_quiet
                 await self._link.turn()
                 await self._look()
                 await self._settle_doubtful()
                 self._line.look_again(self._clock)
+                look_in = LOOK_SECONDS
+                if was_quiet and self._may_rest(connection):
+                    await self._rest()
+                    look_in = 0.0
         except Unreachable as error:
             now = trio.current_time()
             self._fault = Fault(str(error), now, now)
@@ -219,9 +222,9 @@ class RedisStore:
         """From when on claims can be granted; infinite while that is not known."""
         return self._trusted_at if self._is_caught_up else math.inf
 
-    async def _rest(self, connection: Connection) -> None:
-        """Leave the data to the link while there is nothing to do, until the data changes."""
-        may_rest = (
+    def _may_rest(self, connection: Connection) -> bool:
+        """Tell whether there is nothing to do."""
+        return (
             self._is_quiet
             and self._is_quick
             and trio.current_time() >= self._opens_at
@@ -231,11 +234,13 @@ class RedisStore:
             and not self._line.has_places  # other replicas have to see that this one lives
             and not connection.lost.is_set()  # the link wakes the stores only once
         )
-        if may_rest:
-            self._awake = trio.Event()
-            resumes_in = self.session_starts().resumes_in  # then other figures hold
-            with self._link.resting(self), trio.move_on_after(min(REST_SECONDS, resumes_in)):
-                await self._awake.wait()
+
+    async def _rest(self) -> None:
+        """Leave the data to the link until it changes."""
+        self._awake = trio.Event()
+        resumes_in = self.session_starts().resumes_in  # then other figures hold
+        with self._link.resting(self), trio.move_on_after(min(REST_SECONDS, resumes_in)):
+            await self._awake.wait()
 
     def known(self) -> Known:
         return Known(self._prefix, self._replica, *self._seen)
@@ -374,7 +379,7 @@ class RedisStore:
         """Give back claims that may have been granted, until no request for one can arrive."""
         for claim in tuple(self._doubtful):
             asked_at = trio.current_time()
-            await self._ask("give_back", *words(claim))
+            await self._give_back(claim)
             if asked_at > claim.answer_by + CALL_SECONDS:
                 self._doubtful.remove(claim)
 
@@ -504,7 +509,10 @@ class RedisStore:
         self._identifying.pop(claim.token, None)
         self._starts.add_unused(claim.token)
         with suppress(Unreachable), self._doubting(claim):
-            await self._ask("give_back", *words(claim))
+            await self._give_back(claim)
+
+    async def _give_back(self, claim: Claim) -> None:
+        await self._ask("give_back", *words(claim), microseconds(self._clock.longest_step()))
 
     async def withdraw(self, key: int) -> None:
         with suppress(Unreachable):  # then it is forgotten soon
