@@ -16,7 +16,7 @@ from tests.exploration.scenario import DISCORD_FAULTS
 
 CONNECTED_SECONDS = 1.5
 """When all processes are connected. One that need not hold its keys at the start has been told that
-nothing was released before: so until it is connected, no data may be lost of what others release."""
+nothing was released before: until it is connected, no data of what others release may be lost."""
 
 
 class Faults:
