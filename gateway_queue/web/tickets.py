@@ -22,8 +22,8 @@ from hypercorn.typing import (
     HTTPScope,
 )
 
+from gateway_queue.extension import TICKET
 from gateway_queue.queue.ticket import NotAnswered, Turn
-from gateway_queue.serving.hypercorn.stream import TICKET
 from gateway_queue.web.problems import CONTENT_TYPE, RequestError, page, problem
 from gateway_queue.web.query import asked_for
 

@@ -11,8 +11,7 @@ from hypercorn.protocol.events import EndBody, Event, Request, StreamClosed
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.typing import ASGISendEvent
 
-TICKET = "gateway_queue.ticket"
-"""The name, among the extensions of ASGI, of the function that makes a request a ticket."""
+from gateway_queue.extension import TICKET
 
 HEADERS_MAX = 100
 """Headers of a request; with more of them it is refused."""
