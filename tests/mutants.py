@@ -35,6 +35,9 @@ BROKEN = re.compile(r"^seed (\d+): ([\w-]+): ")
 CALM = frozenset(ALL_KINDS) - {"clock-rate", "cap", "places", "hang-ups", "confirm"}
 """What has to be left out of a scenario, so that nothing delays a release."""
 
+MOVES = frozenset(ALL_KINDS) - {"kill", "stop", "places", "hang-ups"}
+"""What has to be left out of a scenario, so that only the places of clients that move count."""
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -45,19 +48,14 @@ class Mutant:
       old: what is there, exactly once.
       new: what stands there instead.
       why: what goes wrong.
-      is_calm: whether it is looked for without other faults.
+      without: what must not be in the scenarios in which it is looked for.
     """
 
     file: str
     old: str
     new: str
     why: str
-    is_calm: bool = False
-
-    @property
-    def without(self) -> frozenset[str]:
-        """What must not be in the simulation's scenarios."""
-        return CALM if self.is_calm else frozenset()
+    without: frozenset[str] = frozenset()
 
     @property
     def is_of_http(self) -> bool:
@@ -270,7 +268,7 @@ MUTANTS = (
         "wait = asked_at + answer.wait / MICROSECONDS - trio.current_time()",
         "wait = asked_at + answer.wait / MICROSECONDS - trio.current_time() + 1",
         "a replica asks a second late whether a key is open",
-        is_calm=True,
+        without=CALM,
     ),
     Mutant(
         "store/redis/clock.py",
@@ -295,7 +293,7 @@ MUTANTS = (
         "  return math.min(wait, glance)\nend",
         "  return 0\nend",
         "an older ticket of another replica does not go first",
-        is_calm=True,
+        without=CALM,
     ),
     Mutant(
         "store/redis/decisions.lua",
@@ -320,6 +318,20 @@ MUTANTS = (
         "  redis.call('ZREM', starts, token)\n",
         "",
         "a claim that was given back counts as a session start",
+    ),
+    Mutant(
+        "store/redis/decisions.lua",
+        "    take_oldest(places, mine, connected, not index and kind == 'n')\n",
+        "",
+        "a client that comes back to another replica has no place there",
+        without=MOVES,
+    ),
+    Mutant(
+        "store/redis/line.py",
+        "self._move(shared.place, since / MICROSECONDS, clock.when(since))",
+        "pass",
+        "a replica does not learn of the place that its client had at another one",
+        without=MOVES,
     ),
     Mutant(
         "store/redis/store.py",

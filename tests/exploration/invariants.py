@@ -167,7 +167,9 @@ def oldest_replica_first(record: Record) -> str | None:
     exchanging = _shards_of_several_clients(record) if scenario.place_seconds else set()
 
     def place_of(call: Call) -> tuple[float, float] | None:
-        return None if call.shard in exchanging else _arrival(call)
+        if call.shard in exchanging or call.arrived_at is None:
+            return None
+        return call.arrived_at, _connected(record, call.process, call.arrived_at)
 
     return _younger_first(
         record,
@@ -208,7 +210,8 @@ def _kept_places(record: Record) -> dict[Call, tuple[float, float]]:
             arrived_at = call.arrived_at or 0
             if arrived_at > kept_until:
                 place, known_at = arrived_at, arrived_at
-            kept[call] = place, max(known_at, arrived_at + way)
+            connected_at = _connected(record, call.process, arrived_at)
+            kept[call] = place, max(known_at, arrived_at + way, connected_at)
             kept_until, free_at = _kept_until(record, call)
             known_at = max(known_at, free_at)
     return kept
