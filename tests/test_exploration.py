@@ -70,6 +70,9 @@ FIXED_SEEDS_WITH_BOTS = (
     810002182,
     810002264,
     810003903,
+    820000678,
+    820001277,
+    820001313,
 )
 """Those above were found before there were several bots."""
 

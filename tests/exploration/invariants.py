@@ -433,7 +433,8 @@ def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None
     scenario, process = record.scenario, call.process
     opens = process.started_at
     if process.hold_on_start:
-        opens += scenario.unconfirmed_window if scenario.store == "memory" else scenario.lease
+        is_local = scenario.store == "memory"
+        opens += scenario.unconfirmed_window if is_local else scenario.lease + _handshake(record)
     if scenario.has_token:
         opens = max(opens, process.keys_told[0][0] if process.keys_told else at)
     told = process.keys_at(at, at - ADOPTION)
@@ -467,7 +468,12 @@ def _connected(record: Record, process: ProcessRecord, at: float) -> float:
         return 0.0
     latest = max((cut for cut in record.cuts if cut < at), default=-math.inf)
     began = max(latest, process.started_at)
-    return began + CONNECT_SECONDS + CONNECT_ROUND_TRIPS * 4 * record.scenario.latency
+    return began + CONNECT_SECONDS + _handshake(record)
+
+
+def _handshake(record: Record) -> float:
+    """Return how long the round trips of a new connection take at most."""
+    return CONNECT_ROUND_TRIPS * 4 * record.scenario.latency
 
 
 def _queue_opens(record: Record, call: Call, at: float) -> float:

@@ -131,6 +131,8 @@ class RedisStore:
         # Since when the data is kept that was seen last, and when that was, by the server's clock.
         self._seen = (0, 0)
         self._hold = self._lease if rules.hold else 0.0
+        # Whether the server's clock has made a step since this replica has caught up.
+        self._clock_was_set = False
         # From when on answers count, if the data is kept since the same time.
         self._trusted_at = math.inf
         self._trusted_since: int | None = None
@@ -191,6 +193,7 @@ class RedisStore:
             if self._since != self._trusted_since or not is_identified:
                 self._trusted_at, self._trusted_since = self._when_to_trust(), self._since
             self._hold = self._lease
+            self._clock_was_set = False
             self._is_caught_up = True
             self._fault = None
             self._link.confirm(connection)
@@ -254,7 +257,7 @@ class RedisStore:
         self._heard_at = asked_at
 
     def _doubt_clock(self, connection: Connection) -> NoReturn:
-        self._seen, self._trusted_since = (0, 0), None
+        self._seen, self._trusted_since, self._clock_was_set = (0, 0), None, True
         connection.close("its clock was set")
 
     def wake(self) -> None:
@@ -292,7 +295,8 @@ class RedisStore:
         self._line.tell_all(self._clock, is_lost=is_new)
         self._complete_since = self._since
         for lease in known:
-            if lease.token not in self._identifying or not (is_new or self._is_own(lease)):
+            is_unknown = is_new or self._clock_was_set or self._is_own(lease)
+            if lease.token not in self._identifying or not is_unknown:
                 continue  # its shard has identified meanwhile, or the server knows of the claim
             left = microseconds(longest_there(max(0.0, lease.until - trio.current_time())))
             await self._ask("restore_claim", *words(lease), left)
@@ -353,10 +357,10 @@ class RedisStore:
 
     def _compare_identifying(self, listed: str) -> None:
         """Take over the confirmed claims of other replicas from the server's list."""
+        # For a clock that was set forward, they have ended.
+        is_complete = self._since == self._complete_since and not self._clock_was_set
         for lease in tuple(self._identifying.values()):
-            if not self._is_own(lease) and (
-                self._since == self._complete_since or lease.until <= trio.current_time()
-            ):
+            if not self._is_own(lease) and (is_complete or lease.until <= trio.current_time()):
                 del self._identifying[lease.token]
         for lease in leases_in(listed, self._clock):
             if not self._is_own(lease) and lease.until > trio.current_time():
@@ -410,6 +414,7 @@ class RedisStore:
             self._since = answer.since
             # After a longer time, another server may have taken over, which other replicas use, and
             # this may be the former server that does not know it.
+            self._clock_was_set |= not is_same_clock
             if not is_same_clock or answered_at > self._heard_at + RESTORE_SECONDS:
                 self._trusted_since = None
             if self._trusted_since is None:
