@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -332,20 +334,48 @@ async def test_the_list_of_places_expires_though_its_last_one_ends_as_the_next_o
         nursery.cancel_scope.cancel()
 
 
-async def test_places_are_told_if_the_first_connection_could_not_be_used(
-    redis: RedisServer,
-) -> None:
-    async def wait_for_turn(queue: Queue) -> None:
+async def wait_for_turn(queue: Queue, scope: trio.CancelScope) -> None:
+    with scope:
         async with queue.turn(1):
             pass
 
+
+async def test_a_place_is_taken_over_soon_after_its_client_has_left(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that asks another replica can arrive there before its first connection is closed."""
+    monkeypatch.setattr("gateway_queue.store.redis.store.LOOK_SECONDS", 10 * PATIENCE)
+
+    def places() -> list[tuple[int, bool]]:
+        """Return the time of each place of shard 1, and whether it has a client."""
+        listed = redis.command("HGET", "test:line", "1")
+        return sorted((int(at), kept == "0") for at, kept in re.findall(r"=(\d+),(\d+)", listed))
+
+    first, second = trio.CancelScope(), trio.CancelScope()
+    async with (
+        pair(redis.url, Rules(60, hold=True, place_seconds=30)) as (one, other),
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(wait_for_turn, Queue(one, max_concurrency=1), first)
+        await until(lambda: len(places()) == 1)
+        nursery.start_soon(wait_for_turn, Queue(other, max_concurrency=1), second)
+        await until(lambda: len(places()) == 2)
+        first.cancel()
+        await until(lambda: [has_client for _, has_client in places()] == [True, False])
+        second.cancel()
+
+
+async def test_places_are_told_if_the_first_connection_could_not_be_used(
+    redis: RedisServer,
+) -> None:
     with Proxy(redis.port) as proxy:
         proxy.swallows_answers_to = b"$4\r\nlook\r\n"
         async with (
             opened(proxy.url, Rules(2.0, hold=False, place_seconds=30)) as store,
             trio.open_nursery() as nursery,
         ):
-            nursery.start_soon(wait_for_turn, Queue(store, max_concurrency=1))
+            queue = Queue(store, max_concurrency=1)
+            nursery.start_soon(wait_for_turn, queue, trio.CancelScope())
             await until(lambda: proxy.cuts > 0)
             proxy.swallows_answers_to = None
             await until(lambda: redis.command("HLEN", "test:line") == ":1")
@@ -567,6 +597,25 @@ async def test_a_replica_whose_oldest_ticket_has_a_closed_key_delays_no_other_re
 
 
 # --- other numbers of keys ---------------------------------------------------------------------
+
+
+async def test_a_held_shard_of_a_replica_that_has_just_started_delays_no_other_replica(
+    redis: RedisServer,
+) -> None:
+    rules = Rules(0.2, hold=False, loop_free_starts=1)
+    async with (
+        opened(redis.url, rules) as store,
+        opened(redis.url, dataclasses.replace(rules, hold=True, window=4.0)) as starting,
+    ):
+        await connected(store)
+        await connected(starting)
+        await store.start_window(await claimed(store, shard=4), trio.current_time())
+        long_ago = trio.current_time() - 100
+        refusal = await starting.claim(0, 4, long_ago)
+        assert isinstance(refusal, Refusal)
+        assert refusal.concerns == "shard"
+        await trio.sleep(0.3)
+        assert isinstance(await store.claim(0, 5, trio.current_time()), Claim)
 
 
 async def test_a_claim_stays_good_when_the_number_of_keys_changes(redis: RedisServer) -> None:

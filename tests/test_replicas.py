@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections import defaultdict
@@ -16,13 +15,12 @@ from statistics import mean, median
 from typing import Any
 
 import pytest
-import yaml
 
 from gateway_queue.settings import Settings
+from tests.balancer import balancing, readme_compose_file
 from tests.fake_discord import playing
 from tests.harness import (
     PATIENCE,
-    README,
     SLACK,
     Answer,
     Client,
@@ -30,7 +28,6 @@ from tests.harness import (
     asking,
     eventually,
     first_answers,
-    free_port,
     installed,
     metric,
     serving,
@@ -270,37 +267,8 @@ def test_restarts_one_after_the_other_lose_no_shard(redis: RedisServer) -> None:
         assert fleet.shortest_gap() >= window - SLACK
 
 
-def readme_compose_file() -> Any:
-    (text,) = re.findall(r"(?s)```yaml\n# compose.yaml\n(.*?)```", README.read_text())
-    return yaml.safe_load(text)
-
-
-@contextmanager
-def balancing(servers: list[Server], folder: Path) -> Iterator[int]:
-    """Run the README's balancer until the end of the context, and return its port."""
-    port = free_port()
-    config = readme_compose_file()["configs"]["balancer"]["content"].replace(
-        ":5000\n", f":{port}\n"
-    )
-    for number, server in enumerate(servers, 1):
-        assert f" replica-{number}:5000 " in config
-        config = config.replace(f" replica-{number}:5000 ", f" 127.0.0.1:{server.port} ")
-    (folder / "haproxy.cfg").write_text(config)
-    process = subprocess.Popen(["haproxy", "-f", str(folder / "haproxy.cfg")])
-    try:
-        eventually(lambda: answers_health(port))
-        yield port
-    finally:
-        process.kill()
-        process.wait()
-
-
-def answers_health(port: int) -> bool:
-    with suppress(OSError, AssertionError):
-        client = Client(port, b"GET /healthz HTTP/1.1\r\nHost: queue\r\n\r\n")
-        with closing(client.socket):
-            return client.answer().status == 200
-    return False
+def addresses(servers: list[Server]) -> list[str]:
+    return [f"127.0.0.1:{server.port}" for server in servers]
 
 
 def test_the_balancer_of_the_readme_hides_a_replica_that_is_killed(
@@ -310,7 +278,7 @@ def test_the_balancer_of_the_readme_hides_a_replica_that_is_killed(
     with (
         # The margin is for what delays some answers more than others, as a balancer does.
         replicas(2, redis.url, WINDOW_SECONDS=window, MARGIN_SECONDS=0.1) as servers,
-        balancing(servers, tmp_path) as port,
+        balancing(addresses(servers), tmp_path) as port,
     ):
         fleet = Fleet(16, [port])
         fleet.wait_for(4)
@@ -484,7 +452,7 @@ def test_clients_of_a_replica_that_is_too_slow_ask_another_one(
         Proxy(redis.port) as proxy,
         replicas(1, proxy.url, WINDOW_SECONDS=1) as (slow,),
         replicas(1, redis.url, WINDOW_SECONDS=1) as (fast,),
-        balancing([slow, fast], tmp_path) as port,
+        balancing(addresses([slow, fast]), tmp_path) as port,
     ):
         eventually(lambda: is_ready(slow) and is_ready(fast))
         fleet = Fleet(6, [port])

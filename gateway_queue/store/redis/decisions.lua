@@ -732,9 +732,15 @@ function commands.give_back(number, key, token, caution)
   return answer(GRANTED, 0)
 end
 
--- A replica with a ticket that will claim the key for the first time at some time.
-function commands.announce(number, key, came_at, asks_at, caution)
+-- A replica with a ticket that will claim the key for the first time at some time. A shard that starts too
+-- often has to wait for longer, and others pass it.
+function commands.announce(number, key, shard, came_at, asks_at, caution)
   asks_at = asks_again_at(tonumber(asks_at), tonumber(caution))
+  local held = shard_wait(shard, number, key)
+  if now + held > asks_at then
+    set_held(shard, tonumber(came_at), held)
+    return answer(SHARD_HELD, held)
+  end
   set_head(number .. ':' .. key, tonumber(came_at), asks_at)
   if most_releases > 0 then
     set_head('queue', tonumber(came_at), asks_at)

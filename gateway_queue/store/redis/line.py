@@ -27,12 +27,17 @@ HOST_NAME_MAX = 24
 PLACES_AT_ONCE = 100
 """Places in one command: a long one would make the other replicas wait."""
 
+ASK_AGAIN_SECONDS = 0.1
+"""After so long, another replica has mostly noticed that a client has left it for this one."""
+
 
 @dataclass(slots=True)
 class _Shared:
     place: Standing
     is_told: bool = False
     """Whether the server knows of the place."""
+    expects: bool = False
+    """Whether its shard has an older place at another replica, which may be free soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,11 @@ class SharedLine:
         self._ended: dict[int, int | None] = {}
         """By number, the shards of places that the server still lists."""
         self._on_the_way: dict[int, None] = {}
-        # Places whose shards have an older one at another replica, which may be free soon.
+        # Places to ask for again with the next look, see `_Shared.expects`, and those to ask for
+        # sooner because this is new.
         self._expecting: dict[int, None] = {}
+        self._newly_expecting: dict[int, None] = {}
+        self._ask_again_at = math.inf
         self._is_closed = False
         self._move: Callable[[Standing, float, float], None]
         # The server's clock less ours; unlike the clock's own, it outlasts a connection.
@@ -87,6 +95,7 @@ class SharedLine:
             return
         self._changed.pop(place.number, None)
         self._expecting.pop(place.number, None)
+        self._newly_expecting.pop(place.number, None)
         if not self._is_closed and (shared.is_told or place.number in self._on_the_way):
             self._ended[place.number] = place.shard
             self._has_changes.set()
@@ -109,7 +118,11 @@ class SharedLine:
         """Wait until there is something to tell."""
         while not self.is_behind:
             self._has_changes = trio.Event()
-            await self._has_changes.wait()
+            with trio.move_on_at(self._ask_again_at):
+                await self._has_changes.wait()
+            if trio.current_time() >= self._ask_again_at:
+                self._ask_again_at = math.inf
+                self._ask_again(self._newly_expecting)
 
     def changes(self, clock: ServerClock) -> list[Change]:
         """Take the next changes to tell, at most as many as one command may have."""
@@ -142,8 +155,14 @@ class SharedLine:
             shared.is_told = True
             if shared.place.connected_at is None:
                 continue  # the next client of the place is told
-            if expects:
+            if expects and shared.expects:
                 self._expecting[change.number] = None
+            elif expects:
+                self._newly_expecting[change.number] = None
+                self._ask_again_at = min(
+                    self._ask_again_at, trio.current_time() + ASK_AGAIN_SECONDS
+                )
+            shared.expects = bool(expects)
             if since != change.since:
                 self._move(shared.place, since / MICROSECONDS, clock.when(since))
 
@@ -160,9 +179,7 @@ class SharedLine:
     def look_again(self, clock: ServerClock) -> None:
         """Ask again for the older places of shards that have one at another replica."""
         self._offset = -clock.when(0)
-        expecting, self._expecting = self._expecting, {}
-        for number in expecting:
-            self._note(number)
+        self._ask_again(self._expecting)
 
     def tell_all(self, clock: ServerClock, *, is_lost: bool) -> None:
         """Tell all places again.
@@ -189,6 +206,11 @@ class SharedLine:
         places = (shared.place for shared in self._shared.values())
         for place in sorted(places, key=attrgetter("since"), reverse=step > 0):
             self._move(place, place.since + step, place.joined_at)
+
+    def _ask_again(self, expecting: dict[int, None]) -> None:
+        for number in expecting:
+            self._note(number)
+        expecting.clear()
 
     def _note(self, number: int) -> None:
         self._changed[number] = None

@@ -455,9 +455,7 @@ class RedisStore:
     ) -> Claim | Refusal:
         asked_at = trio.current_time()
         if asked_at < self._opens_at:
-            await self._announce(key, came_at)
-            left = self._opens_at - trio.current_time()
-            return Refusal(FIRST_RETRY if left == math.inf else max(0.0, left), "key")
+            return await self._announce(key, shard, came_at)
         answer_by = asked_at + self._answer_seconds
         claim = Claim(
             key=key,
@@ -483,16 +481,23 @@ class RedisStore:
                     return claim
         except Unreachable:
             return Refusal(FIRST_RETRY, "key")
-        wait = asked_at + answer.wait / MICROSECONDS - trio.current_time()
-        return Refusal(max(0.0, wait), CONCERNS[answer.verdict])
+        return _refusal(answer, asked_at)
 
-    async def _announce(self, key: int, came_at: float) -> None:
+    async def _announce(self, key: int, shard: int | None, came_at: float) -> Refusal:
         """Tell other replicas of a ticket here that cannot be released yet but may be older."""
+        asked_at = trio.current_time()
         if self._opens_at < math.inf:
+            ticket = key, "" if shard is None else shard
             times = round(came_at * MICROSECONDS), self._clock.at(self._opens_at)
             caution = microseconds(self._clock.longest_step())
             with suppress(Unreachable):
-                await self._ask("announce", self._max_concurrency, key, *times, caution)
+                answer, _ = await self._ask(
+                    "announce", self._max_concurrency, *ticket, *times, caution
+                )
+                if answer.verdict != GRANTED:
+                    return _refusal(answer, asked_at)
+        left = self._opens_at - trio.current_time()
+        return Refusal(FIRST_RETRY if left == math.inf else max(0.0, left), "key")
 
     async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
         self._identifying.pop(claim.token, None)
@@ -607,3 +612,8 @@ class RedisStore:
             self._clock.at(budget.resets_at),
             self._clock.at(budget.asked_at),
         )
+
+
+def _refusal(answer: ScriptReply, asked_at: float) -> Refusal:
+    wait = asked_at + answer.wait / MICROSECONDS - trio.current_time()
+    return Refusal(max(0.0, wait), CONCERNS[answer.verdict])

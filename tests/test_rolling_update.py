@@ -1,0 +1,246 @@
+"""Replicas that are stopped and started again while many shards wait."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from itertools import chain, pairwise, repeat
+from pathlib import Path
+
+import pytest
+
+from tests.balancer import NameServer, balancing
+from tests.harness import SLACK, Client, Server, asking, eventually, free_port, serving
+from tests.redis_server import RedisServer, redis_server
+
+SHARDS = 300
+
+ASKING_SECONDS = 0.005
+"""Between the first requests of two shards."""
+
+SETTLED_SECONDS = 0.5
+"""A shard that has been connected for so long has its old place."""
+
+MOST_UNUSED = 2
+"""Windows of a key that one restart may cost."""
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Times:
+    """The times that users have, all of them shorter by one factor.
+
+    How long a process takes to start does not get shorter.
+    """
+
+    scale: int = 1
+
+    @property
+    def window(self) -> float:
+        return 5 / self.scale
+
+    @property
+    def margin(self) -> float:
+        return 0.25 / self.scale
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a client gives up and asks again."""
+        return 30 / self.scale
+
+    def pauses(self) -> Iterator[float]:
+        """Yield the seconds until a client asks again that was refused, or got no answer."""
+        return (seconds / self.scale for seconds in chain((1, 2, 4, 8), repeat(10)))
+
+    def serving(self, redis: RedisServer, **variables: object) -> AbstractContextManager[Server]:
+        return serving(
+            REDIS_URL=redis.url,
+            WINDOW_SECONDS=self.window,
+            MARGIN_SECONDS=self.margin,
+            PLACE_SECONDS=30 / self.scale,
+            **variables,
+        )
+
+
+class Shard(threading.Thread):
+    """Asks as the README says: at once when its time is over, otherwise after a pause."""
+
+    def __init__(self, number: int, port: int, times: Times, over: threading.Event) -> None:
+        super().__init__()
+        self.number = number
+        self.first_asked_at = 0.0
+        self.released_at = 0.0
+        self._connected: list[tuple[float, float]] = []
+        self._port = port
+        self._times = times
+        self._over = over
+
+    def run(self) -> None:
+        pauses = self._times.pauses()
+        while not self.released_at and not self._over.is_set():
+            try:
+                self._ask()
+            except TimeoutError:
+                pass
+            except (OSError, AssertionError):
+                self._over.wait(next(pauses))
+
+    def _ask(self) -> None:
+        client = Client(self._port, asking(self.number))
+        began_at = time.monotonic()
+        self.first_asked_at = self.first_asked_at or began_at
+        client.socket.settimeout(self._times.patience)
+        with closing(client.socket):
+            try:
+                answer = client.answer()
+                assert answer.status == 200
+                self.released_at = answer.at
+            finally:
+                self._connected.append((began_at, time.monotonic()))
+
+    def has_its_place(self, at: float) -> bool:
+        """Return whether it had been connected for a while at some time, and stayed so."""
+        return any(
+            since + SETTLED_SECONDS < at < until - SETTLED_SECONDS
+            for since, until in self._connected
+        )
+
+
+class Fleet:
+    """Shards that ask for the first time one after the other."""
+
+    def __init__(self, port: int, times: Times, keys: int) -> None:
+        self._over = threading.Event()
+        self._times = times
+        self._keys = keys
+        self.shards = [Shard(number, port, times, self._over) for number in range(SHARDS)]
+        self.stops: list[float] = []
+        """When replicas were stopped."""
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        try:
+            for shard in self.shards:
+                shard.start()
+                time.sleep(ASKING_SECONDS)
+            yield
+        finally:
+            self._over.set()
+
+    def wait_for(self, part: float) -> None:
+        """Wait until a part of the shards has been released."""
+        eventually(lambda: len(self._released()) >= part * SHARDS, patience=60)
+
+    def _released(self) -> list[Shard]:
+        return [shard for shard in self.shards if shard.released_at]
+
+    def check(self) -> None:
+        """Check what the clients have seen, when all have been released."""
+        of_key = defaultdict[int, list[Shard]](list)
+        for shard in sorted(self.shards, key=lambda shard: shard.released_at):
+            of_key[shard.number % self._keys].append(shard)
+        for released in of_key.values():
+            self._check_windows([shard.released_at for shard in released])
+            self._check_order(released)
+
+    def _check_windows(self, released_at: list[float]) -> None:
+        unused = defaultdict[int, float](float)
+        for former, latter in pairwise(released_at):
+            gap = latter - former
+            assert gap >= self._times.window - SLACK
+            restart = sum(stopped_at < latter for stopped_at in self.stops)
+            unused[restart] += gap / (self._times.window + self._times.margin) - 1
+        assert all(unused[restart] <= MOST_UNUSED for restart in range(1, len(self.stops) + 1))
+
+    def _check_order(self, released: list[Shard]) -> None:
+        for place, shard in enumerate(released):
+            for later in released[place + 1 :]:
+                if later.first_asked_at < shard.first_asked_at:
+                    overtaken = f"shard {later.number} by shard {shard.number}"
+                    assert not later.has_its_place(shard.released_at), overtaken
+
+
+def stop(server: Server) -> None:
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+def test_a_rolling_update_of_three_replicas_keeps_the_order(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """A third of the shards ask again after their time, and each restart closes connections."""
+    times, keys, ports = Times(scale=5), 24, [free_port() for _ in range(3)]
+    with ExitStack() as stack:
+
+        def start(port: int) -> Server:
+            variables = {"PORT": port, "MAX_CONCURRENCY": keys}
+            return stack.enter_context(times.serving(redis, **variables))
+
+        servers = [start(port) for port in ports]
+        addresses = [f"127.0.0.1:{port}" for port in ports]
+        balancer = stack.enter_context(balancing(addresses, tmp_path, scale=times.scale))
+        fleet = Fleet(balancer, times, keys)
+        with fleet.asking():
+            for done, server in enumerate(servers, 1):
+                fleet.wait_for(done / 5)
+                fleet.stops.append(time.monotonic())
+                stop(server)
+                start(server.port)
+            fleet.wait_for(1)
+    fleet.check()
+
+
+def test_a_restart_of_the_only_replica_keeps_the_order(redis: RedisServer) -> None:
+    """Clients are refused meanwhile."""
+    times, port, keys = Times(), free_port(), SHARDS // 2
+    variables = {"PORT": port, "MAX_CONCURRENCY": keys}
+    with times.serving(redis, **variables, HOLD_ON_START="false") as server:
+        fleet = Fleet(port, times, keys)
+        with fleet.asking():
+            fleet.wait_for(1 / 2)
+            fleet.stops.append(time.monotonic())
+            stop(server)
+            with times.serving(redis, **variables):
+                fleet.wait_for(1)
+    fleet.check()
+
+
+def test_compose_replaces_both_replicas_at_once(redis: RedisServer, tmp_path: Path) -> None:
+    """``docker compose up`` stops each container, then starts another one, with another address."""
+    times, port, keys = Times(), free_port(), SHARDS // 2
+    variables = {"PORT": port, "MAX_CONCURRENCY": keys}
+    with ExitStack() as stack:
+        names = stack.enter_context(NameServer())
+
+        def start(name: str, host: str, **more: object) -> Server:
+            server = stack.enter_context(times.serving(redis, HOST=host, **variables, **more))
+            names.hosts[name] = host
+            return server
+
+        old = [
+            start("replica-1", "127.0.1.1", HOLD_ON_START="false"),
+            start("replica-2", "127.0.1.2", HOLD_ON_START="false"),
+        ]
+        addresses = [f"{name}:{port}" for name in names.hosts]
+        balancer = stack.enter_context(balancing(addresses, tmp_path, name_server=names))
+        fleet = Fleet(balancer, times, keys)
+        with fleet.asking():
+            fleet.wait_for(1 / 2)
+            fleet.stops.append(time.monotonic())
+            names.hosts.clear()
+            for server in old:
+                stop(server)
+            start("replica-1", "127.0.1.3")
+            start("replica-2", "127.0.1.1")
+            fleet.wait_for(1)
+    fleet.check()
