@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from gateway_queue.store.sentinel_url import SCHEME, parse_sentinel_url
 
@@ -32,6 +32,10 @@ class BadSetting(ValueError):
     def __init__(self, setting: str, problem: str) -> None:
         super().__init__(f"{setting} {problem}")
         self.setting, self.problem = setting, problem
+
+
+class _Problem(ValueError):
+    """What is wrong with a value, for its message, which does not show the value."""
 
 
 def _host(text: str) -> str:
@@ -98,6 +102,31 @@ def _http_url(text: str) -> str:
     return text.rstrip("/")
 
 
+_DATABASE = {"db": "[0-9]{1,9}"}
+_CERTIFICATES = {
+    **dict.fromkeys(("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"), ".+"),
+    "ssl_check_hostname": "(?i:true|false|yes|no|on|off|1|0)",
+    "ssl_cert_reqs": "none|optional|required",
+}
+REDIS_OPTIONS = {"redis": _DATABASE, "rediss": _DATABASE | _CERTIFICATES, "unix": _DATABASE}
+"""What may follow a question mark in a URL of each scheme, and the form of its value."""
+
+
+def _check_redis_options(scheme: str, query: str) -> None:
+    known, given = REDIS_OPTIONS[scheme], set[str]()
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name not in known:
+            # Anything but a plain name may be a part of a password.
+            shown = f" {name}" if re.fullmatch("[a-z_]{1,30}", name) else ""
+            problem = f"has an unknown option{shown} after the question mark"
+            raise _Problem(f"{problem}; {scheme}:// takes only {', '.join(known)}")
+        if name in given:
+            raise _Problem(f"has the option {name} twice")
+        if not re.fullmatch(known[name], value, re.ASCII):
+            raise _Problem(f"has a wrong value of the option {name}")
+        given.add(name)
+
+
 def _redis_url(text: str) -> str:
     if text.startswith(SCHEME):
         parse_sentinel_url(text)
@@ -111,6 +140,9 @@ def _redis_url(text: str) -> str:
         raise ValueError(text)
     if not is_local and database and not re.fullmatch(r"[0-9]{1,9}", database, re.ASCII):
         raise ValueError(text)
+    if url.fragment:
+        raise ValueError(text)
+    _check_redis_options(url.scheme, url.query)
     return text
 
 
@@ -320,6 +352,8 @@ def read_fields(
             continue
         try:
             yield field.name, field.metadata["parse"](text)
+        except _Problem as error:
+            raise BadSetting(variable, str(error)) from None
         except (ValueError, KeyError):
             got = f"a secret of {len(text)} characters" if secret else repr(text)
             problem = f"must be {field.metadata['takes']}, not {got}"

@@ -231,9 +231,51 @@ def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
     assert str(bad.value).endswith(f", not a secret of {len(url)} characters")
 
 
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        (
+            "redis://h?foo=bar",
+            "an unknown option foo after the question mark; redis:// takes only db",
+        ),
+        (
+            "redis://h/0?ssl_ca_certs=/ca.pem",
+            "an unknown option ssl_ca_certs after the question mark",
+        ),
+        (
+            "rediss://h/0?ca=/ca.pem",
+            "an unknown option ca after the question mark; rediss:// takes",
+        ),
+        ("unix:///run/redis.sock?timeout=1", "an unknown option timeout after the question mark"),
+        (
+            "redis://user:12?word@h:6379",
+            "an unknown option after the question mark; redis:// takes",
+        ),
+        ("redis://h?db=1&db=2", "the option db twice"),
+        ("redis://h?db=", "a wrong value of the option db"),
+        ("redis://h?db=word", "a wrong value of the option db"),
+        ("rediss://h?ssl_check_hostname=ja", "a wrong value of the option ssl_check_hostname"),
+        ("rediss://h?ssl_cert_reqs=all", "a wrong value of the option ssl_cert_reqs"),
+    ],
+)
+def test_an_option_of_a_redis_url_that_cannot_be_used_is_refused(url: str, problem: str) -> None:
+    with pytest.raises(BadSetting) as bad:
+        Settings.from_environ({"REDIS_URL": url})
+    assert str(bad.value).startswith(f"REDIS_URL has {problem}")
+    assert "word" not in str(bad.value)
+
+
+def test_an_unknown_option_of_a_redis_url_ends_the_command() -> None:
+    refused = run(GATEWAY_QUEUE, PORT=0, REDIS_URL="redis://localhost?foo=bar")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("REDIS_URL has an unknown option foo ")
+
+
 def test_redis_urls_of_all_kinds_are_taken() -> None:
     for url in (
         *("redis://h", "redis://h:6379/0", "rediss://user:word@h:1/2?ssl_ca_certs=/ca.pem"),
+        "rediss://h?ssl_certfile=/c&ssl_keyfile=/k&ssl_cert_reqs=none&ssl_check_hostname=True&db=1",
         *("redis://[::1]:6379", "unix:///run/redis.sock", "unix://:word@/run/redis.sock?db=3"),
     ):
         assert Settings.from_environ({"REDIS_URL": url}).redis_url == url
