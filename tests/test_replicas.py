@@ -20,6 +20,7 @@ from gateway_queue.settings import Settings
 from tests.balancer import balancing, readme_compose_file
 from tests.fake_discord import playing
 from tests.harness import (
+    GO,
     PATIENCE,
     SLACK,
     Answer,
@@ -188,6 +189,52 @@ def test_each_replica_shows_the_tickets_of_all(redis: RedisServer) -> None:
         for eta in etas:
             assert eta[0] is None
             assert eta[2] - eta[1] == pytest.approx(6, abs=0.01)
+
+
+def test_each_replica_shows_the_shards_that_are_identifying(redis: RedisServer) -> None:
+    with replicas(2, redis.url, WINDOW_SECONDS=1, MAX_CONCURRENCY=4) as (one, other):
+        asked_at = time.monotonic()
+        client = one.connect(asking(6, confirm=True))
+        while GO not in client.received:
+            client.received += client.socket.recv(65536)
+        answered_at = time.monotonic()
+
+        def lanes(server: Server) -> list[tuple[int, int | None]]:
+            return [
+                (lane["rate_limit_key"], lane["identifying"] and lane["identifying"]["shard"])
+                for lane in server.status()["lanes"]
+            ]
+
+        assert lanes(one) == [(2, 6)]
+        eventually(lambda: lanes(other) == [(2, 6)])
+        known_at = time.monotonic()
+        (lane,) = other.status()["lanes"]
+        assert known_at - answered_at - 0.01 <= lane["identifying"]["for"]
+        assert lane["identifying"]["for"] <= time.monotonic() - asked_at + 0.01
+        assert lane["opens_in"] == pytest.approx(1, abs=0.01)
+        client.hang_up()
+        for server in (one, other):
+            eventually(lambda server=server: lanes(server) == [])  # type: ignore[misc]
+
+
+def test_the_page_of_each_replica_lists_the_held_shards_of_all(redis: RedisServer) -> None:
+    settings = {"WINDOW_SECONDS": 0.1, "LOOP_FREE_STARTS": 1}
+    with replicas(2, redis.url, **settings) as (one, other):
+        one.ask(7).answer()
+        one.ask(7)
+        for server in (one, other):
+            eventually(lambda server=server: held_shards(server) == ["7"])  # type: ignore[misc]
+
+
+def held_shards(server: Server) -> list[str]:
+    """Return the shards that the page lists as held."""
+    page = Client(server.port, b"GET /events HTTP/1.1\r\nHost: queue\r\n\r\n")
+    with closing(page.socket):
+        while b"</main>" not in page.received:
+            page.received += page.socket.recv(65536)
+    text = re.sub(r"\s*\ndata:\s*", "", page.received.decode())
+    row = r'<td class="number">(\d+)</td><td class="number">0</td><td><span class="badge">held<'
+    return re.findall(row, text)
 
 
 def test_idle_replicas_only_keep_their_connection(redis: RedisServer) -> None:

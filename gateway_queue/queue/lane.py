@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from heapq import merge
 from itertools import chain, takewhile
 from operator import attrgetter
@@ -14,6 +13,7 @@ import trio
 from sortedcontainers import SortedDict
 
 from gateway_queue.queue.ticket import Ticket
+from gateway_queue.store import Identifying
 
 State = Literal["waiting", "held", "away", "chosen", "released", "gone"]
 """See the table in :mod:`gateway_queue.queue`."""
@@ -88,15 +88,6 @@ class Place:
         """Take the place out of its lane, if it is in one."""
         if self.lane is not None:
             self.lane.remove(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Identifying:
-    """A shard that has the answer to a confirmed ticket, but has not confirmed it yet."""
-
-    shard: int | None
-    since: float
-    """When its answer was out (:func:`trio.current_time`)."""
 
 
 class Lane:

@@ -15,7 +15,7 @@ import trio
 
 from gateway_queue.queue import Queue
 from gateway_queue.queue.lane import Lane, Place
-from gateway_queue.store import DistantPlace, Line, Rules, SessionStarts
+from gateway_queue.store import DistantPlace, Identifying, Line, Rules, SessionStarts
 
 ITEMS_PER_STEP = 100
 """Lanes or tickets to describe in one step of the event loop: a quarter of a millisecond."""
@@ -89,12 +89,14 @@ async def lanes(
         await steps.next()
         distant[queue.key(place.shard)].append(place)
     here = {key: lane for key, lane in queue.lanes.items() if lane or lane.identifying}
-    for key in sorted({*here, *distant}):
+    identifying = line.identifying if line else {}
+    for key in sorted({*here, *distant, *identifying}):
         await steps.next()
         lane = here.get(key)
         if lane is None:
             lane = Lane(key)
-            lane.opens_at = line.opens_at.get(key, -math.inf) if line else -math.inf
+            if line is not None and key not in identifying:
+                lane.opens_at = line.opens_at.get(key, -math.inf)
         listed = _Listed(lane, distant[key], line)
         statuses.append(await _lane(listed, first_slot, rules, most, steps))
     await _delay_to_reset(starts, statuses, rules.unconfirmed_window, steps)
@@ -140,6 +142,12 @@ class _Listed:
         places.sort(key=attrgetter("since"))
         return places[:most]
 
+    def identifying(self) -> Identifying | None:
+        """Return the shard that is identifying, after an answer of any replica."""
+        if self.lane.identifying is not None or self.line is None:
+            return self.lane.identifying
+        return self.line.identifying.get(self.lane.rate_limit_key)
+
     def status(self) -> LaneStatus:
         """Count the places."""
         lane, now = self.lane, trio.current_time()
@@ -162,10 +170,10 @@ async def _lane(
     lane, line = listed.lane, listed.line
     now = trio.current_time()
     opens_in = max(first_slot, lane.opens_at - now)
-    identifying = None
-    if lane.identifying is not None:
+    identifying, shard = None, listed.identifying()
+    if shard is not None:
         opens_in = max(opens_in, rules.window)  # if the confirmation comes now
-        identifying = IdentifyingStatus(lane.identifying.shard, now - lane.identifying.since)
+        identifying = IdentifyingStatus(shard.shard, max(0.0, now - shard.since))
     turn = opens_in
     status = listed.status()
     status.opens_in, status.identifying = opens_in, identifying

@@ -23,10 +23,18 @@ from gateway_queue.queue.events import (
     Unkeyed,
 )
 from gateway_queue.queue.gate import Gate
-from gateway_queue.queue.lane import Identifying, Lane, Place
+from gateway_queue.queue.lane import Lane, Place
 from gateway_queue.queue.places import Places
 from gateway_queue.queue.ticket import Slot, Ticket, Turn, UnpacedTicket
-from gateway_queue.store import Claim, DiscordBudget, Refusal, Rules, Standing, WindowStore
+from gateway_queue.store import (
+    Claim,
+    DiscordBudget,
+    Identifying,
+    Refusal,
+    Rules,
+    Standing,
+    WindowStore,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +350,7 @@ class Queue:
         place.unlist()
         place.held_until = trio.current_time() + seconds
         self._list(place)
+        self.store.share(place)
 
     async def _offer(self, place: Place, claim: Claim) -> Answered | None:
         """Offer the slot to a place's client.

@@ -157,6 +157,10 @@ class Standing(Protocol):
     def confirm(self) -> bool:
         """Whether its client will say when it has identified."""
 
+    @property
+    def held_until(self) -> float:
+        """Until when its shard has to wait because it starts too often."""
+
 
 @dataclass(frozen=True, slots=True)
 class DistantPlace:
@@ -176,6 +180,15 @@ class DistantPlace:
 
 
 @dataclass(frozen=True, slots=True)
+class Identifying:
+    """A shard that has the answer to a confirmed ticket, but has not confirmed it yet."""
+
+    shard: int | None
+    since: float
+    """When its answer was out, or a moment before (:func:`trio.current_time`)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
     """The places of all replicas at one moment."""
 
@@ -185,6 +198,8 @@ class Line:
     """The places that are away, and those whose clients wait at other replicas."""
     opens_at: dict[int, float]
     """When keys open, as far as that is known."""
+    identifying: dict[int, Identifying]
+    """The shards that are identifying after an answer of another replica, by their keys."""
 
 
 class WindowStore(Protocol):
@@ -254,7 +269,7 @@ class WindowStore(Protocol):
         """
 
     def share(self, place: Standing) -> None:
-        """Tell other replicas of a place: it is new, or its client has come or left."""
+        """Tell other replicas of a place: it is new, its client has come or left, or it is held."""
 
     def unshare(self, place: Standing) -> None:
         """Tell other replicas that a place has ended."""

@@ -558,11 +558,12 @@ end
 -- Notes a place of this replica. KIND is n if the server has not answered of it before, or has lost it.
 -- Another replica may have taken over a place that is not here any more; then its client counts since
 -- it is connected. Returns the time of the place, and 1 if an older one of its shard may be free soon.
-local function set_place(name, shard, kind, came, connected, kept_until, confirm)
+local function set_place(name, shard, kind, came, connected, kept_until, confirm, held_until)
   local places = read_places(shard ~= '' and redis.call('HGET', line, shard) or '')
   local alone, index = shard .. '/' .. name, index_of(places, name)
-  local mine = places[index] or {name = name, owner = replica, came = came, held_until = '0'}
-  mine.confirm, mine.kept_until = confirm, kept_until > 0 and kept_until or nil
+  local mine = places[index] or {name = name, owner = replica, came = came}
+  mine.confirm, mine.held_until = confirm, held_until
+  mine.kept_until = kept_until > 0 and kept_until or nil
   mine.free_until = mine.kept_until
   if not index and (shard == '' or #places >= MOST_PLACES or redis.call('HGET', line, alone)) then
     redis.call('HSET', line, alone, place_value(mine))
@@ -580,17 +581,6 @@ local function set_place(name, shard, kind, came, connected, kept_until, confirm
   end
   write_places(shard, places)
   return mine.came, mine.kept_until and 0 or expects_older(places, mine)
-end
-
--- Notes, for looking, that a ticket of this replica is held.
-local function set_held(shard, came_at, wait)
-  local places = read_places(redis.call('HGET', line, shard))
-  for i = 1, #places do
-    if places[i].owner == replica and places[i].came == came_at then
-      places[i].held_until = word(now + wait)
-      write_places(shard, places)
-    end
-  end
 end
 
 -- ---- commands ---------------------------------------------------------------------------------
@@ -673,8 +663,6 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
   local asks_at = asks_again_at(now + wait, caution)
   if verdict == KEY_CLOSED then
     set_head(field, came_at, asks_at)
-  elseif verdict == SHARD_HELD then
-    set_held(shard_of(token), came_at, wait)
   elseif verdict == GRANTED then
     set_head(field, came_at, now) -- if this claim is given back, this replica claims again at once
   end
@@ -738,7 +726,6 @@ function commands.announce(number, key, shard, came_at, asks_at, caution)
   asks_at = asks_again_at(tonumber(asks_at), tonumber(caution))
   local held = shard_wait(shard, number, key)
   if now + held > asks_at then
-    set_held(shard, tonumber(came_at), held)
     return answer(SHARD_HELD, held)
   end
   set_head(number .. ':' .. key, tonumber(came_at), asks_at)
@@ -754,22 +741,22 @@ function commands.withdraw(number, key)
   return answer(GRANTED, 0)
 end
 
--- Changed places of this replica: NUMBER SHARD KIND CAME CONNECTED KEPT_UNTIL CONFIRM, where KIND is e
--- for a place that has ended. Returns two numbers for each, see set_place().
+-- Changed places of this replica: NUMBER SHARD KIND CAME CONNECTED KEPT_UNTIL CONFIRM
+-- HELD_UNTIL, where KIND is e for a place that has ended. Returns two numbers for each, see set_place().
 function commands.share()
   if seen_since ~= since then
     return answer(GRANTED, 0) -- the replica notices, and tells all its places again as new ones
   end
   local told = {}
   for i = FIRST_ARGUMENT, #ARGV do
-    local number, shard, kind, came, connected, kept_until, confirm =
-      ARGV[i]:match('^(%d+) (%d*) (%a) (%d+) (%d+) (%d+) (%d)$')
+    local number, shard, kind, came, connected, kept_until, confirm, held_until =
+      ARGV[i]:match('^(%d+) (%d*) (%a) (%d+) (%d+) (%d+) (%d) (%d+)$')
     local name, time, expects = replica .. ':' .. number, 0, 0
     if kind == 'e' then
       end_place(name, shard)
     else
       time, expects = set_place(name, shard, kind, tonumber(came), tonumber(connected),
-        tonumber(kept_until), confirm)
+        tonumber(kept_until), confirm, held_until)
     end
     told[#told + 1] = time
     told[#told + 1] = expects
@@ -784,7 +771,7 @@ function commands.share()
 end
 
 -- Looks at some places. Returns in addition where to go on (0: at the end), at the first call when each
--- key opens, and the places that are away or whose clients wait at other replicas:
+-- key opens and the confirmed claims that are not used yet, and the places that are away or whose clients wait at other replicas:
 -- REPLICA:NUMBER SHARD CAME FREE_UNTIL CONFIRM HELD_UNTIL.
 function commands.list(cursor, number)
   local reply = answer(GRANTED, 0)
@@ -795,6 +782,7 @@ function commands.list(cursor, number)
   end
   reply[#reply + 1] = scanned[1]
   reply[#reply + 1] = table.concat(opens, ' ')
+  reply[#reply + 1] = cursor == '0' and redis.call('HGET', state, 'identifying') or ''
   local function list(shard, name, value)
     local place = read_place(name, value)
     local is_over = place.free_until and place.free_until <= now

@@ -82,7 +82,7 @@ class SharedLine:
         return self._latest
 
     def add(self, place: Standing) -> None:
-        """Note that a place is new, or that its client has come or left."""
+        """Note that a place is new, that its client has come or left, or that it is held."""
         if self._is_closed:
             return
         self._shared.setdefault(place.number, _Shared(place))
@@ -239,7 +239,7 @@ def host_name() -> str:
 
 
 def _ending(number: int, shard: int | None) -> str:
-    return f"{number} {'' if shard is None else shard} e 0 0 0 0"
+    return f"{number} {'' if shard is None else shard} e 0 0 0 0 0"
 
 
 def _change(shared: _Shared, clock: ServerClock) -> Change:
@@ -252,5 +252,9 @@ def _change(shared: _Shared, clock: ServerClock) -> Change:
         later = place.connected_at - place.joined_at
         connected, kept_until = round((place.since + later) * MICROSECONDS), 0
     shard = "" if place.shard is None else place.shard
-    words = f"{place.number} {shard} {kind} {since} {connected} {kept_until} {place.confirm:d}"
+    held_until = clock.at(place.held_until) if place.held_until > trio.current_time() else 0
+    words = (
+        f"{place.number} {shard} {kind} {since} {connected} {kept_until} {place.confirm:d} "
+        f"{held_until}"
+    )
     return Change(place.number, place.shard, since, words)

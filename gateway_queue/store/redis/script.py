@@ -97,6 +97,12 @@ def leases_in(listed: str, clock: ServerClock) -> Iterator[Lease]:
         yield Lease(number, key, token, clock.when(until))
 
 
+def shard_of(token: str) -> int | None:
+    """Return the shard that a token names."""
+    shard = token.rpartition(":")[2]
+    return int(shard) if shard else None
+
+
 def microseconds(seconds: float) -> int:
     """Round up: nothing may be early."""
     return math.ceil(seconds * MICROSECONDS)

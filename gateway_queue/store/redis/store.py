@@ -19,6 +19,7 @@ from gateway_queue.store import (
     Claim,
     DiscordBudget,
     DistantPlace,
+    Identifying,
     Line,
     Refusal,
     Rules,
@@ -48,6 +49,7 @@ from gateway_queue.store.redis.script import (
     leases_in,
     microseconds,
     script_settings,
+    shard_of,
     usable_seconds,
     words,
 )
@@ -552,18 +554,33 @@ class RedisStore:
     async def _list_line(self) -> Line | None:
         places: dict[str, DistantPlace] = {}
         opens: list[bytes] = []
+        identifying = ""
         cursor = "0"
         try:
             while cursor != "0" or not opens:
                 _, reply = await self._ask("list", cursor, self._max_concurrency)
-                next_cursor, opens_now, *found = reply
-                opens = opens_now.split() if cursor == "0" else opens
+                next_cursor, opens_now, identifying_now, *found = reply
+                if cursor == "0":
+                    opens, identifying = opens_now.split(), identifying_now.decode()
                 cursor = next_cursor.decode()
                 places.update(distant_place(one.decode(), self._clock) for one in found)
         except Unreachable:
             return None
         opens_at = {key: self._clock.when(int(at)) for key, at in enumerate(opens)}
-        return Line(self._replica, list(places.values()), opens_at)
+        return Line(
+            self._replica, list(places.values()), opens_at, self._identifying_elsewhere(identifying)
+        )
+
+    def _identifying_elsewhere(self, listed: str) -> dict[int, Identifying]:
+        """Read the shards that are identifying after an answer of another replica, by key."""
+        lasts = self._confirm_lease / MICROSECONDS
+        return {
+            lease.key: Identifying(shard_of(lease.token), lease.until - lasts)
+            for lease in leases_in(listed, self._clock)
+            if not self._is_own(lease)
+            and lease.max_concurrency == self._max_concurrency
+            and lease.until > trio.current_time()
+        }
 
     async def retire(self) -> None:
         self._line.close()

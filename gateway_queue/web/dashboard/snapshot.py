@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
-from heapq import merge
+from heapq import merge, nsmallest
 from itertools import chain, islice
 from statistics import median
 
@@ -16,9 +15,10 @@ import trio
 from gateway_queue.faults import Fault
 from gateway_queue.queue import Queue
 from gateway_queue.queue.events import Identified, NotConfirmed, Released
-from gateway_queue.queue.overview import IdentifyingStatus, LaneStatus, lanes, next_release
+from gateway_queue.queue.lane import Place
+from gateway_queue.queue.overview import IdentifyingStatus, LaneStatus, Steps, lanes, next_release
 from gateway_queue.service import Service
-from gateway_queue.store import SessionStarts
+from gateway_queue.store import DistantPlace, SessionStarts
 
 WINDOWS_BEHIND, WINDOWS_AHEAD = 30, 6
 """How much of the past and of the future the timeline shows."""
@@ -164,7 +164,7 @@ async def take(service: Service) -> Snapshot:
         up_for=time.time() - service.started_at,
         keys=keys,
         lanes=shown,
-        aside=list(islice(_aside(queue, now), ASIDE_MAX)),
+        aside=await _aside(queue, now),
         latest=[(now - one.at, one) for one in recent[: -latest - 1 : -1]],
     )
 
@@ -183,19 +183,29 @@ def _keys(
     ]
 
 
-def _aside(queue: Queue, now: float) -> Iterator[AsideStatus]:
-    """Go over the held places, then over those that are away, by when that ends."""
-    lanes = queue.lanes.values()
-    held = merge(*(lane.held.items() for lane in lanes))
-    away = merge(*(lane.away.items() for lane in lanes))
-    for (ends_at, _), place in chain(held, away):
-        yield AsideStatus(
-            rate_limit_key=queue.key(place.shard),
-            shard=place.shard,
-            is_held=place.state == "held",
-            waited=now - place.joined_at,
-            ends_in=ends_at - now,
-        )
+async def _aside(queue: Queue, now: float) -> list[AsideStatus]:
+    """List the held places, then those that are away, by when that ends."""
+    line, steps, lanes = await queue.store.line(), Steps(), queue.lanes.values()
+    held = (place for _, place in merge(*(lane.held.items() for lane in lanes)))
+    away = (place for _, place in merge(*(lane.away.items() for lane in lanes)))
+    if line is None:
+        return [_aside_status(queue, place, now) for place in islice(chain(held, away), ASIDE_MAX)]
+    aside = [_aside_status(queue, place, now) for place in islice(held, ASIDE_MAX)]
+    for place in line.elsewhere:
+        await steps.next()
+        if place.is_away or place.held_until > now:
+            aside.append(_aside_status(queue, place, now))
+    return nsmallest(ASIDE_MAX, aside, key=lambda one: (not one.is_held, one.ends_in))
+
+
+def _aside_status(queue: Queue, place: Place | DistantPlace, now: float) -> AsideStatus:
+    return AsideStatus(
+        rate_limit_key=queue.key(place.shard),
+        shard=place.shard,
+        is_held=not place.is_away,
+        waited=now - place.joined_at,
+        ends_in=(place.expires_at if place.is_away else place.held_until) - now,
+    )
 
 
 def _key(lane: LaneStatus, released: list[float], window: float) -> KeyStatus:
