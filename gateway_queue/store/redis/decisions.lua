@@ -576,11 +576,12 @@ local function set_place(name, shard, kind, came, connected, kept_until, confirm
     mine.came = kind == 'k' and connected or came
     places[#places + 1] = mine
   end
-  if not mine.kept_until then
+  local may_take = not mine.kept_until and kept_for > 0
+  if may_take then
     take_oldest(places, mine, connected, not index and kind == 'n')
   end
   write_places(shard, places)
-  return mine.came, mine.kept_until and 0 or expects_older(places, mine)
+  return mine.came, may_take and expects_older(places, mine) or 0
 end
 
 -- ---- commands ---------------------------------------------------------------------------------
