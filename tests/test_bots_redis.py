@@ -39,6 +39,9 @@ class Replica:
     async def thawed(self) -> None:
         await trio.lowlevel.checkpoint()
 
+    async def reachable(self) -> None:
+        pass
+
 
 class Server:
     """A simulated Redis, and what connects to it."""

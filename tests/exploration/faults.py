@@ -45,6 +45,7 @@ class Faults:
             "reset": self._reset,
             "cuts": self._cut_often,
             "slow-way": self._slow_way_down,
+            "partition": self._cut_off,
             "lost-request": self._lose_requests,
             "lost-reply": self._lose_replies,
             "slow": self._slow_down,
@@ -137,6 +138,15 @@ class Faults:
             for part in process.parts:
                 slow = part.record, began_at, trio.current_time()
                 part.bot.record.slow_ways.append(slow)
+
+    async def _cut_off(self) -> None:
+        """Let nothing get from one process to Redis or back for some time."""
+        if process := self._fleet.any(self._random):
+            process.cut_off()
+            try:
+                await self._last(0.1 * self._window, 4 * self._window)
+            finally:
+                process.reconnect()
 
     async def _lose_requests(self) -> None:
         self._record.note("Redis: requests get lost")

@@ -65,6 +65,7 @@ class Process:
         self._redis = redis
         self._pools: list[SimulatedPool] = []
         self._ice: trio.Event | None = None
+        self._way_back: trio.Event | None = None
 
     def __str__(self) -> str:
         return f"replica {self.replica}, process {self.number}"
@@ -88,6 +89,22 @@ class Process:
             self._ice.set()
             self._ice = None
             self._history.note(f"{self} thawed")
+
+    async def reachable(self) -> None:
+        """Wait while nothing gets from here to Redis or back."""
+        while self._way_back is not None:
+            await self._way_back.wait()
+
+    def cut_off(self) -> None:
+        if self._way_back is None:
+            self._way_back = trio.Event()
+            self._history.note(f"{self} is cut off from Redis")
+
+    def reconnect(self) -> None:
+        if self._way_back is not None:
+            self._way_back.set()
+            self._way_back = None
+            self._history.note(f"{self} reaches Redis again")
 
     async def kill(self) -> None:
         """End it as SIGKILL does."""
@@ -120,6 +137,7 @@ class Process:
             pool.close(how)
         self.nursery.cancel_scope.cancel()
         self.thaw()
+        self.reconnect()
         with trio.CancelScope(shield=True):
             while not self.ended.is_set():
                 for task in self._tasks():

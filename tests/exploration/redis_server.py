@@ -35,6 +35,9 @@ class Host(Protocol):
     async def thawed(self) -> None:
         """Wait while the process is frozen."""
 
+    async def reachable(self) -> None:
+        """Wait while nothing gets from there to the server or back."""
+
 
 class SimulatedRedis:
     """The server. It can crash, lose data, be slow, and have a wrong clock.
@@ -124,6 +127,7 @@ class SimulatedRedis:
         """
         await trio.sleep(2 * self.latency())
         await host.thawed()
+        await host.reachable()
         if not self.is_up:
             raise ConnectionLost("Connection refused")
         connection = Connection(self, host)
@@ -173,7 +177,8 @@ class SimulatedRedis:
 class Connection:
     """What coredis's pool hands out, as far as the store's own ``Connection`` uses it.
 
-    Each way delivers in order. What was lost on a way holds up what comes after it, as in TCP.
+    Each way delivers in order. What was lost on a way holds up what comes after it, as in TCP. What
+    was sent before or while the host is cut off arrives later, also if the host has given up.
     """
 
     def __init__(self, server: SimulatedRedis, host: Host) -> None:
@@ -236,6 +241,7 @@ class Connection:
             if request.is_withheld:
                 await self._host.thawed()
             await trio.sleep_until(request.due)
+            await self._host.reachable()
             await server.works()
             if self._is_mute or server.random.random() < server.loses_requests:
                 self._is_mute = True
@@ -254,6 +260,7 @@ class Connection:
         async for request in replies:
             is_mute = is_mute or server.random.random() < server.loses_replies
             await trio.sleep_until(request.due)
+            await self._host.reachable()
             await self._host.thawed()
             if not is_mute:
                 request.done.set()

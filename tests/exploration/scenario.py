@@ -10,6 +10,7 @@ PROCESS_FAULTS = ("kill", "freeze", "stop")
 PROCESS_ENDS = ("kill", "stop")
 CUTS = ("cuts",)
 SLOW_WAY = ("slow-way",)
+PARTITION = ("partition",)
 REDIS_FAULTS = (
     "reset",
     "lost-request",
@@ -39,7 +40,15 @@ CHOICES = (
 )
 """What is no fault, but can be left out of the scenarios like one."""
 
-ALL_KINDS = (*PROCESS_FAULTS, *REDIS_FAULTS, *CUTS, *SLOW_WAY, *DISCORD_FAULTS, *CHOICES)
+ALL_KINDS = (
+    *PROCESS_FAULTS,
+    *REDIS_FAULTS,
+    *CUTS,
+    *SLOW_WAY,
+    *PARTITION,
+    *DISCORD_FAULTS,
+    *CHOICES,
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,8 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
         faults, only = (faults + CUTS, only) if cutting < 0.05 else (faults, CUTS)
     elif store == "redis" and 0.88 < cutting < 0.95:
         only = SLOW_WAY
+    if store == "redis" and random.Random(f"cutting off {seed}").random() < 0.1:
+        faults += tuple(kind for kind in PARTITION if kind not in without)
     confirming = own.choice((0.0, 0.5, 0.5, 1.0))
     place_seconds = source.choice((0.0, 2.0, 10.0, 30.0))
     loop_free_starts = source.choice((0, 1, 2, 5))
