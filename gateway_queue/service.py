@@ -18,7 +18,6 @@ from gateway_queue.faults import Fault
 from gateway_queue.observing.event_log import EventLog
 from gateway_queue.observing.metrics import BotMetrics
 from gateway_queue.observing.recent import Recent
-from gateway_queue.observing.starts import Starts
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings, hash_tag
 from gateway_queue.store import Rules, WindowStore
@@ -67,7 +66,6 @@ class Service:
         self.metrics = metrics
         self.labels = metrics.labels
         self.recent = Recent()
-        self.starts = Starts()
         self.started_at = time.time()
         """Seconds since the epoch."""
         self.limits: Limits | None = None
@@ -90,7 +88,6 @@ class Service:
                     observers=(
                         self.metrics.observe,
                         self.recent.observe,
-                        self.starts.observe,
                         event_log.observe,
                     ),
                 )

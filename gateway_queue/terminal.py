@@ -264,13 +264,14 @@ def _shard(status: dict[str, Any]) -> Iterator[str]:
     ]
     for place in places or ["is not in the queue"]:
         yield f"{name} {place}"
-    if last := shard["last_release"]:
-        yield (
-            f"  last released {duration(last['ago'])} ago, after {duration(last['waited'])}; "
-            f"{shard['starts']} releases in the last 24 hours"
-        )
-    else:
-        yield "  no recent release by this server"
+    last, starts = shard["last_release"], shard["starts"]
+    released = (
+        f"last released {duration(last['ago'])} ago, after {duration(last['waited'])}"
+        if last
+        else "no recent release by this server"
+    )
+    plural = "" if starts == 1 else "s"
+    yield f"  {released}; {starts} session start{plural} in the last 24 hours"
 
 
 def _place(ticket: dict[str, Any], lane: dict[str, Any]) -> str:

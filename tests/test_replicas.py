@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import threading
@@ -235,6 +236,20 @@ def held_shards(server: Server) -> list[str]:
     text = re.sub(r"\s*\ndata:\s*", "", page.received.decode())
     row = r'<td class="number">(\d+)</td><td class="number">0</td><td><span class="badge">held<'
     return re.findall(row, text)
+
+
+def test_each_replica_counts_the_starts_by_shard_of_all(redis: RedisServer) -> None:
+    with replicas(2, redis.url, WINDOW_SECONDS=0.1, HOLD_ON_START="false") as servers:
+        for server in (*servers, *servers, servers[0]):
+            server.ask(7).answer()
+        servers[1].ask(8).answer()
+
+        def starts(server: Server, shard: int) -> int:
+            status = json.loads(server.get(f"/status?shard={shard}").body)
+            return int(status["shard"]["starts"])
+
+        for server in servers:
+            eventually(lambda server=server: (starts(server, 7), starts(server, 8)) == (5, 1))  # type: ignore[misc]
 
 
 def test_idle_replicas_only_keep_their_connection(redis: RedisServer) -> None:

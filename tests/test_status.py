@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,12 +14,11 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.faults import next_fault
-from gateway_queue.observing.starts import STARTS_MAX, Starts
 from gateway_queue.queue import Queue
-from gateway_queue.queue.events import Released
 from gateway_queue.service import Service
 from gateway_queue.settings import Settings
 from gateway_queue.store.budget import DAY
+from gateway_queue.store.starts_by_shard import STARTS_MAX, StartsByShard
 from gateway_queue.web.status import TICKETS_PER_STEP, status_document
 from tests.fake_discord import TOKEN, answer, playing
 from tests.harness import eventually, free_port, serving
@@ -172,20 +172,31 @@ def test_an_outage_begins_once() -> None:
 
 
 async def test_starts_of_a_day(autojump_clock: MockClock) -> None:
-    starts = Starts()
+    starts, numbers = StartsByShard(), itertools.count()
 
-    def release(shard: int | None) -> None:
-        starts.observe(Released(shard, 0, trio.current_time(), 0.0, 0.0, 0))
+    def start(shard: int | None) -> int:
+        number = next(numbers)
+        starts.add(number, shard, trio.current_time())
+        return number
 
     for shard in (1, 2, 2, 3, 3, 3, None, None):
-        release(shard)
+        last = start(shard)
     assert starts.most(2) == [(3, 3), (2, 2)]
     assert starts.of(1) == 1
+    starts.add(last, None, trio.current_time())
+    assert starts.most(9)[1:] == [(2, 2), (None, 2)], "a start counts once"
+    starts.remove(last)
+    starts.remove(last)
+    assert starts.most(9) == [(3, 3), (2, 2)]
+    assert starts.counted_for == 0
     await trio.sleep(DAY / 2)
-    release(1)
+    start(1)
+    assert starts.counted_for == DAY / 2
     await trio.sleep(DAY / 2)
     assert starts.most(9) == []
     assert starts.of(1) == 1
+    await trio.sleep(DAY / 4)
+    assert starts.counted_for == DAY
     for number in range(STARTS_MAX):
-        release(number + 10)
+        start(number + 10)
     assert starts.of(1) == 0

@@ -135,8 +135,8 @@ def test_one_shard() -> None:
         identified, waiting, unknown = (status(n, PORT=server.port) for n in (7, 9, 10))
     assert "Shard 9 (key 0) waits at position 2 of 2; waited " in waiting[1]
     assert "Shard 7 (key 0) is not in the queue" in identified[1]
-    assert "1 releases in the last 24 hours" in identified[1]
-    assert "no recent release by this server" in unknown[1]
+    assert "; 1 session start in the last 24 hours" in identified[1]
+    assert "no recent release by this server; 0 session starts" in unknown[1]
 
 
 def test_a_shard_that_is_held_and_one_that_is_identifying() -> None:

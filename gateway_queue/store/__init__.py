@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from gateway_queue.faults import Fault
+
+if TYPE_CHECKING:
+    from gateway_queue.store.starts_by_shard import StartsByShard
 
 IN_FLIGHT_WINDOWS = 6
 """A released shard has identified after so many windows, or it will not any more. Until then
@@ -296,6 +299,10 @@ class WindowStore(Protocol):
 
     async def update_budget(self, budget: DiscordBudget) -> None:
         """Take over what Discord says of the day's session starts."""
+
+    @property
+    def starts_by_shard(self) -> StartsByShard:
+        """Return which shards have started, also at other replicas if this replica knows it."""
 
     def session_starts(self) -> SessionStarts:
         """Return the day's session starts, as far as this replica knows them."""

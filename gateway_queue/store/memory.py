@@ -10,6 +10,7 @@ from gateway_queue.store import Claim, DiscordBudget, Line, Refusal, Rules, Sess
 from gateway_queue.store.budget import Budget
 from gateway_queue.store.loop_guard import LoopGuard
 from gateway_queue.store.pace import Pace
+from gateway_queue.store.starts_by_shard import StartsByShard
 from gateway_queue.store.windows import Windows
 
 
@@ -30,6 +31,7 @@ class MemoryStore:
         self._pace = Pace(rules.window, rules.releases_per_window)
         self._budget = Budget(rules.window, rules.session_start_limit)
         self._loop_guard = LoopGuard(rules.loop_free_starts)
+        self.starts_by_shard = StartsByShard()
 
     async def claim(
         self,
@@ -59,6 +61,7 @@ class MemoryStore:
         self._pace.start(until)
         self._budget.start(at)
         self._loop_guard.start(claim.shard, at)
+        self.starts_by_shard.add(object(), claim.shard, at)
 
     async def give_back(self, claim: Claim) -> None:
         self._windows.open(claim)

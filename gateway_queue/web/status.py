@@ -117,7 +117,7 @@ def _shard(service: Service, shard: int) -> dict[str, Any]:
     return {
         "shard": shard,
         "rate_limit_key": service.queue.key(shard),
-        "starts": service.starts.of(shard),
+        "starts": service.queue.store.starts_by_shard.of(shard),
         "last_release": last and _release(last),
     }
 

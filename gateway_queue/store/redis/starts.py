@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TypeVar
 
 from gateway_queue.store.budget import DAY
+from gateway_queue.store.starts_by_shard import StartsByShard
 
 KEPT_STARTS = 10_000
 """More than any bot may start between two answers of Discord."""
@@ -31,6 +32,8 @@ class KnownStarts:
         self._replica = replica
         self.keep(limit)
         self._times: dict[str, float] = {}
+        self.by_shard = StartsByShard()
+        """Also with the starts that need not be restored any more."""
         # Own claims that will not be used, the last ones.
         self._unused: dict[str, None] = {}
 
@@ -41,6 +44,7 @@ class KnownStarts:
     def add(self, token: str, at: float) -> None:
         """Remember a start, and forget those of a day before."""
         self._times[token] = at
+        self.by_shard.add(token, _shard_of(token), at)
         while len(self._times) > self._kept or self._oldest() + DAY <= at:
             del self._times[next(iter(self._times))]
 
@@ -71,6 +75,7 @@ class KnownStarts:
             for token, at in list(self._times.items()):
                 if at > since and token not in of_others and not self._is_own(token):
                     del self._times[token]
+                    self.by_shard.remove(token)
         for token, at in of_others.items():
             self.add(token, at)
 
@@ -88,6 +93,11 @@ class KnownStarts:
 
     def _is_own(self, token: str) -> bool:
         return token.startswith(self._replica)
+
+
+def _shard_of(token: str) -> int | None:
+    shard = token.rpartition(":")[2]
+    return int(shard) if shard else None
 
 
 def _parts(items: Iterable[T]) -> Iterator[list[T]]:

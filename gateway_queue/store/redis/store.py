@@ -145,6 +145,7 @@ class RedisStore:
         # The confirmed claims whose shards are identifying, by token, also those of other replicas.
         self._identifying: dict[str, Lease] = {}
         self._starts = KnownStarts(self._replica, self._limit)
+        self.starts_by_shard = self._starts.by_shard
         self._line = SharedLine()
         self._listing = trio.Lock()
         self._listed: Line | None = None

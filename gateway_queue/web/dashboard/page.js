@@ -224,8 +224,9 @@ function whereabouts({ shard, lanes, max_concurrency: keys }) {
   const last = shard.last_release;
   parts.push(
     last
-      ? `last released ${duration(last.ago)} ago, ${shard.starts} times in 24 h`
+      ? `last released ${duration(last.ago)} ago`
       : "no recent release by this server",
+    `${shard.starts} session start${shard.starts === 1 ? "" : "s"} in 24 h`,
   );
   const key = keys > 1 ? ` (key ${shard.rate_limit_key})` : "";
   return `Shard ${shard.shard}${key} ${parts.join("; ")}.`;

@@ -111,6 +111,8 @@ class Snapshot:
     """The last shards that never confirmed, the newest first, and how long ago that was."""
     frequent: list[tuple[int | None, int]]
     """The shards that start most often, and their starts in 24 hours."""
+    counted_for: float
+    """For how long starts have been counted, at most 24 hours."""
     up_for: float
     keys: list[KeyStatus]
     lanes: list[LaneStatus]
@@ -160,7 +162,8 @@ async def take(service: Service) -> Snapshot:
             for one in reversed(service.recent.identifies)
             if isinstance(one, NotConfirmed)
         ][:IDENTIFYING_MAX],
-        frequent=service.starts.most(FREQUENT_MAX),
+        frequent=queue.store.starts_by_shard.most(FREQUENT_MAX),
+        counted_for=queue.store.starts_by_shard.counted_for,
         up_for=time.time() - service.started_at,
         keys=keys,
         lanes=shown,
