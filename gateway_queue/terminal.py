@@ -189,7 +189,7 @@ def _queue(status: dict[str, Any]) -> Iterator[str]:
     yield (
         f"  tickets   {status['waiting']:,} waiting ({status['held']:,} of them held), "
         f"{status['away']:,} away, {status['released']:,} released, "
-        f"{status['abandoned']:,} left without their turn"
+        f"{status['abandoned']:,} disconnected before their turn"
     )
     yield f"  starts    {_starts(status)}"
     for name, fault in status["faults"].items():

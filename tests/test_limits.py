@@ -410,7 +410,7 @@ async def test_when_the_day_is_spent_all_wait_for_the_reset_and_go_on_at_the_usu
             await trio.sleep(20 * WINDOW)
             assert len(history.releases) == 10
             assert queue.store.session_starts().spent
-            assert len(named(logged, "spent, tickets are held")) == 1
+            assert len(named(logged, "no session start is left today")) == 1
             (lane,) = await overview.lanes(queue)
             assert lane.opens_in == pytest.approx(HOUR + WINDOW - 20 * WINDOW)
             for _ in range(10):

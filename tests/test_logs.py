@@ -123,8 +123,8 @@ def test_a_client_that_left_is_named_at_debug() -> None:
         eventually(lambda: server.status()["waiting"] == 1)
         port = client.socket.getsockname()[1]
         client.hang_up()
-        eventually(lambda: bool(lines_with(server, "client left")))
-        (line,) = lines_with(server, "client left")
+        eventually(lambda: bool(lines_with(server, "client disconnected before its turn")))
+        (line,) = lines_with(server, "client disconnected before its turn")
     assert f"client=127.0.0.1:{port}" in line
     assert "shard=7" in line
     assert "waited=" in line
@@ -138,7 +138,7 @@ def test_a_client_that_has_its_answer_has_not_left() -> None:
         confirmed.hang_up()
         eventually(lambda: bool(lines_with(server, "identified")))
         server.settle()
-        assert not lines_with(server, "client left")
+        assert not lines_with(server, "client disconnected before its turn")
 
 
 async def test_clients_that_left_are_counted_once_a_minute(

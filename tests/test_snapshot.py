@@ -88,6 +88,16 @@ async def test_when_the_next_and_the_last_one_go(autojump_clock: MockClock) -> N
         assert (done.waiting, done.next_release, done.last_release) == (0, math.inf, math.inf)
 
 
+async def test_the_last_turn_may_be_that_of_a_held_ticket(autojump_clock: MockClock) -> None:
+    async with with_waiters(1, keys=1, loop_free_starts=2) as service:
+        await trio.sleep(0.1)
+        seen = await take(service)
+        (ticket,) = seen.lanes[0].tickets
+        assert (seen.held, ticket.state) == (1, "held")
+        assert seen.last_release == seen.next_release > 2 * WINDOW
+        assert seen.last_release == pytest.approx(ticket.eta, abs=TOLERANCE)
+
+
 async def test_the_last_one_is_not_known_to_go_today(autojump_clock: MockClock) -> None:
     async with with_waiters(10, keys=1, session_start_limit=11) as service:
         assert (await take(service)).last_release == math.inf

@@ -39,7 +39,7 @@ class BudgetAlarm:
 
 def _message(starts: SessionStarts) -> str:
     if starts.spent:
-        return "the day's session starts are spent, tickets are held until the reset"
+        return "no session start is left today, no ticket is released until the reset"
     if starts.enforced and starts.total is not None:
-        return "the day's session starts run out"
+        return "few session starts are left today"
     return "many session starts today; Discord resets the token of a bot that exceeds its limit"

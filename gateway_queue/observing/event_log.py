@@ -41,7 +41,7 @@ class EventLog:
         while True:
             await self._departed.wait()
             await trio.sleep(DEPARTURES_SECONDS)
-            log.info("clients left before their turn", count=self._departures)
+            log.info("clients disconnected before their turn", count=self._departures)
             self._departures, self._departed = 0, trio.Event()
 
     def observe(self, event: Event) -> None:

@@ -65,7 +65,7 @@ class Metrics:
         self._bot = ("bot",) if by_bot else ()
         self._of_bots: list[MetricWrapperBase] = []
         self.released = self._counter("released", "Tickets that had their turn.", "rate_limit_key")
-        self.abandoned = self._counter("abandoned", "Clients that left without their turn.")
+        self.abandoned = self._counter("abandoned", "Clients that disconnected before their turn.")
         self.unkeyed = self._counter(
             "unkeyed", "Tickets that named no shard though there are several rate limit keys."
         )

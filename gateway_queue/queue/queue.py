@@ -73,7 +73,7 @@ class Queue:
             self.report(KeysChanged(max_concurrency))
         self.released = 0
         self.abandoned = 0
-        """Clients that left without their turn."""
+        """Clients that disconnected before their turn."""
         self.lanes: dict[int, Lane] = {}
         self._places = Places(store)
         store.follow_moves(self._move)

@@ -153,7 +153,9 @@ class TicketRequest:
 
     def _log_departure(self, shard: int | None, came_at: float) -> None:
         waited = round(trio.current_time() - came_at, 3)
-        log.debug("client left", shard=shard, waited=waited, client=self._client())
+        log.debug(
+            "client disconnected before its turn", shard=shard, waited=waited, client=self._client()
+        )
 
     def _client(self) -> str | None:
         """Return the address of the client; a Unix socket has none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import merge, nsmallest
 from itertools import chain, islice
@@ -18,6 +19,7 @@ from gateway_queue.queue.events import Identified, NotConfirmed, Released
 from gateway_queue.queue.lane import Place
 from gateway_queue.queue.overview import IdentifyingStatus, LaneStatus, Steps, lanes, next_release
 from gateway_queue.service import Service
+from gateway_queue.settings import Settings
 from gateway_queue.store import DistantPlace, SessionStarts
 
 WINDOWS_BEHIND, WINDOWS_AHEAD = 30, 6
@@ -114,6 +116,10 @@ class Snapshot:
     counted_for: float
     """For how long starts have been counted, at most 24 hours."""
     up_for: float
+    settings: list[str]
+    """What the rules of the queue are, and what is off."""
+    is_shared: bool
+    """Whether other replicas may release tickets, too."""
     keys: list[KeyStatus]
     lanes: list[LaneStatus]
     """The lanes that have tickets, with their first tickets."""
@@ -165,6 +171,8 @@ async def take(service: Service) -> Snapshot:
         frequent=queue.store.starts_by_shard.most(FREQUENT_MAX),
         counted_for=queue.store.starts_by_shard.counted_for,
         up_for=time.time() - service.started_at,
+        settings=list(_settings(service.settings)),
+        is_shared=service.settings.redis_url is not None,
         keys=keys,
         lanes=shown,
         aside=await _aside(queue, now),
@@ -250,9 +258,25 @@ def _discord(service: Service) -> Condition:
     return Condition("Discord", "limits known", good=True)
 
 
-def _last_release(shown: list[LaneStatus], starts: SessionStarts, window: float) -> float:
-    waiting = sum(lane.waiting for lane in shown)
+def _settings(settings: Settings) -> Iterator[str]:
+    yield f"window {settings.window_seconds:g} s"
+    yield f"margin {settings.margin_seconds:g} s"
+    yield f"confirmations within {settings.confirm_seconds:g} s"
+    places, starts = settings.place_seconds, settings.loop_free_starts
+    yield f"places kept for {places:g} s" if places else "no places kept"
+    yield f"{starts} free starts per shard and hour" if starts else "crash loops not held"
+    yield "AUTH_TOKEN set" if settings.auth_token else "no AUTH_TOKEN"
+
+
+def _last_release(lanes: list[LaneStatus], starts: SessionStarts, window: float) -> float:
+    waiting = sum(lane.waiting for lane in lanes)
     if starts.enforced and starts.remaining is not None and starts.remaining < waiting:
         return math.inf
-    turns = (lane.opens_in + (lane.waiting - 1) * window for lane in shown if lane.waiting)
-    return max(turns, default=math.inf)
+    return max((_last_turn(lane, window) for lane in lanes if lane.waiting), default=math.inf)
+
+
+def _last_turn(lane: LaneStatus, window: float) -> float:
+    turns = [ticket.eta for ticket in lane.tickets if ticket.state != "away"]
+    if len(turns) < lane.waiting:  # the others are not listed
+        turns.append(lane.opens_in + (lane.waiting - lane.held - 1) * window)
+    return max(turns)
