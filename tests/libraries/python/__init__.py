@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.harness import installed
 from tests.libraries import Script, recipe
 from tests.libraries.building import Project
 
@@ -41,7 +42,7 @@ FORKS = Project(
     Path(__file__).parent,
     commands=[
         (
-            *(sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"),
+            *(installed("pip"), "--disable-pip-version-check", "--quiet", "install"),
             *(
                 "--require-hashes",
                 "--no-deps",
