@@ -86,8 +86,8 @@ def redis_server(*options: str) -> Iterator[RedisServer]:
     """Run Redis until the end of the context."""
     with TemporaryDirectory() as folder:
         server = RedisServer(Path(folder), options)
-        server.start()
         try:
+            server.start()
             yield server
         finally:
             server.kill()

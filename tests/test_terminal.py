@@ -140,7 +140,8 @@ def test_one_shard() -> None:
 
 
 def test_a_shard_that_is_held_and_one_that_is_identifying() -> None:
-    with serving(HOLD_ON_START="false", LOOP_FREE_STARTS=1, MAX_CONCURRENCY=2) as server:
+    variables = {"LOOP_FREE_STARTS": 1, "MAX_CONCURRENCY": 2, "CONFIRM_SECONDS": 600}
+    with serving(HOLD_ON_START="false", **variables) as server:
         server.ask(7).answer()
         server.ask(7)
         server.connect(b"GET /?shard=4&confirm=true HTTP/1.1\r\nHost: q\r\n\r\n")
