@@ -14,6 +14,8 @@ import pytest
 from tests.exploration.invariants import broken
 from tests.exploration.run import explore
 
+pytestmark = pytest.mark.simulation
+
 ROOT = Path(__file__).parent.parent
 
 FIXED_SEEDS = (

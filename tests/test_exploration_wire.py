@@ -196,6 +196,7 @@ def test_a_frozen_replica_answers_when_it_goes_on() -> None:
     assert not play(story).wrong
 
 
+@pytest.mark.simulation
 def test_a_seed_repeats_itself() -> None:
     def history(hash_seed: str) -> str:
         command = [sys.executable, "-m", "tests.exploration", "--http", "--replay", "7"]
@@ -208,11 +209,13 @@ def test_a_seed_repeats_itself() -> None:
     assert history("1") == history("2")
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("seed", FIXED_SEEDS)
 def test_rules_hold_with_fixed_seed(seed: int) -> None:
     assert not explore(seed).wrong, f"scripts/explore --http --replay {seed}"
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("seed", SEEDS_OF_SEVERAL_BOTS)
 def test_rules_hold_for_each_of_several_bots(seed: int) -> None:
     history = explore(seed)
@@ -221,6 +224,7 @@ def test_rules_hold_for_each_of_several_bots(seed: int) -> None:
     assert not history.wrong, f"scripts/explore --http --replay {seed}"
 
 
+@pytest.mark.simulation
 def test_rules_hold_with_fresh_seeds() -> None:
     seed = random.SystemRandom().randrange(10**6, 10**9)
     ends_at = time.monotonic() + SECONDS

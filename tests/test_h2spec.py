@@ -21,6 +21,7 @@ ANSWERED_AS_HTTP_1 = "Sends invalid connection preface"
 """What does not begin as HTTP/2 does is HTTP/1: it gets a 400, not a frame of HTTP/2."""
 
 
+@pytest.mark.libraries
 @pytest.mark.timeout(600)  # it compiles h2spec
 def test_h2spec(tmp_path: Path) -> None:
     program, report = tmp_path / "h2spec", tmp_path / "report.xml"

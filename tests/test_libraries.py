@@ -21,6 +21,7 @@ from tests.libraries import PROCESSES, SHARDS, Library, Script, recipe, running_
 from tests.libraries.chaos import (
     LONG,
     fleet_after_chaos,
+    fleets,
     gets_many_without_the_queue,
     wait_until_all_are_up,
 )
@@ -45,8 +46,9 @@ FROM_READY: dict[str, Any] = {"counts_from_ready": True, "seconds_to_ready": 0.0
 
 
 @pytest.mark.timeout(300)  # forks are installed first
-@pytest.mark.parametrize("max_concurrency", [1, 4])
-@pytest.mark.parametrize("library", FLEETS_AND_FORKS.values(), ids=FLEETS_AND_FORKS)
+@pytest.mark.parametrize(
+    ("library", "max_concurrency"), fleets(FLEETS_AND_FORKS.values(), FLEETS.values())
+)
 def test_no_shard_gets_an_invalid_session(library: Library, max_concurrency: int) -> None:
     with fleet_after_chaos(library, max_concurrency) as fleet:
         gateway = fleet.gateway
@@ -79,6 +81,7 @@ def starts_without_invalid_session(conditions: Conditions) -> bool:
     return gateway.early == []
 
 
+@pytest.mark.libraries
 def test_with_discords_own_window_no_shard_gets_an_invalid_session() -> None:
     """Four fleets at the same time, over networks that take their time."""
     fleets = [
@@ -108,6 +111,7 @@ def test_no_shard_starts_when_the_days_starts_are_spent() -> None:
     assert gateway.early == []
 
 
+@pytest.mark.libraries
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("library", FLEETS_AND_FORKS.values(), ids=FLEETS_AND_FORKS)
 def test_without_the_queue_the_same_fleet_gets_many(library: Library) -> None:

@@ -13,7 +13,7 @@ from tests.fake_discord import playing
 from tests.harness import SLACK, Server, eventually, serving
 from tests.libraries.rust import PERMITS
 
-pytestmark = [pytest.mark.toolchain, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.libraries, pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,7 @@ def following(day: Discord | Day, queue: Queue, **variables: Any) -> Limits:
 arrivals_over_days = st.floats(0, 2.5 * DAY) | st.floats(0, 2 * HOUR)
 
 
+@pytest.mark.simulation
 @given(
     st.lists(st.tuples(arrivals_over_days, st.floats(0, 5 * WINDOW)), max_size=60),
     st.lists(arrivals_over_days | st.floats(0, 60), max_size=5),

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import pytest
+
+pytestmark = pytest.mark.simulation
+
 
 def simulate(*arguments: str) -> dict[str, dict[str, str]]:
     """Return the rows of the table, by way."""

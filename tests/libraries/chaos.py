@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 
+import pytest
 import trio
 
 from tests.fake_discord.gateway import Gateway, enforcing
@@ -27,6 +29,25 @@ MARGIN = 1.0
 """Seconds that a restarted queue holds longer: a shard may identify after the end of its queue."""
 LONG = 5 * PATIENCE
 """Seconds that a fleet may take to start, on a busy machine."""
+
+
+def fleets(libraries: Iterable[Library], in_scripts_test: Iterable[Library]) -> list[object]:
+    """Return pairs of a library and ``max_concurrency``, the parameters of a test.
+
+    Args:
+      libraries: each runs with one key and with several.
+      in_scripts_test: those that ``scripts/test`` runs too, with several keys, which takes less
+        time; all other fleets are left to ``scripts/test-libraries``.
+    """
+    short = [(library, 4) for library in in_scripts_test]
+    return [
+        pytest.param(
+            *fleet,
+            marks=() if fleet in short else pytest.mark.libraries,
+            id=f"{fleet[0].name}-{fleet[1]}",
+        )
+        for fleet in product(libraries, (1, 4))
+    ]
 
 
 @dataclass(frozen=True)
