@@ -665,7 +665,7 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
   if verdict == KEY_CLOSED then
     set_head(field, came_at, asks_at)
   elseif verdict == GRANTED then
-    set_head(field, came_at, now) -- if this claim is given back, this replica claims again at once
+    set_head(field, came_at, useless_at) -- until then this claim may be given back, see keep_head()
   end
   if most_releases > 0 then
     if verdict == QUEUE_CLOSED then
