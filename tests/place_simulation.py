@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 from dataclasses import dataclass
 
+import structlog
 import trio
 
 from gateway_queue.queue import Queue
@@ -97,4 +100,10 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m tests.place_simulation",
+        description="Compares queues with and without places, on a clock that jumps. This takes "
+        "a few seconds.",
+    ).parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     print(table())

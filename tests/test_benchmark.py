@@ -110,7 +110,7 @@ def test_the_benchmark_reports(tmp_path: Path) -> None:
     assert "100 waiters" in report.stdout
     measured = json.loads(figures.read_text())["figures"]["hold"]["kB a waiter"]
     assert set(measured) == {"server", "floor"}
-    assert "stalls: kB" in chart.read_text()
+    assert "a client comes" in chart.read_text()
 
 
 def test_the_help_explains_every_scenario() -> None:

@@ -123,7 +123,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every run")
     parser.add_argument(
-        "--chart", type=Path, metavar="FILE", help="draw lines of several lengths, as SVG"
+        "--chart",
+        type=Path,
+        metavar="FILE",
+        help="draw the CPU time of a client in queues of several lengths, as SVG",
     )
     options = parser.parse_args(arguments)
     if options.peers and options.url:

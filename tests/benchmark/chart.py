@@ -1,4 +1,4 @@
-"""A chart of what one waiter costs.
+"""A chart of the CPU time that one client takes.
 
 A module of its own, for pygal changes how Python imports modules.
 """
@@ -13,20 +13,19 @@ from pygal.style import CleanStyle
 from tests.benchmark.report import Report
 
 LINES = {
-    "comes: CPU µs": ("hold", "CPU µs a waiter", "server"),
-    "comes, floor: CPU µs": ("hold", "CPU µs a waiter", "floor"),
-    "leaves: CPU µs": ("churn", "CPU µs a leaver", "server"),
-    "is released: CPU µs": ("lateness", "CPU µs a release", "server"),
-    "stalls: kB": ("hold", "kB a waiter", "server"),
-    "stalls, floor: kB": ("hold", "kB a waiter", "floor"),
+    "a client comes": ("hold", "CPU µs a waiter", "server"),
+    "a client comes (floor)": ("hold", "CPU µs a waiter", "floor"),
+    "a client disconnects": ("churn", "CPU µs a leaver", "server"),
+    "a client is released": ("lateness", "CPU µs a release", "server"),
 }
 
 
 def draw(reports: list[Report], path: Path) -> None:
-    """Draw an SVG of what one waiter costs, by the length of the line."""
+    """Draw an SVG of the CPU time of one client, by the length of the queue."""
     chart = pygal.Line(
-        title="What it costs that one waiter …, by the length of the line",
-        x_title="waiters",
+        title="CPU time of one client, by the length of the queue",
+        x_title="waiting clients",
+        y_title="microseconds",
         logarithmic=True,
         range=(10, 10_000),
         y_labels=(10, 100, 1_000, 10_000),
@@ -34,7 +33,7 @@ def draw(reports: list[Report], path: Path) -> None:
         style=CleanStyle(background="white", plot_background="white", font_family="sans-serif"),
         js=(),
         legend_at_bottom=True,
-        legend_at_bottom_columns=3,
+        legend_at_bottom_columns=2,
         height=500,
     )
     chart.x_labels = [f"{report.waiters:,}" for report in reports]
