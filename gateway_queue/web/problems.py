@@ -26,6 +26,7 @@ def problem(status: HTTPStatus, detail: str) -> bytes:
 def page(status: HTTPStatus, detail: str) -> bytes:
     """Write the same for a browser."""
     title = f"{status.value} {status.phrase}"
+    hint = "<p>Reload this page, and enter the token as the password, with any user name."
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="color-scheme" content="light dark">'
@@ -33,4 +34,5 @@ def page(status: HTTPStatus, detail: str) -> bytes:
         f"<title>{title}</title><style>body{{font:1.125rem/1.5 system-ui;margin:15vh auto;"
         "max-width:36rem;padding:0 1rem}</style>"
         f"<h1>{title}</h1><p>{html.escape(detail)}</p>"
+        f"{hint if status is HTTPStatus.UNAUTHORIZED else ''}"
     ).encode()
