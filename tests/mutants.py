@@ -321,7 +321,7 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/decisions.lua",
-        "    take_oldest(places, mine, connected, not index and kind == 'n')\n",
+        "    take_oldest(places, mine, has_client and connected or came, is_new)\n",
         "",
         "a client that comes back to another replica has no place there",
         without=MOVES,

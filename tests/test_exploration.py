@@ -76,6 +76,10 @@ FIXED_SEEDS_WITH_BOTS = (
     820000678,
     820001277,
     820001313,
+    850001632,
+    850006519,
+    860000129,
+    860001517,
 )
 """Those above were found before there were several bots."""
 

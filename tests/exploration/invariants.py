@@ -74,12 +74,19 @@ def is_claim_lost(record: Record, call: Call) -> bool:
     """Tell whether the claim of a confirmed ticket is not known any more: an exemption, too.
 
     The process that had it has ended, and it had only its own memory, or Redis has lost data since.
+    Or Redis has lost data, and the process could not reach it for as long as the others waited.
     """
-    at, ended_at = call.answered_at or 0, call.process.ended_at
-    until = at + record.scenario.confirm_seconds + record.scenario.unconfirmed_window
-    if ended_at is None or ended_at >= until:
-        return False
-    return record.scenario.store == "memory" or any(at < loss.at < until for loss in record.losses)
+    scenario, at, process = record.scenario, call.answered_at or 0, call.process
+    until = at + scenario.confirm_seconds + scenario.unconfirmed_window
+    has_ended = process.ended_at is not None and process.ended_at < until
+    if scenario.store == "memory":
+        return has_ended
+    return any(
+        has_ended
+        or not any(loss.at < heard <= loss.at + scenario.lease for heard in process.heard_at)
+        for loss in record.losses
+        if at < loss.at < until
+    )
 
 
 def next_release(record: Record, call: Call) -> float:
@@ -169,7 +176,8 @@ def oldest_replica_first(record: Record) -> str | None:
     def place_of(call: Call) -> tuple[float, float] | None:
         if call.shard in exchanging or call.arrived_at is None:
             return None
-        return call.arrived_at, _connected(record, call.process, call.arrived_at)
+        known_at = _connected(record, call.process, call.arrived_at)
+        return call.arrived_at + _give_or_take(record), known_at
 
     return _younger_first(
         record,
@@ -211,7 +219,8 @@ def _kept_places(record: Record) -> dict[Call, tuple[float, float]]:
             if arrived_at > kept_until:
                 place, known_at = arrived_at, arrived_at
             connected_at = _connected(record, call.process, arrived_at)
-            kept[call] = place, max(known_at, arrived_at + way, connected_at)
+            known_at = max(known_at, arrived_at + way, connected_at)
+            kept[call] = place + _give_or_take(record), known_at
             kept_until, free_at = _kept_until(record, call)
             known_at = max(known_at, free_at)
     return kept
@@ -234,6 +243,18 @@ def _kept_until(record: Record, call: Call) -> tuple[float, float]:
     if ended_at - max(call.arrived_at or 0, process.started_at) < LOOK_SECONDS + 2 * way:
         return -math.inf, 0.0  # Redis may not have heard of it
     return ended_at - LOOK_SECONDS + keeps - way, ended_at + KNOWN_DEAD_SECONDS + way
+
+
+def _give_or_take(record: Record) -> float:
+    """Return by how much younger tickets of other replicas may be that go first.
+
+    With MAX_CONCURRENCY, Redis knows of one waiting ticket for each replica, not for each key.
+    """
+    return record.scenario.window if _is_capped(record) else 0.0
+
+
+def _is_capped(record: Record) -> bool:
+    return record.scenario.has_token and record.scenario.max_concurrency is not None
 
 
 def _arrival(call: Call) -> tuple[float, float] | None:
@@ -278,14 +299,16 @@ def _younger_first(
     """
     if _budget_may_be_spent(record):
         return None
-    is_capped = record.scenario.has_token and record.scenario.max_concurrency is not None
+    is_capped = _is_capped(record)
 
     def compete(call: Call, other: Call, at: float) -> bool:
         adopted = at - record.scenario.window - ADOPTION
         told = call.process.keys_at(at, adopted) | other.process.keys_at(at, adopted)
         if _share_a_key(call, other, told):
             return True
-        return is_capped and _key_opens(record, other, at, but=call) < at - slack
+        # Until others know that a process has ended, its ticket may go before on the other's key.
+        opens = max(_key_opens(record, other, at, but=call), _late_process_forgotten(record, at))
+        return is_capped and opens < at - slack
 
     for call in record.calls:
         at = call.chosen_at

@@ -168,9 +168,15 @@ class Process:
     def _open_link(self) -> Link | None:
         if self.parts[0].bot.scenario.store == "memory":
             return None
-        link = Link(f"redis://{self.number}", count_error=lambda: None)
+        link = Link(
+            f"redis://{self.number}", count_error=lambda: None, observe_round_trip=self._note_answer
+        )
         self.nursery.start_soon(link.run)
         return link
+
+    def _note_answer(self, _seconds: float) -> None:
+        for part in self.parts:
+            part.record.heard_at.append(trio.current_time())
 
     def _report(self, invariant: str, why: str) -> None:
         self.parts[0].bot.record.wrong.append((invariant, why))

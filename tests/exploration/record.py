@@ -63,6 +63,8 @@ class ProcessRecord:
     was_killed: bool = False
     steps: list[tuple[float, Step, Call]] = field(default_factory=list)
     """What its door has seen, in order."""
+    heard_at: list[float] = field(default_factory=list)
+    """When Redis has answered it."""
     keys_told: list[tuple[float, int]] = field(default_factory=list)
     """Discord's ``max_concurrency``, each time that Discord has told it."""
 

@@ -576,15 +576,19 @@ local function set_place(name, shard, kind, came, connected, kept_until, confirm
     mine.came = kind == 'k' and connected or came
     places[#places + 1] = mine
   end
-  local may_take = not mine.kept_until and kept_for > 0
-  if may_take then
-    take_oldest(places, mine, connected, not index and kind == 'n')
+  local has_client, is_new = not mine.kept_until, not index and kind == 'n'
+  if kept_for > 0 and (has_client or is_new) then
+    take_oldest(places, mine, has_client and connected or came, is_new)
   end
   write_places(shard, places)
-  return mine.came, may_take and expects_older(places, mine) or 0
+  return mine.came, has_client and kept_for > 0 and expects_older(places, mine) or 0
 end
 
 -- ---- commands ---------------------------------------------------------------------------------
+
+-- Whether the replica knows this data. If not, its times may be those of another clock; it notices by the
+-- answer, and tells everything again.
+local is_known = seen_since == since
 
 local GRANTED, KEY_CLOSED, SHARD_HELD, QUEUE_CLOSED = 0, 1, 2, 3
 
@@ -655,8 +659,8 @@ local commands = {}
 -- caution: by how much this clock may have been set forward without the replica noticing.
 function commands.claim(number, key, token, its_lease, came_at, useless_at, caution)
   came_at, caution = tonumber(came_at), tonumber(caution)
-  -- A replica that knows other data has to notice first, and a grant that comes late is of no use.
-  if seen_since ~= since or now > tonumber(useless_at) or caution > lease then
+  -- A grant that comes late is of no use.
+  if not is_known or now > tonumber(useless_at) or caution > lease then
     return answer(KEY_CLOSED, glance)
   end
   local verdict, wait = decide(number, key, shard_of(token), came_at, caution)
@@ -724,6 +728,9 @@ end
 -- A replica with a ticket that will claim the key for the first time at some time. A shard that starts too
 -- often has to wait for longer, and others pass it.
 function commands.announce(number, key, shard, came_at, asks_at, caution)
+  if not is_known then
+    return answer(KEY_CLOSED, 0)
+  end
   asks_at = asks_again_at(tonumber(asks_at), tonumber(caution))
   local held = shard_wait(shard, number, key)
   if now + held > asks_at then
@@ -745,8 +752,8 @@ end
 -- Changed places of this replica: NUMBER SHARD KIND CAME CONNECTED KEPT_UNTIL CONFIRM
 -- HELD_UNTIL, where KIND is e for a place that has ended. Returns two numbers for each, see set_place().
 function commands.share()
-  if seen_since ~= since then
-    return answer(GRANTED, 0) -- the replica notices, and tells all its places again as new ones
+  if not is_known then
+    return answer(GRANTED, 0)
   end
   local told = {}
   for i = FIRST_ARGUMENT, #ARGV do
@@ -813,7 +820,7 @@ end
 
 function commands.update_budget(total, remaining, resets_at, asked_at)
   local known = tonumber(redis.call('HGET', state, 'asked_at') or 0)
-  if tonumber(asked_at) >= known then
+  if is_known and tonumber(asked_at) >= known then
     redis.call('HSET', state, 'total', total, 'remaining', remaining,
       'resets_at', resets_at, 'asked_at', asked_at)
   end
@@ -847,7 +854,7 @@ end
 
 -- Counts starts that this server may have lost: their tokens and times.
 function commands.restore()
-  for i = FIRST_ARGUMENT, #ARGV, 2 do
+  for i = FIRST_ARGUMENT, is_known and #ARGV or 0, 2 do
     count_start(ARGV[i], tonumber(ARGV[i + 1]))
   end
   return answer(GRANTED, 0)
