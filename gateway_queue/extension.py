@@ -1,4 +1,4 @@
-"""What the app and our server say to each other beside ASGI."""
+"""The extension of ASGI by which the app tells this package's server which requests are tickets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with something that the queue depends on."""
+"""A fault of the store or of Discord's API."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Fault:
     reason: str
     since: float
     retry_at: float
-    """When it is tried again."""
+    """When the next try is."""
 
     def __str__(self) -> str:
         return self.reason
 
 
 def next_fault(former: Fault | None, reason: str, now: float, retry_in: float) -> Fault:
-    """Note a failure: the first one of an outage says since when it lasts."""
+    """Return the fault after one more failure; the outage began with the first one."""
     return Fault(reason, former.since if former else now, now + retry_in)

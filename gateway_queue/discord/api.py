@@ -28,7 +28,7 @@ REQUEST_SECONDS = 30.0
 
 
 Outcome = Literal["answered", "rejected_token", "rate_limited", "failed"]
-"""What became of a request."""
+"""The outcome of a request."""
 
 
 class BadToken(Exception):

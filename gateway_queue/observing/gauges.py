@@ -1,4 +1,4 @@
-"""What ``/metrics`` shows of the moment in which it is asked."""
+"""The gauges of ``/metrics``, computed at each scrape."""
 
 from __future__ import annotations
 

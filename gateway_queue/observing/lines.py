@@ -81,7 +81,7 @@ def shortened(text: str, longest: int) -> str:
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Escape what a terminal would take for a command."""
+    """Escape characters that a terminal takes as a command."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() or one in keep else ascii(one)[1:-1] for one in text)

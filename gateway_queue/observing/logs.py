@@ -72,7 +72,7 @@ def _renderer(log_format: str) -> structlog.typing.Processor:
 
 
 def _seldom(seconds: float) -> Callable[[logging.LogRecord], bool]:
-    """Let one line through in a while, without its traceback."""
+    """Pass one line per interval, without its traceback."""
     next_at = -math.inf
 
     def passes(record: logging.LogRecord) -> bool:

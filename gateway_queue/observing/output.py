@@ -16,7 +16,7 @@ PIPE_BUF = select.PIPE_BUF
 class Output(logging.Handler):
     """Writes lines to a descriptor. Those that it does not take at once are lost, and counted.
 
-    Nobody may read stderr, or not fast enough. A write would stop the event loop then, and with it
+    Stderr may not be read, or not fast enough. A write would then stop the event loop, and with it
     all releases.
 
     Args:

@@ -57,7 +57,7 @@ class Identified:
     at: float
     """When it confirmed, on :func:`trio.current_time`."""
     seconds: float
-    """Since the answer."""
+    """Seconds since the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class NotConfirmed:
 
 @dataclass(frozen=True, slots=True)
 class SlotTooLate:
-    """The store took so long to grant a claim that it could not be used."""
+    """The store granted a claim too late to use it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class Place:
 
     @property
     def is_away(self) -> bool:
-        """Whether it has no client."""
+        """Whether no client has it now."""
         return self.ticket is None
 
     @property
@@ -100,7 +100,7 @@ class Lane:
     def __init__(self, rate_limit_key: int) -> None:
         self.rate_limit_key = rate_limit_key
         self.opens_at = -math.inf
-        """When the key opens, as far as the dispatcher knows."""
+        """When the key opens, to the dispatcher's knowledge."""
         self.claim_at = -math.inf
         """When to claim next: when the key opens, or earlier if something has changed."""
         self.identifying: Identifying | None = None

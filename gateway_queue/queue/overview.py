@@ -28,12 +28,12 @@ class TicketStatus:
     shard: int | None
     state: Literal["waiting", "away", "held"]
     position: int
-    """From 1. Tickets that are away or held keep their position, and others pass them."""
+    """Counted from 1. Tickets that are away or held keep their position, and others pass them."""
     waited: float
     eta: float
     """Seconds until its turn, if the queue does not change; infinite if not known."""
     replica: str | None
-    """Where it waits; None if there is one server only."""
+    """The replica where it waits; None without Redis."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class IdentifyingStatus:
 
     shard: int | None
     seconds: float
-    """Since the answer."""
+    """Seconds since the answer."""
 
 
 @dataclass
@@ -51,11 +51,11 @@ class LaneStatus:
 
     rate_limit_key: int
     waiting: int
-    """How many clients are here, or at other replicas."""
+    """Clients that wait, at this and at other replicas."""
     held: int
     away: int
     opens_in: float
-    """Until its next slot; infinite if not known."""
+    """Seconds until the key opens; infinite if not known."""
     identifying: IdentifyingStatus | None
     """The shard that has its answer but has not confirmed it yet."""
     tickets: list[TicketStatus]

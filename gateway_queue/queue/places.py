@@ -97,11 +97,11 @@ class Places:
 
 
 def _index(places: list[Place], place: Place) -> int | None:
-    """Find a place; one that came while none was kept is not there."""
+    """Find a place; one that was made while ``place_seconds`` was 0 is not listed."""
     index = bisect_left(places, place.order, key=_order)
     return index if index < len(places) and places[index] is place else None
 
 
 def _occupied(places: list[Place]) -> int:
-    """Count the places of a shard that clients have."""
+    """Count the places of a shard that have a client."""
     return bisect_left(places, True, key=lambda place: place.ticket is None)

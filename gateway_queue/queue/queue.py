@@ -43,7 +43,7 @@ class Answered:
 
     ticket: Ticket
     at: float
-    """When it was out (:func:`trio.current_time`)."""
+    """When the answer was written (:func:`trio.current_time`)."""
     outcome: trio.MemoryReceiveChannel[float]
     """Yields the time of the confirmation, if there is one."""
 
@@ -329,7 +329,7 @@ class Queue:
                 gate.admit_next()
 
     def _wait(self, lane: Lane, place: Place, refusal: Refusal) -> None:
-        """Note when it makes sense to claim again."""
+        """Note when to claim again."""
         now = trio.current_time()
         if refusal.concerns == "shard":
             lane.retry_claim()

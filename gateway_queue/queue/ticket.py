@@ -195,4 +195,4 @@ class UnpacedTicket:
         return self._queue.store.rules.confirm_seconds
 
     def answered(self) -> None:
-        """Do nothing: no window starts."""
+        """Do nothing, because no window starts."""

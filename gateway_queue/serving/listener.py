@@ -8,7 +8,7 @@ import socket
 from gateway_queue.settings import BadSetting
 
 NOT_HERE = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
-"""Errors of an address that a name has, but this machine has not, as without IPv6."""
+"""Errors of an address that this machine does not have, for example without IPv6."""
 
 
 def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
@@ -42,7 +42,7 @@ def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
 
 
 def address(listener: socket.socket) -> str:
-    """Write where a socket listens."""
+    """Return the address of a listening socket as text."""
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

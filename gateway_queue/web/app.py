@@ -45,8 +45,8 @@ OF_ONE_BOT = frozenset({"/status", "/dashboard", "/events"})
 ENDPOINTS = PUBLIC | OF_ONE_BOT | {"/metrics", "/favicon.ico"}
 
 LISTENING_SECONDS = 3600
-"""How long a page gets events until it has to ask anew. So one that is there only in name, as
-HTTP/2 allows, is not there for ever."""
+"""How long a page gets events until it has to ask again. This ends the events of a page that does
+not read them, which HTTP/2 allows."""
 
 
 class GatewayQueue(QuartTrio):
@@ -218,7 +218,7 @@ class GatewayQueue(QuartTrio):
             self._fail("the queue has failed, see the log")
 
     def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
-        """Find routes whatever host a client names: some names are none to Werkzeug."""
+        """Find routes for any host: Werkzeug refuses some names."""
         if request is None:
             return super().create_url_adapter(request)
         return self.url_map.bind("", path_info=request.path, default_method=request.method)
@@ -230,7 +230,7 @@ async def healthz() -> dict[str, str]:
 
 
 async def favicon() -> Response:
-    """Answer browsers, which ask for this by themselves."""
+    """Answer browsers, which request this icon with every page."""
     response = Response(icon(), mimetype="image/svg+xml")
     response.headers["Cache-Control"] = "max-age=86400"
     return response

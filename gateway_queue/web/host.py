@@ -13,7 +13,7 @@ from gateway_queue.web.problems import RequestError
 
 
 class OtherHost(RequestError):
-    """A request names a host that this machine may not be."""
+    """A request names a host that is not this machine."""
 
     status = HTTPStatus.MISDIRECTED_REQUEST
 

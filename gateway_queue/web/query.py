@@ -48,7 +48,7 @@ def shard_in(query: bytes) -> int | None:
 
 
 def bots_in(query: bytes) -> set[str]:
-    """Read the names of bots in a raw query string; most often there is none."""
+    """Read the names of bots in a raw query string."""
     if b"bot" not in query and b"%" not in query:
         return set()
     return {value for name, value in _parameters(query) if name == "bot"}

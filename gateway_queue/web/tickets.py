@@ -36,7 +36,7 @@ JSON = ((b"content-type", b"application/json"),)
 END: HTTPResponseBodyEvent = {"type": "http.response.body", "body": b"", "more_body": False}
 
 ANSWER_SECONDS = 0.8
-"""A client whose connection does not take the answer within this time keeps others waiting."""
+"""The longest that the write of an answer may take: the next ticket waits for it."""
 
 
 REFUSED_SECONDS = 1.5
@@ -44,7 +44,7 @@ REFUSED_SECONDS = 1.5
 
 
 class NoRoom(Exception):
-    """As many tickets wait as may."""
+    """``MAX_WAITING`` tickets wait already."""
 
 
 class Turns(Protocol):
@@ -100,7 +100,7 @@ class TicketRequest:
                 await self._end_http_1()
 
     async def _stall(self, turns: Turns, shard: int | None, *, confirm: bool) -> None:
-        """Stall, answer, and end."""
+        """Wait for the turn, answer, and end the exchange."""
         came_at, is_answered = trio.current_time(), False
         try:
             await self._note_stall()

@@ -33,7 +33,7 @@ READ_BYTES = 2**15
 """How much is read in one step."""
 
 PROBES_MAX = 4
-"""How often a connection is probed for a client that may just have left."""
+"""The most probes of one connection before an answer."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ProbeClient(Event):
 
 
 class WaitForTurn(Event):
-    """There is more to handle of what was read."""
+    """A part of what was read is still to be handled."""
 
 
 class HoldsTicket(Event):
@@ -70,7 +70,7 @@ class Connection(TCPServer):
         self.idle_task: _Idle = _Idle(config.keep_alive_timeout)
         self._scope = trio.CancelScope()
         self._turn: trio.CancelScope | None = None
-        """Set while what has come waits for its turn."""
+        """Set while data that can be read waits for its turn."""
         # Hypercorn's type says that there always is TLS.
         self._transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
 
@@ -124,7 +124,7 @@ class Connection(TCPServer):
         return data
 
     async def _take_turn(self) -> None:
-        """Wait for a turn to handle what has come; a probe of the client ends the wait.
+        """Wait for a turn to read; a probe of the client ends the wait.
 
         A client that hangs up leaves at once.
         """

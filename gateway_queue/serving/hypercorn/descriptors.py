@@ -1,4 +1,4 @@
-"""Keeps descriptors free for new connections, with few of them at hand."""
+"""Keeps file descriptors free for new connections when the limit of the process is low."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trio.lowlevel import RunVar
 log = structlog.stdlib.get_logger(__name__)
 
 OTHERS = 40
-"""Descriptors of the process that are no connections."""
+"""File descriptors that the process needs for other things than connections."""
 
 RESERVED_PART, RESERVED_MAX = 0.25, 1000
 """How much of the other descriptors is kept for connections without a ticket."""
@@ -54,7 +54,7 @@ class Descriptors:
         self._with_ticket.discard(connection)
 
     def hold(self, connection: Closable) -> bool:
-        """Keep a connection that has a ticket now, or tell that there are too many of them."""
+        """Keep a connection because it has a ticket now; return false if too many have one."""
         if connection not in self._with_ticket:
             if len(self._with_ticket) >= self._tickets_max:
                 log.warning("too few descriptors for all tickets: raise the limit of open files")
@@ -64,7 +64,7 @@ class Descriptors:
         return True
 
     def note_request(self, connection: Closable) -> None:
-        """Let a connection be the youngest one, if it has no ticket."""
+        """Count a connection without a ticket as the youngest one."""
         if connection in self._without_ticket:
             del self._without_ticket[connection]
             self._without_ticket[connection] = None
@@ -80,7 +80,7 @@ _descriptors = RunVar[Descriptors]("descriptors")
 
 
 def descriptors() -> Descriptors:
-    """Return those of this process."""
+    """Return the connections of this process."""
     try:
         return _descriptors.get()
     except LookupError:

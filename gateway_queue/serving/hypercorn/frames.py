@@ -31,7 +31,7 @@ LITTLE = 256
 
 
 class Excess(Exception):
-    """A client sends too many frames for what they do."""
+    """A client sends too many frames that carry nothing."""
 
 
 class Frames:
@@ -47,11 +47,11 @@ class Frames:
         self._counted_at = trio.current_time()
 
     def add(self, data: bytes) -> None:
-        """Take in what has been read."""
+        """Add data that was read."""
         self._unread += data
 
     def next_step(self) -> bytes | None:
-        """Return what to parse next, None if no whole frame has come.
+        """Return the next part to parse; None without a whole frame.
 
         A GOAWAY is not among them: after it, h2 would send no answer.
 

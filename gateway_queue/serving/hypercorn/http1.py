@@ -79,7 +79,7 @@ class HTTP1(H11Protocol):
         return not self._is_closed and isinstance(self.stream, Stream) and not self.stream.is_ticket
 
     async def _handle_events(self) -> None:
-        """Parse what has come, and go on to read when h11 pauses.
+        """Parse what was read, and continue to read when h11 pauses.
 
         h11 pauses after CONNECT, after a request that offers an upgrade, and when bytes follow a
         request that still stalls. While Hypercorn waits for the end of a pause it does not read,
@@ -107,7 +107,7 @@ class HTTP1(H11Protocol):
         return head.count(b"\n", 0, end.start() if end else len(head)) > HEADERS_MAX
 
     async def _maybe_recycle(self) -> None:
-        """Get ready for the next request, and read it if it has come during a pause.
+        """Get ready for the next request, and parse it if it was read during a pause.
 
         Quart cancels the task that has sent an answer, so this is shielded.
         """
@@ -184,7 +184,7 @@ class HTTP1(H11Protocol):
         await self.send(RawData(data))
 
     async def _send_error_response(self, status_code: int) -> None:
-        """Answer what is no request at all; otherwise close without an answer.
+        """Answer data that is not a request; close without an answer after other errors.
 
         The others are: 501 for a transfer coding that h11 does not know, 400 for a broken body
         behind a request that stalls.

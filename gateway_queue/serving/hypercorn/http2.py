@@ -34,7 +34,7 @@ IGNORED = (
     h2.events.PingReceived,
     h2.events.UnknownFrameReceived,
 )
-"""Nothing is done about these."""
+"""Events that need no reaction."""
 
 
 class Buffer(StreamBuffer):
@@ -106,9 +106,9 @@ class HTTP2(H2Protocol):
             await self.send(Updated(idle=True))
 
     async def handle(self, event: Event) -> None:
-        """Parse what has come in steps, and end the answers of a closed connection.
+        """Parse what was read in steps, and end the responses of a closed connection.
 
-        Their senders would wait for ever.
+        The tasks that send them would never end.
         """
         if isinstance(event, RawData):
             await self._handle_steps(event.data)
@@ -165,7 +165,7 @@ class HTTP2(H2Protocol):
                 raise ClientGone
 
     async def _end(self, stream_id: int, *, is_answered: bool) -> None:
-        """Reset a stream without an answer, or with the rest of an upload that nobody needs."""
+        """Reset a stream that has no answer, or whose upload is not needed any more."""
         stream = self.streams.get(stream_id)
         if stream is not None and not is_answered:
             await self._reset(stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
@@ -179,7 +179,7 @@ class HTTP2(H2Protocol):
         await self._window_updated(stream_id)  # drops what is left to send
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
-        """Handle all events of a step, and look once for what new windows let through."""
+        """Handle all events of a step, then continue the responses that larger windows allow."""
         are_windows_larger = False
         for event in events:
             if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
@@ -195,7 +195,7 @@ class HTTP2(H2Protocol):
         await self._flush()
 
     async def _continue_responses(self) -> None:
-        """Go on with what is left to write; Hypercorn looks at each stream that stalls."""
+        """Continue unfinished responses; Hypercorn looks at each stalled stream instead."""
         for stream_id, buffer in self.stream_buffers.items():
             if buffer.has_more:
                 self.priority.unblock(stream_id)

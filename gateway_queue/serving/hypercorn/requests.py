@@ -64,7 +64,7 @@ class _ClientSide:
         self._here = trio.CancelScope()
         self._fully_read = trio.Event()
         self._parts = 0
-        """How many parts of the body have come."""
+        """How many parts of the body were read."""
 
     async def serve(
         self,
@@ -87,7 +87,7 @@ class _ClientSide:
         await send(None)
 
     async def notice(self, event: ASGIReceiveEvent) -> None:
-        """Take what the connection has read."""
+        """Handle what the connection has read of the request."""
         if event["type"] == "http.disconnect":
             self._here.cancel()
         elif event["type"] == "http.request" and not event["more_body"]:
@@ -101,7 +101,7 @@ class _ClientSide:
         await trio.lowlevel.checkpoint()
 
     async def _receive(self) -> ASGIReceiveEvent:
-        """Wait for the end of the body, and tell the app of an empty one; after that, for ever."""
+        """Return an empty body once the request's body has ended; a second call never returns."""
         await self._fully_read.wait()
         self._fully_read = trio.Event()
         return {"type": "http.request", "body": b"", "more_body": False}

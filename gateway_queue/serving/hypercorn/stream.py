@@ -35,7 +35,7 @@ class Stream(HTTPStream):
         self.is_ticket = False
         """Whether this request stalls, rather than being answered at once."""
         self.is_whole = False
-        """Whether all of the request has come."""
+        """Whether the whole request was read."""
 
     async def handle(self, event: Event) -> None:
         """Let the app say, before it starts, that this request is a ticket."""
@@ -75,6 +75,6 @@ class Flush(Event):
 
 
 def deadline() -> float:
-    """Return until when the caller waits; one that is cancelled has no deadline."""
+    """Return the deadline of the caller; infinite if it is cancelled already."""
     deadline = trio.current_effective_deadline()
     return math.inf if deadline == -math.inf else deadline

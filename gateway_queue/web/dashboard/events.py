@@ -25,7 +25,7 @@ Subject = TypeVar("Subject", bound=Hashable)
 
 
 class Feeds(Generic[Subject]):
-    """Writes the events of each subject that anybody listens to.
+    """Writes the events of each subject that has listeners.
 
     Args:
       write: makes the text of an event; None ends the events of a subject that is gone.
@@ -59,7 +59,7 @@ class Feeds(Generic[Subject]):
 
 
 class _Feed:
-    """Writes an event a second while anybody listens.
+    """Writes one event per second while there are listeners.
 
     A slow listener misses the events that come meanwhile. So no other listener waits for it,
     and nothing is kept for one.

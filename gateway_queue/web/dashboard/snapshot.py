@@ -40,7 +40,7 @@ ASIDE_MAX, IDENTIFYING_MAX, FREQUENT_MAX = 20, 10, 5
 
 @dataclass(frozen=True)
 class Condition:
-    """How something is that the queue depends on."""
+    """The state of the store, or of Discord's API."""
 
     name: str
     state: str
