@@ -111,7 +111,7 @@ class Service:
         self._start_following()
 
     def stop(self) -> None:
-        """Let go all clients that wait, without an answer, and end."""
+        """Close the connections of all waiting clients without an answer, and end."""
         self.queue.dismiss()
         self._nursery.cancel_scope.cancel()
 
@@ -128,7 +128,7 @@ class Service:
         return store
 
     def _send_away(self) -> None:
-        """Let clients ask another replica, which can release them."""
+        """Close the connections of waiting clients, which then ask another replica."""
         if len(self.queue):
             log.warning("waiting clients are sent to other replicas", clients=len(self.queue))
             self.queue.send_away()
@@ -146,7 +146,7 @@ class Service:
         self._nursery.start_soon(self._follow, self.limits, self._following)
 
     async def _follow(self, limits: Limits, scope: trio.CancelScope) -> None:
-        """Keep within the limits that Discord gives the bot."""
+        """Follow the limits that Discord gives the bot."""
         with scope:
             try:
                 await limits.run()

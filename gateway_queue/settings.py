@@ -35,7 +35,7 @@ class BadSetting(ValueError):
 
 
 class _Problem(ValueError):
-    """What is wrong with a value, for its message, which does not show the value."""
+    """A value is wrong; the message says why, without the value."""
 
 
 def _host(text: str) -> str:
@@ -109,7 +109,7 @@ _CERTIFICATES = {
     "ssl_cert_reqs": "none|optional|required",
 }
 REDIS_OPTIONS = {"redis": _DATABASE, "rediss": _DATABASE | _CERTIFICATES, "unix": _DATABASE}
-"""What may follow a question mark in a URL of each scheme, and the form of its value."""
+"""The options of a URL by scheme, and the form of their values."""
 
 
 def _check_redis_options(scheme: str, query: str) -> None:

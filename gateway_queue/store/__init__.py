@@ -28,7 +28,7 @@ Source = Literal["discord", "configured"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What every store holds to."""
+    """The rules of a bot's queue, for its store."""
 
     window: float
     """Seconds between two IDENTIFYs of one key, as Discord demands."""
@@ -57,14 +57,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class Claim:
-    """A key that is the caller's, for one release."""
+    """A key that is reserved for one release of the caller."""
 
     key: int
     max_concurrency: int
     """The number of rate limit keys when it was claimed."""
     shard: int | None
     confirm: bool = False
-    """Whether the client will say when it has identified."""
+    """Whether the client confirms its IDENTIFY."""
     begin_by: float = math.inf
     """Until when an answer may begin (:func:`trio.current_time`)."""
     answer_by: float = math.inf
@@ -89,7 +89,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class DiscordBudget:
-    """The session starts that Discord grants, as it has said at some time.
+    """The session starts that Discord grants, from one answer of its API.
 
     Times are of :func:`trio.current_time`.
     """
@@ -107,10 +107,10 @@ class SessionStarts:
 
     used: int
     total: int | None
-    """How many there may be; None where no limit is known."""
+    """The day's limit; None if it is not known."""
     enforced: bool
     resets_in: float
-    """Seconds until some of those used are free again."""
+    """Seconds until some of the used starts are available again."""
     resumes_in: float
     """Seconds until shards may start again if none is left: later than Discord's reset, because a
     start at the very reset may count for the day before."""
@@ -127,14 +127,14 @@ class SessionStarts:
 
 
 class Standing(Protocol):
-    """A place in the queue, as other replicas have to know it.
+    """A place in the queue, as far as other replicas need it.
 
     Times are of :func:`trio.current_time`.
     """
 
     @property
     def number(self) -> int:
-        """Identifies the place among those of this replica."""
+        """Identifies the place at this replica."""
 
     @property
     def shard(self) -> int | None:
@@ -142,7 +142,7 @@ class Standing(Protocol):
 
     @property
     def since(self) -> float:
-        """What places are sorted by, see :meth:`WindowStore.place_time`."""
+        """The time by which places are sorted, see :meth:`WindowStore.place_time`."""
 
     @property
     def joined_at(self) -> float:
@@ -173,7 +173,7 @@ class DistantPlace:
     """The replica where its client waits, or has waited."""
     shard: int | None
     since: float
-    """What places are sorted by, see :meth:`WindowStore.place_time`."""
+    """The time by which places are sorted, see :meth:`WindowStore.place_time`."""
     joined_at: float
     is_away: bool
     expires_at: float
@@ -200,7 +200,7 @@ class Line:
     elsewhere: list[DistantPlace]
     """The places that are away, and those whose clients wait at other replicas."""
     opens_at: dict[int, float]
-    """When keys open, as far as that is known."""
+    """When each key opens, if that is known."""
     identifying: dict[int, Identifying]
     """The shards that are identifying after an answer of another replica, by their keys."""
 
@@ -219,7 +219,7 @@ class WindowStore(Protocol):
 
     @property
     def rules(self) -> Rules:
-        """What the store holds to."""
+        """The current rules."""
 
     @property
     def fault(self) -> Fault | None:
@@ -256,7 +256,7 @@ class WindowStore(Protocol):
         """
 
     async def withdraw(self, key: int) -> None:
-        """Tell other replicas that no ticket waits here for a key."""
+        """Tell other replicas that no ticket waits for a key at this one."""
 
     def place_time(self) -> float:
         """Return the time of a place that begins now: seconds of a clock that all replicas share.
@@ -278,13 +278,13 @@ class WindowStore(Protocol):
         """Tell other replicas that a place has ended."""
 
     async def line(self) -> Line | None:
-        """Look at the places of all replicas; None if there are no others, or if it cannot tell."""
+        """Return the places of all replicas; None without Redis, or if they are not known."""
 
     async def retire(self) -> None:
         """Let other replicas take over all places from now on, because this replica stops."""
 
     def change_rules(self, rules: Rules) -> None:
-        """Hold to other rules from now on.
+        """Change the rules.
 
         What is known of earlier releases stays, and no key opens for one window of the new rules.
         Claims of before stay good.
@@ -298,7 +298,7 @@ class WindowStore(Protocol):
         """
 
     async def update_budget(self, budget: DiscordBudget) -> None:
-        """Take over what Discord says of the day's session starts."""
+        """Set the day's session starts that Discord grants."""
 
     @property
     def starts_by_shard(self) -> StartsByShard:

@@ -38,7 +38,7 @@ class Budget:
         self._configured = limit or None
 
     def change(self, window: float, limit: int | None) -> None:
-        """Hold to other figures, see the constructor. The starts of before stay counted."""
+        """Change the limit, see the constructor. Earlier starts stay counted."""
         self._set(window, limit)
         if self._discord_budget is None:
             self._starts = deque(self._starts, maxlen=limit or USUAL_TOTAL)
@@ -52,7 +52,7 @@ class Budget:
         return 0.0
 
     def give_back(self) -> None:
-        """Return a claimed start that did not come about."""
+        """Uncount a claimed start that was not used."""
         self._claimed -= 1
 
     def start(self, at: float) -> None:

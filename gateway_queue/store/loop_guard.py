@@ -22,7 +22,7 @@ class LoopGuard:
         self._starts: OrderedDict[int | None, deque[float]] = OrderedDict()
 
     def change(self, free_starts: int) -> None:
-        """Hold to another number, see the constructor. The starts of before stay counted."""
+        """Change the number, see the constructor. Earlier starts stay counted."""
         self._free_starts = free_starts
 
     def wait(self, shard: int | None, now: float) -> float:

@@ -21,12 +21,12 @@ class Pace:
         """When the window after each release is over."""
 
     def change(self, window: float, most: int | None) -> None:
-        """Hold to other figures, see the constructor. The releases of before stay counted."""
+        """Change the limits, see the constructor. Earlier releases stay counted."""
         self._window = window
         self._most = most
 
     def wait(self, now: float) -> float:
-        """Return how long no key may be claimed, 0 if one may be now."""
+        """Return for how many seconds no key may be claimed; 0 if a key may be claimed now."""
         while self._over_at and self._over_at[0] <= now:
             del self._over_at[0]
         if self._most is None or len(self._over_at) + self._claimed < self._most:

@@ -40,7 +40,7 @@ class StartsByShard:
         self._forget_old()
 
     def remove(self, token: Hashable) -> None:
-        """Uncount a start that did not come about."""
+        """Uncount a start that was not used."""
         if token in self._starts:
             _, shard = self._starts.pop(token)
             self._uncount(shard)

@@ -55,7 +55,7 @@ class Windows:
         self._note(claim, -math.inf)
 
     def regroup(self, max_concurrency: int, now: float) -> None:
-        """Carry all that is closed over to another number of keys."""
+        """Change the number of keys; the closed keys of the former number stay closed."""
         for key, until in self._closed.items():
             self._former[self._max_concurrency, key] = until
         self._forget_former(now)

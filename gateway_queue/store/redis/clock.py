@@ -1,4 +1,4 @@
-"""The clock of the Redis server, as seen from here."""
+"""The clock of the Redis server, compared with the clock of this replica."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ServerClock:
         return self._most - self._former_least[0][0]
 
     def remember(self, memory: float) -> None:
-        """Make the memory longer, if it is shorter, see the constructor."""
+        """Remember earlier comparisons for at least some seconds, see the constructor."""
         self._memory = max(self._memory, memory)
 
     def at(self, time: float) -> int:
@@ -81,7 +81,7 @@ class ServerClock:
         return round((time + self._most) * MICROSECONDS)
 
     def when(self, shown: int) -> float:
-        """Return at which time of ours the server's clock shows something, in microseconds."""
+        """Return when the server's clock shows a time, which is in microseconds."""
         return shown / MICROSECONDS - self._offset
 
     def _remember(self, now: float) -> None:

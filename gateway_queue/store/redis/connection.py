@@ -30,9 +30,9 @@ GLANCE_KEYS = KEYS[:3]
 
 
 class Unreachable(Exception):
-    """Redis has not answered, or not as it should; the message says why.
+    """Redis has not answered, or with an error; the message says why.
 
-    What it was asked to do may have been done all the same.
+    The command may have been carried out.
     """
 
 
@@ -112,7 +112,7 @@ class Connection:
           arguments: of the command.
 
         Raises:
-          Unreachable: there is no answer, and to nothing else will there be one.
+          Unreachable: there is no answer; the connection is lost.
         """
         keys = [f"{prefix}:{key}" for key in KEYS]
         script = (self._script, len(keys), *keys)
@@ -165,13 +165,13 @@ class Connection:
         return {TCPLocation(host.decode(), port) for host, port, *_ in nodes if host}
 
     def lose(self, reason: str) -> None:
-        """Use it no more."""
+        """Use this connection no more."""
         if not self.lost.is_set():
             self.reason = reason
             self.lost.set()
 
     def close(self, reason: str) -> NoReturn:
-        """Use it no more.
+        """Use this connection no more.
 
         Raises:
           Unreachable: with the first reason to do so.

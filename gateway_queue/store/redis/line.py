@@ -28,7 +28,7 @@ PLACES_AT_ONCE = 100
 """Places in one command: a long one would make the other replicas wait."""
 
 ASK_AGAIN_SECONDS = 0.1
-"""After so long, another replica has mostly noticed that a client has left it for this one."""
+"""Within this time, another replica mostly notices that a client has moved to this one."""
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class _Shared:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What the server is told of one place."""
+    """One place, as the server is told of it."""
 
     number: int
     shard: int | None
@@ -101,7 +101,7 @@ class SharedLine:
             self._has_changes.set()
 
     def close(self) -> None:
-        """Note no more changes: from now on, all places are for other replicas."""
+        """Note no more changes, because other replicas take over all places."""
         self._is_closed = True
 
     @property
@@ -111,11 +111,11 @@ class SharedLine:
 
     @property
     def is_behind(self) -> bool:
-        """Whether there is something to tell."""
+        """Whether the server has to be told of a change."""
         return bool(self._changed or self._ended)
 
     async def has_changes(self) -> None:
-        """Wait until there is something to tell."""
+        """Wait until the server has to be told of a change."""
         while not self.is_behind:
             self._has_changes = trio.Event()
             with trio.move_on_at(self._ask_again_at):
@@ -125,7 +125,7 @@ class SharedLine:
                 self._ask_again(self._newly_expecting)
 
     def changes(self, clock: ServerClock) -> list[Change]:
-        """Take the next changes to tell, at most as many as one command may have."""
+        """Return the next changes for one command, and forget them."""
         ended = list(islice(self._ended.items(), PLACES_AT_ONCE))
         changed = list(islice(self._changed, PLACES_AT_ONCE - len(ended)))
         for number, _ in ended:

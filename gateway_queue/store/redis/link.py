@@ -24,22 +24,22 @@ FIRST_RETRY, LONGEST_RETRY = 0.1, 1.0
 """Seconds between two tries to connect, each time twice as many."""
 
 LOOK_SECONDS = 1.0
-"""How often at least to look after the data of each bot."""
+"""The longest time between two checks of a bot's data."""
 
 RESTING_AT_ONCE = 250
-"""Resting stores in one command: a long one would make releases wait."""
+"""The most resting stores in one command: a long command delays releases."""
 
 TURN_SECONDS = 0.001
-"""Time between two stores that look after their data: a release never waits for hundreds."""
+"""Time between the checks of two stores, so that a release does not wait for hundreds of them."""
 
 log = structlog.stdlib.get_logger(__name__)
 
 
 class Resting(Protocol):
-    """A store that has nothing to do, and need not look after its data by itself."""
+    """An idle store, whose data the link checks."""
 
     def known(self) -> Known:
-        """Tell what the store knows of its data."""
+        """Return what the store knows of its data."""
 
     def note_answer(self, now: int, asked_at: float, answered_at: float) -> None:
         """Compare the server's clock and speed, see :meth:`ServerClock.agrees`.
@@ -49,7 +49,7 @@ class Resting(Protocol):
         """
 
     def wake(self) -> None:
-        """Let the store look after its data."""
+        """Let the store check its data."""
 
 
 class Link:
@@ -105,14 +105,14 @@ class Link:
         return self._servers.overlap
 
     async def turn(self) -> None:
-        """Wait until a store may look after its data."""
+        """Wait until a store may check its data."""
         at = max(trio.current_time(), self._free_at)
         self._free_at = at + TURN_SECONDS
         await trio.sleep_until(at)
 
     @contextmanager
     def resting(self, store: Resting) -> Iterator[None]:
-        """Look after a store's data meanwhile, with one command for all stores that rest."""
+        """Check a store's data meanwhile, with one command for all resting stores."""
         self._resting[store] = None
         try:
             yield

@@ -17,7 +17,7 @@ this time and a window."""
 GRANTED = 0
 
 CONCERNS: dict[int, Literal["shard", "key", "queue"]] = {1: "key", 2: "shard", 3: "queue"}
-"""What a claim with another verdict has to wait for."""
+"""What has to wait after a refusal, by its verdict."""
 
 
 class ScriptReply(NamedTuple):
@@ -85,7 +85,7 @@ class Lease(NamedTuple):
 
 
 def words(claim: Claim | Lease) -> tuple[int, int, str]:
-    """Name a claim as the script does."""
+    """Return the arguments by which the script identifies a claim."""
     return claim.max_concurrency, claim.key, claim.token
 
 
@@ -104,5 +104,5 @@ def shard_of(token: str) -> int | None:
 
 
 def microseconds(seconds: float) -> int:
-    """Round up: nothing may be early."""
+    """Convert to microseconds, rounded up, so that no release is early."""
     return math.ceil(seconds * MICROSECONDS)

@@ -1,4 +1,4 @@
-"""Where a link finds its server: at a URL, in a cluster, or where sentinels say."""
+"""How a link finds its server: by a URL, in a cluster, or through sentinels."""
 
 from __future__ import annotations
 

@@ -66,10 +66,10 @@ RESTORE_SECONDS = 2 * LOOK_SECONDS + FIRST_RETRY
 the session starts that it knows."""
 
 LIST_SECONDS = 0.5
-"""How long a list of all places is used, however many ask for it."""
+"""How long a list of all places is reused."""
 
 RETIRE_SECONDS = 0.5
-"""The longest that the last commands may take when the server stops."""
+"""The longest time for the last commands when this server stops."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -229,7 +229,7 @@ class RedisStore:
         return self._trusted_at if self._is_caught_up else math.inf
 
     def _may_rest(self, connection: Connection) -> bool:
-        """Tell whether there is nothing to do."""
+        """Tell whether the link can check the data instead, because there is nothing else to do."""
         return (
             self._is_quiet
             and self._is_quick
@@ -242,7 +242,7 @@ class RedisStore:
         )
 
     async def _rest(self) -> None:
-        """Leave the data to the link until it changes."""
+        """Let the link check the data until it changes."""
         self._awake = trio.Event()
         resumes_in = self.session_starts().resumes_in  # then other figures hold
         with self._link.resting(self), trio.move_on_after(min(REST_SECONDS, resumes_in)):
@@ -374,7 +374,7 @@ class RedisStore:
 
     @contextmanager
     def _doubting(self, claim: Claim) -> Iterator[None]:
-        """Give a claim back later if there is no answer, or it is not waited for."""
+        """Give a claim back later if its answer does not come, or the wait for it is cancelled."""
         try:
             yield
         except (Unreachable, trio.Cancelled):
