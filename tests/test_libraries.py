@@ -47,7 +47,7 @@ FROM_READY: dict[str, Any] = {"counts_from_ready": True, "seconds_to_ready": 0.0
 
 @pytest.mark.timeout(300)  # forks are installed first
 @pytest.mark.parametrize(
-    ("library", "max_concurrency"), fleets(FLEETS_AND_FORKS.values(), FLEETS.values())
+    ("library", "max_concurrency"), fleets(FLEETS_AND_FORKS.values(), [DISCORD_PY])
 )
 def test_no_shard_gets_an_invalid_session(library: Library, max_concurrency: int) -> None:
     with fleet_after_chaos(library, max_concurrency) as fleet:
