@@ -85,7 +85,7 @@ def is_claim_lost(record: Record, call: Call) -> bool:
         has_ended
         or not any(loss.at < heard <= loss.at + scenario.lease for heard in process.heard_at)
         for loss in record.losses
-        if at < loss.at < until
+        if at - CLAIM_SECONDS < loss.at < until
     )
 
 
