@@ -6,6 +6,8 @@ import argparse
 import gc
 import math
 import random
+import re
+import textwrap
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
@@ -19,17 +21,25 @@ from tests.fake_discord import FakeDiscord, playing
 from tests.fake_discord.gateway import Gateway
 from tests.redis_server import redis_server
 from tests.simulation.fleet import Fleet
-from tests.simulation.report import Outcome, draw, table
+from tests.simulation.picture import draw
+from tests.simulation.report import DISCORDS_WINDOW, Outcome, table
 from tests.simulation.server import Server
-from tests.simulation.ways import AskQueue, NaiveLock, OwnPace, Way
+from tests.simulation.ways import AskQueue, ExpiringLock, OwnPace, Way
 
-NO_QUEUE, LOCK, QUEUE = "no queue", "a naive lock", "gateway-queue"
+NO_QUEUE, LOCK, QUEUE = "no queue", "a lock", "gateway-queue"
 
-DISCORDS_WINDOW = 5
-"""Seconds."""
+WAYS = {
+    NO_QUEUE: "each process counts windows by itself, as the libraries do",
+    LOCK: "a lock for each key in a Redis that takes no time; it expires by itself, and "
+    "every shard tries it every 500 ms",
+    QUEUE: "the real server, with confirmed tickets",
+}
 
-BUDGET = 1_000_000
-"""Session starts of a day: as many as it takes, so that they can be counted."""
+GUILDS_OF_SHARD = 1000
+LARGE_BOT = 150_000
+"""Guilds from which on a bot has more session starts."""
+
+LOOK_SECONDS = 0.1
 
 CRASHES_UNTIL = 0.9
 """Of the start-up: a crash at its end would make it longer."""
@@ -50,32 +60,108 @@ def main(arguments: Sequence[str] | None = None) -> None:
         outcomes = [trio.run(_simulate, way, options, progress) for way in options.ways]
     print(table(outcomes))
     if options.picture:
-        draw(outcomes, options.picture)
+        draw(outcomes, options.shards, options.picture)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/simulate",
-        description="Starts a fleet of simulated shards against a stand-in for Discord, with the "
-        "real server and without it. Time is scaled: with a window that is a tenth of Discord's, "
-        "all else is ten times as fast.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=textwrap.fill(
+            "Starts a fleet of simulated shards against a stand-in for Discord, with the real "
+            "server and without it, and compares. With the defaults this takes about 8 minutes. "
+            "The time is scaled: with --window 1, everything is five times as fast as on Discord, "
+            "where the window is 5 s. The table and the picture show seconds of Discord's clock.",
+            80,
+        ),
+        epilog=_explain_ways(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--shards", type=int, default=2000, help="number of shards")
-    add("--processes", type=int, default=8, help="number of processes that they live in")
-    add("--keys", type=int, default=16, help="number of rate limit keys, Discord's max_concurrency")
-    add("--window", type=float, default=0.5, help="seconds between two starts of one key")
-    add("--client-timeout", type=float, default=math.inf, help="seconds until a client asks again")
-    add("--crash-rate", type=float, default=0.2, help="part of the shards that crash once")
-    add("--kill-processes", type=int, default=0, help="how often a process is killed")
-    add("--replicas", type=int, default=1, help="of the queue; if more than one, on a Redis")
-    add("--kill-queue", type=int, default=0, help="how often the queue, or a replica, is killed")
-    ways = (NO_QUEUE, LOCK, QUEUE)
-    add("--ways", nargs="+", choices=ways, default=ways, help="how the shards wait")
-    add("--picture", type=Path, help="where to write an SVG of the starts over time")
-    add("--seed", type=int, default=0, help="of the random numbers")
+    number, seconds = _whole(1), _seconds
+    add("--shards", type=number, default=2000, metavar="N", help="number of shards (2000)")
+    add("--processes", type=number, default=8, metavar="N", help="that run the shards (8)")
+    add("--keys", type=number, default=16, metavar="N", help="rate limit keys (16)")
+    add("--window", type=seconds, default=1.0, metavar="S", help="here, in seconds (1)")
+    add(
+        "--session-starts",
+        type=number,
+        metavar="N",
+        help="of the day; beyond it, Discord resets the token (as Discord grants a bot with "
+        "1,000 guilds per shard: 10000 for 2,000 shards)",
+    )
+    add(
+        "--lock-seconds",
+        type=seconds,
+        default=5.1,
+        metavar="S",
+        help="until a lock expires, by Discord's clock (5.1)",
+    )
+    add(
+        "--client-timeout",
+        type=seconds,
+        default=math.inf,
+        metavar="S",
+        help="seconds here after which a client asks the queue again (never)",
+    )
+    add("--crash-rate", type=_share, default=0.2, metavar="P", help="shards that crash once (0.2)")
+    times, counts = "how many times a process is killed (0)", _whole(0)
+    add("--kill-processes", type=counts, default=0, metavar="N", help=times)
+    add(
+        "--replicas",
+        type=number,
+        default=1,
+        metavar="N",
+        help="of the queue; if more than one, with a Redis (1)",
+    )
+    times = "how many times the queue, or a replica, is killed (0)"
+    add("--kill-queue", type=counts, default=0, metavar="N", help=times)
+    add(
+        "--ways", nargs="+", choices=[*WAYS], default=[*WAYS], metavar="WAY", help="see below (all)"
+    )
+    add("--picture", type=Path, metavar="FILE", help="write an SVG of the shards over time")
+    add("--seed", type=int, default=0, metavar="N", help="of the random numbers (0)")
     return parser
+
+
+def _explain_ways() -> str:
+    lines = [
+        textwrap.fill(f"{name:<15}{text}", 80, initial_indent="  ", subsequent_indent=17 * " ")
+        for name, text in WAYS.items()
+    ]
+    return "\n".join(["ways to wait for a turn:", *lines])
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least}, not {text!r}")
+        return int(text)
+
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        if (seconds := float(text)) > 0:
+            return seconds
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be seconds over 0, not {text!r}")
+
+
+def _share(text: str) -> float:
+    try:
+        if 0 <= (share := float(text)) <= 1:
+            return share
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
+
+
+def _budget(shards: int) -> int:
+    """Return how many sessions a bot of this size may start in a day."""
+    guilds = GUILDS_OF_SHARD * shards
+    return max(2000, guilds // 1000 * 5) if guilds >= LARGE_BOT else 1000
 
 
 async def _simulate(way: str, options: argparse.Namespace, progress: Progress) -> Outcome:
@@ -83,15 +169,16 @@ async def _simulate(way: str, options: argparse.Namespace, progress: Progress) -
     random.seed(options.seed)
     second = options.window / DISCORDS_WINDOW
     expected = options.shards / options.keys * options.window
+    budget = options.session_starts or _budget(options.shards)
     with (
-        playing(max_concurrency=options.keys, total=BUDGET, remaining=BUDGET) as discord,
+        playing(max_concurrency=options.keys, total=budget, remaining=budget) as discord,
         ExitStack() as servers,
     ):
         replicas = await _serve(servers, discord, options) if way == QUEUE else []
         gateway = Gateway(discord, options.window, heartbeat_interval=86_400)
         ways = _ways(way, options, replicas)
         fleet = Fleet(gateway, ways, options.shards, second, _crashes(options, expected))
-        began_at = time.monotonic()
+        up = [(time.monotonic(), 0)]
         async with trio.open_nursery() as nursery:
             await nursery.start(gateway.run)
             nursery.start_soon(fleet.run)
@@ -102,12 +189,12 @@ async def _simulate(way: str, options: argparse.Namespace, progress: Progress) -
                     _often, options.kill_queue, expected, lambda: next(victims).kill()
                 )
             task = progress.add_task(way, total=options.shards, invalid=0)
-            while not fleet.is_up:
-                await trio.sleep(0.1)
-                up, invalid = len(gateway.shards_up), len(gateway.early)
-                progress.update(task, completed=up, invalid=invalid)
+            while not (fleet.is_up or gateway.over_budget):
+                await trio.sleep(LOOK_SECONDS)
+                up.append((time.monotonic(), len(gateway.shards_up)))
+                progress.update(task, completed=up[-1][1], invalid=len(gateway.early))
             nursery.cancel_scope.cancel()
-    return Outcome(way, gateway, fleet.waits, began_at, options.window)
+    return Outcome(way, gateway, fleet.waits, up)
 
 
 async def _serve(
@@ -135,7 +222,7 @@ def _ways(way: str, options: argparse.Namespace, replicas: Sequence[Server]) -> 
         ports = [replica.port for replica in replicas]
         return [AskQueue(ports, options.client_timeout, second)] * options.processes
     if way == LOCK:
-        return [NaiveLock(options.keys, second)] * options.processes
+        return [ExpiringLock(options.keys, second, options.lock_seconds)] * options.processes
     return [OwnPace(options.keys, options.window) for _ in range(options.processes)]
 
 

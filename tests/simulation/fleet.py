@@ -11,11 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import trio
-from trio_websocket import connect_websocket_url
+from trio_websocket import ConnectionClosed, connect_websocket_url
 
 from tests.fake_discord import TOKEN
 from tests.fake_discord.gateway import Gateway, Op
 from tests.simulation.ways import Way
+
+
+@dataclass(frozen=True)
+class Wait:
+    """From when a shard first asked for its turn to its session (:func:`trio.current_time`)."""
+
+    shard: int
+    asked_at: float
+    up_at: float
 
 
 @dataclass
@@ -35,8 +44,8 @@ class Fleet:
     shards: int
     second: float
     crash_at: dict[int, float]
-    waits: list[float] = field(default_factory=list)
-    """Seconds from the start of a shard to its session."""
+    waits: list[Wait] = field(default_factory=list)
+    _asked_at: dict[int, float] = field(default_factory=dict)
     _processes: dict[int, trio.CancelScope] = field(default_factory=dict)
 
     @property
@@ -76,7 +85,6 @@ class Fleet:
         await trio.sleep(random.uniform(0.5, 2) * self.second)
 
     async def _stay_up(self, shard: int, way: Way, connecting: trio.Lock) -> None:
-        started_at = trio.current_time()
         url = self.gateway.discord.gateway_url
         identify = {"op": Op.IDENTIFY, "d": {"token": TOKEN, "shard": [shard, self.shards]}}
         while True:
@@ -84,11 +92,16 @@ class Fleet:
                 async with connecting:
                     socket = await connect_websocket_url(connection, url)
                     await socket.get_message()  # HELLO
+                # A shard that crashes while it waits keeps its place in the queue.
+                self._asked_at.setdefault(shard, trio.current_time())
                 async with way.turn(shard):
                     await socket.send_message(json.dumps(identify))
-                    answer = json.loads(await socket.get_message())
+                    try:
+                        answer = json.loads(await socket.get_message())
+                    except ConnectionClosed:  # the token was reset
+                        await trio.sleep_forever()
                 if answer["op"] == Op.DISPATCH:
-                    self.waits.append(trio.current_time() - started_at)
+                    self.waits.append(Wait(shard, self._asked_at.pop(shard), trio.current_time()))
                     await trio.sleep_forever()
                 connection.cancel_scope.cancel()
             # As Discord demands after an Invalid Session.

@@ -45,19 +45,20 @@ class OwnPace:
         yield
 
 
-class NaiveLock:
-    """A lock for each key that expires by itself: ``SET key shard NX EX 6``, tried every 500 ms.
+class ExpiringLock:
+    """A lock for each key that expires by itself: ``SET key shard NX PX 5100``, tried every 500 ms.
 
-    It stands for one in Redis, but for the time that asking takes there.
+    It stands for a lock in Redis, without the time that Redis takes to answer.
 
     Args:
       keys: number of rate limit keys.
       second: how long here is what is a second on Discord.
+      expiry: seconds on Discord.
     """
 
-    def __init__(self, keys: int, second: float) -> None:
+    def __init__(self, keys: int, second: float, expiry: float) -> None:
         self._keys = keys
-        self._expires_after = 6 * second
+        self._expires_after = expiry * second
         self._poll_interval = 0.5 * second
         self._expires_at = defaultdict[int, float](float)
 
@@ -66,7 +67,7 @@ class NaiveLock:
         key = shard % self._keys
         start = trio.current_time()
         while (expires_at := self._expires_at[key]) > trio.current_time():
-            # Tries before this one fail anyhow, so they need not be made.
+            # Earlier tries would fail.
             tries = math.ceil((expires_at - start) / self._poll_interval)
             await trio.sleep_until(start + tries * self._poll_interval)
         self._expires_at[key] = trio.current_time() + self._expires_after
