@@ -16,6 +16,9 @@ INTERVAL = 1.0
 
 BYTES_AT_ONCE = 16_384
 
+LISTENERS_AT_ONCE = 10
+"""Listeners that get an event in one step of the event loop: about a millisecond."""
+
 GZIP_HEADER = bytes.fromhex("1f8b0800000000000003")
 """Begins a stream whose deflated blocks follow (RFC 1952)."""
 
@@ -84,8 +87,14 @@ class _Feed:
                 self._has_ended = text is None
                 self._latest = _event(text or "")
                 self._latest_gzip = await _deflated(self._latest)
-                self._changed.unpark_all()
+                await self._wake_listeners()
             await trio.sleep(INTERVAL)
+
+    async def _wake_listeners(self) -> None:
+        """Let all listeners yield the latest event, in steps, so that no release waits."""
+        for _ in range(0, len(self._changed), LISTENERS_AT_ONCE):
+            self._changed.unpark(count=LISTENERS_AT_ONCE)
+            await trio.lowlevel.checkpoint()
 
     async def listen(self, *, gzip: bool = False) -> AsyncGenerator[bytes, None]:
         """Yield each event from now on.
