@@ -73,10 +73,21 @@ def path(text: str) -> list[tuple[str, str]]:
         "26,000 headers",
         "pipelined /healthz, 50 connections",
         "chunks of a byte, 50 connections",
+        "h2 400 with unfinished bodies",
     ],
 )
 def test_an_attack_delays_no_release(name: str) -> None:
     assert measure(ATTACKS[name], 3.0).p99 < LATE_MAX
+
+
+@pytest.mark.parametrize(
+    "name", ["unfinished heads of 126 kB", "pipelined /healthz, 50 connections"]
+)
+def test_closed_connections_take_no_memory(name: str) -> None:
+    attack = ATTACKS[name]
+    outcome = measure(attack, 3.0)
+    assert outcome.closed > 2 * attack.connections
+    assert outcome.memory < attack.connections * CONNECTION_MAX
 
 
 @pytest.mark.parametrize("name", FLOODS)

@@ -32,6 +32,9 @@ the next ticket waits until an answer is written."""
 READ_BYTES = 2**15
 """How much is read in one step."""
 
+GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
+"""What the kernel tells of a connection whose client neither sends nor reads any more."""
+
 PROBES_MAX = 4
 """The most probes of one connection before an answer."""
 
@@ -86,6 +89,19 @@ class Connection(TCPServer):
             log.warning("connection closed after an error", error=kinds)
         finally:
             descriptors().remove(self)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Cut the circles of references, so that nothing waits for the garbage collector.
+
+        It looks at older objects seldom, and meanwhile a client that connects again and again
+        would fill the memory with what it has sent.
+        """
+        parts: list[object] = [self]
+        if wrapper := vars(self).get("protocol"):
+            parts += [wrapper, wrapper.protocol, wrapper.protocol.connection]
+        for part in parts:
+            vars(part).clear()
 
     def close(self) -> None:
         """End it at once, without an answer."""
@@ -128,8 +144,10 @@ class Connection(TCPServer):
 
         A client that hangs up leaves at once.
         """
-        if self._state_in_kernel() & ~select.POLLIN:
-            return
+        if not self._state_in_kernel() & ~select.POLLIN:
+            await self._wait_for_turn()
+
+    async def _wait_for_turn(self) -> None:
         came_at = trio.current_time()
         with trio.CancelScope() as self._turn:
             await turns().wait()
@@ -148,7 +166,10 @@ class Connection(TCPServer):
             elif isinstance(event, ProbeClient):
                 await self._probe_client(event.times)
             elif isinstance(event, WaitForTurn):
-                await self._take_turn()
+                if self._state_in_kernel() & GONE:
+                    await self.protocol.handle(Closed())
+                else:
+                    await self._wait_for_turn()
             elif isinstance(event, HoldsTicket):
                 if not descriptors().hold(self):
                     self.close()

@@ -37,6 +37,11 @@ IGNORED = (
 """Events that need no reaction."""
 
 
+UNREAD_MAX = 100
+"""Responses of one connection that wait until its client reads, besides those to tickets.
+Thousands of them would end in the same moment."""
+
+
 class Buffer(StreamBuffer):
     """What is left to send of a response."""
 
@@ -100,6 +105,7 @@ class HTTP2(H2Protocol):
     ) -> None:
         """Begin to count the time in which a client asks for nothing."""
         self._frames = Frames()
+        self._unread: set[int] = set()
         self.priority = Ready()
         await super().initiate(headers, settings)
         if headers is None:
@@ -117,6 +123,8 @@ class HTTP2(H2Protocol):
         if isinstance(event, Closed):
             for buffer in list(self.stream_buffers.values()):
                 await buffer.close()
+                # Each of up to 900 tasks ends in a step of its own, so that no release waits.
+                await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def _handle_steps(self, data: bytes) -> None:
         self._frames.add(data)
@@ -127,11 +135,14 @@ class HTTP2(H2Protocol):
                 if (step := self._frames.next_step()) is not None:
                     await self.send(WaitForTurn())
         except Excess:
-            self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
-            await self._flush()
-            await self.send(Closed())
+            await self._end_abuse()
         if self._frames.client_leaves and not self.streams:
             await self.send(Closed())
+
+    async def _end_abuse(self) -> None:
+        self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+        await self._flush()
+        await self.send(Closed())
 
     async def stream_send(self, event: StreamEvent) -> None:
         """Keep the head of a response for its first part, and wait until the last is written.
@@ -143,7 +154,9 @@ class HTTP2(H2Protocol):
         """
         buffer = self.stream_buffers.get(event.stream_id)
         if isinstance(event, StreamClosed):
-            await self._end(event.stream_id, is_answered=buffer is None)
+            self._unread.discard(event.stream_id)
+            if buffer is not None:
+                await self._end_unanswered(event.stream_id)
             await super().stream_send(event)
         elif isinstance(event, TicketAdmitted):
             await self.send(HoldsTicket())
@@ -151,6 +164,7 @@ class HTTP2(H2Protocol):
             raise ClientGone
         elif isinstance(event, Response):
             buffer.head = event
+            await self._count_unread(event.stream_id)
         else:
             buffer.send_by = deadline()
             if isinstance(event, EndBody | Flush):
@@ -164,13 +178,16 @@ class HTTP2(H2Protocol):
             if buffer.head is not None and isinstance(event, EndBody | Flush):
                 raise ClientGone
 
-    async def _end(self, stream_id: int, *, is_answered: bool) -> None:
-        """Reset a stream that has no answer, or whose upload is not needed any more."""
-        stream = self.streams.get(stream_id)
-        if stream is not None and not is_answered:
+    async def _end_unanswered(self, stream_id: int) -> None:
+        if stream_id in self.streams:
             await self._reset(stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
-        elif isinstance(stream, Stream) and not stream.is_ticket and not stream.is_whole:
-            await self._reset(stream_id, h2.errors.ErrorCodes.NO_ERROR)
+
+    def _end_upload(self, stream_id: int) -> None:
+        """Let the client of an answered request send no more of its body."""
+        stream = self.streams.get(stream_id)
+        if isinstance(stream, Stream) and not stream.is_ticket and not stream.is_whole:
+            with suppress(h2.exceptions.ProtocolError):
+                self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
 
     async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
         with suppress(h2.exceptions.ProtocolError):
@@ -221,7 +238,7 @@ class HTTP2(H2Protocol):
         """
         try:
             buffer = self.stream_buffers[stream_id]
-            if buffer.head is not None:
+            if buffer.head is not None and self._is_ticket(stream_id):
                 await self.send(ProbeClient(times=3))
                 if self.closed:
                     return
@@ -234,6 +251,8 @@ class HTTP2(H2Protocol):
                 buffer.head = None
             if data or ends:
                 self.connection.send_data(stream_id, data, end_stream=ends)
+                if ends:
+                    self._end_upload(stream_id)
             else:
                 self.priority.block(stream_id)
             with trio.CancelScope(deadline=buffer.send_by):
@@ -246,6 +265,16 @@ class HTTP2(H2Protocol):
             if gone := self.stream_buffers.pop(stream_id, None):
                 await gone.close()
             self.priority.remove_stream(stream_id)
+
+    async def _count_unread(self, stream_id: int) -> None:
+        if not self._is_ticket(stream_id):
+            self._unread.add(stream_id)
+            if len(self._unread) > UNREAD_MAX:
+                await self._end_abuse()
+
+    def _is_ticket(self, stream_id: int) -> bool:
+        stream = self.streams.get(stream_id)
+        return isinstance(stream, Stream) and stream.is_ticket
 
     def _send_head(self, head: Response) -> None:
         status = (b":status", b"%d" % head.status_code)

@@ -50,6 +50,8 @@ class Stream(HTTPStream):
         await self.send(TicketAdmitted(self.stream_id))
 
     async def app_send(self, message: ASGISendEvent | None) -> None:
+        if message is None:
+            self.scope["extensions"].pop(TICKET, None)  # it refers to this stream in a circle
         if message is None and self.state is ASGIHTTPState.REQUEST and not self.closed:
             await self.send(StreamClosed(stream_id=self.stream_id))
             return
