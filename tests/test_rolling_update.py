@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from itertools import chain, pairwise, repeat
 from pathlib import Path
 
@@ -26,6 +25,15 @@ ASKING_SECONDS = 0.005
 SETTLED_SECONDS = 0.5
 """A shard that has been connected for so long has its old place."""
 
+WINDOW, MARGIN = 5.0, 0.25
+"""Those of Discord, and the default: what delays an answer on its way does not get shorter."""
+
+PATIENCE = 30.0
+"""Seconds after which a client gives up and asks again."""
+
+PAUSES = (1, 2, 4, 8)
+"""Seconds until a client asks again that was refused, or got no answer; then 10 each time."""
+
 MOST_UNUSED = 2
 """Windows of a key that one restart may cost."""
 
@@ -36,57 +44,25 @@ def redis() -> Iterator[RedisServer]:
         yield server
 
 
-@dataclass(frozen=True)
-class Times:
-    """The times that users have, all of them shorter by one factor.
-
-    How long a process takes to start does not get shorter.
-    """
-
-    scale: int = 1
-
-    @property
-    def window(self) -> float:
-        return 5 / self.scale
-
-    @property
-    def margin(self) -> float:
-        return 0.25 / self.scale
-
-    @property
-    def patience(self) -> float:
-        """Seconds after which a client gives up and asks again."""
-        return 30 / self.scale
-
-    def pauses(self) -> Iterator[float]:
-        """Yield the seconds until a client asks again that was refused, or got no answer."""
-        return (seconds / self.scale for seconds in chain((1, 2, 4, 8), repeat(10)))
-
-    def serving(self, redis: RedisServer, **variables: object) -> AbstractContextManager[Server]:
-        return serving(
-            REDIS_URL=redis.url,
-            WINDOW_SECONDS=self.window,
-            MARGIN_SECONDS=self.margin,
-            PLACE_SECONDS=30 / self.scale,
-            **variables,
-        )
+def serving_with(redis: RedisServer, **variables: object) -> AbstractContextManager[Server]:
+    times = {"WINDOW_SECONDS": WINDOW, "MARGIN_SECONDS": MARGIN, "PLACE_SECONDS": 30}
+    return serving(REDIS_URL=redis.url, **times, **variables)
 
 
 class Shard(threading.Thread):
     """Asks as the README says: at once when its time is over, otherwise after a pause."""
 
-    def __init__(self, number: int, port: int, times: Times, over: threading.Event) -> None:
+    def __init__(self, number: int, port: int, over: threading.Event) -> None:
         super().__init__()
         self.number = number
         self.first_asked_at = 0.0
         self.released_at = 0.0
         self._connected: list[tuple[float, float]] = []
         self._port = port
-        self._times = times
         self._over = over
 
     def run(self) -> None:
-        pauses = self._times.pauses()
+        pauses = chain(PAUSES, repeat(10))
         while not self.released_at and not self._over.is_set():
             try:
                 self._ask()
@@ -99,7 +75,7 @@ class Shard(threading.Thread):
         client = Client(self._port, asking(self.number))
         began_at = time.monotonic()
         self.first_asked_at = self.first_asked_at or began_at
-        client.socket.settimeout(self._times.patience)
+        client.socket.settimeout(PATIENCE)
         with closing(client.socket):
             try:
                 answer = client.answer()
@@ -119,11 +95,10 @@ class Shard(threading.Thread):
 class Fleet:
     """Shards that ask for the first time one after the other."""
 
-    def __init__(self, port: int, times: Times, keys: int) -> None:
+    def __init__(self, port: int, keys: int) -> None:
         self._over = threading.Event()
-        self._times = times
         self._keys = keys
-        self.shards = [Shard(number, port, times, self._over) for number in range(SHARDS)]
+        self.shards = [Shard(number, port, self._over) for number in range(SHARDS)]
         self.stops: list[float] = []
         """When replicas were stopped."""
 
@@ -157,9 +132,9 @@ class Fleet:
         unused = defaultdict[int, float](float)
         for former, latter in pairwise(released_at):
             gap = latter - former
-            assert gap >= self._times.window - SLACK
+            assert gap >= WINDOW - SLACK
             restart = sum(stopped_at < latter for stopped_at in self.stops)
-            unused[restart] += gap / (self._times.window + self._times.margin) - 1
+            unused[restart] += gap / (WINDOW + MARGIN) - 1
         assert all(unused[restart] <= MOST_UNUSED for restart in range(1, len(self.stops) + 1))
 
     def _check_order(self, released: list[Shard]) -> None:
@@ -179,17 +154,17 @@ def test_a_rolling_update_of_three_replicas_keeps_the_order(
     redis: RedisServer, tmp_path: Path
 ) -> None:
     """A third of the shards ask again after their time, and each restart closes connections."""
-    times, keys, ports = Times(scale=5), 24, [free_port() for _ in range(3)]
+    keys, ports = SHARDS // 4, [free_port() for _ in range(3)]
     with ExitStack() as stack:
 
         def start(port: int) -> Server:
             variables = {"PORT": port, "MAX_CONCURRENCY": keys}
-            return stack.enter_context(times.serving(redis, **variables))
+            return stack.enter_context(serving_with(redis, **variables))
 
         servers = [start(port) for port in ports]
         addresses = [f"127.0.0.1:{port}" for port in ports]
-        balancer = stack.enter_context(balancing(addresses, tmp_path, scale=times.scale))
-        fleet = Fleet(balancer, times, keys)
+        balancer = stack.enter_context(balancing(addresses, tmp_path))
+        fleet = Fleet(balancer, keys)
         with fleet.asking():
             for done, server in enumerate(servers, 1):
                 fleet.wait_for(done / 5)
@@ -202,28 +177,28 @@ def test_a_rolling_update_of_three_replicas_keeps_the_order(
 
 def test_a_restart_of_the_only_replica_keeps_the_order(redis: RedisServer) -> None:
     """Clients are refused meanwhile."""
-    times, port, keys = Times(), free_port(), SHARDS // 2
+    port, keys = free_port(), SHARDS // 2
     variables = {"PORT": port, "MAX_CONCURRENCY": keys}
-    with times.serving(redis, **variables, HOLD_ON_START="false") as server:
-        fleet = Fleet(port, times, keys)
+    with serving_with(redis, **variables, HOLD_ON_START="false") as server:
+        fleet = Fleet(port, keys)
         with fleet.asking():
             fleet.wait_for(1 / 2)
             fleet.stops.append(time.monotonic())
             stop(server)
-            with times.serving(redis, **variables):
+            with serving_with(redis, **variables):
                 fleet.wait_for(1)
     fleet.check()
 
 
 def test_compose_replaces_both_replicas_at_once(redis: RedisServer, tmp_path: Path) -> None:
     """``docker compose up`` stops each container, then starts another one, with another address."""
-    times, port, keys = Times(), free_port(), SHARDS // 2
+    port, keys = free_port(), SHARDS // 2
     variables = {"PORT": port, "MAX_CONCURRENCY": keys}
     with ExitStack() as stack:
         names = stack.enter_context(NameServer())
 
         def start(name: str, host: str, **more: object) -> Server:
-            server = stack.enter_context(times.serving(redis, HOST=host, **variables, **more))
+            server = stack.enter_context(serving_with(redis, HOST=host, **variables, **more))
             names.hosts[name] = host
             return server
 
@@ -233,7 +208,7 @@ def test_compose_replaces_both_replicas_at_once(redis: RedisServer, tmp_path: Pa
         ]
         addresses = [f"{name}:{port}" for name in names.hosts]
         balancer = stack.enter_context(balancing(addresses, tmp_path, name_server=names))
-        fleet = Fleet(balancer, times, keys)
+        fleet = Fleet(balancer, keys)
         with fleet.asking():
             fleet.wait_for(1 / 2)
             fleet.stops.append(time.monotonic())
