@@ -155,8 +155,7 @@ class HTTP2(H2Protocol):
         buffer = self.stream_buffers.get(event.stream_id)
         if isinstance(event, StreamClosed):
             self._unread.discard(event.stream_id)
-            if buffer is not None:
-                await self._end_unanswered(event.stream_id)
+            await self._end(event.stream_id, is_answered=buffer is None)
             await super().stream_send(event)
         elif isinstance(event, TicketAdmitted):
             await self.send(HoldsTicket())
@@ -178,16 +177,13 @@ class HTTP2(H2Protocol):
             if buffer.head is not None and isinstance(event, EndBody | Flush):
                 raise ClientGone
 
-    async def _end_unanswered(self, stream_id: int) -> None:
-        if stream_id in self.streams:
-            await self._reset(stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
-
-    def _end_upload(self, stream_id: int) -> None:
-        """Let the client of an answered request send no more of its body."""
+    async def _end(self, stream_id: int, *, is_answered: bool) -> None:
+        """Reset a stream that has no answer, or whose upload is not needed any more."""
         stream = self.streams.get(stream_id)
-        if isinstance(stream, Stream) and not stream.is_ticket and not stream.is_whole:
-            with suppress(h2.exceptions.ProtocolError):
-                self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
+        if stream is not None and not is_answered:
+            await self._reset(stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
+        elif isinstance(stream, Stream) and not stream.is_ticket and not stream.is_whole:
+            await self._reset(stream_id, h2.errors.ErrorCodes.NO_ERROR)
 
     async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
         with suppress(h2.exceptions.ProtocolError):
@@ -251,8 +247,6 @@ class HTTP2(H2Protocol):
                 buffer.head = None
             if data or ends:
                 self.connection.send_data(stream_id, data, end_stream=ends)
-                if ends:
-                    self._end_upload(stream_id)
             else:
                 self.priority.block(stream_id)
             with trio.CancelScope(deadline=buffer.send_by):
