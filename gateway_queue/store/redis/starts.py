@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TypeVar
 
 from gateway_queue.store.budget import DAY
+from gateway_queue.store.redis.script import shard_of
 from gateway_queue.store.starts_by_shard import StartsByShard
 
 KEPT_STARTS = 10_000
@@ -44,7 +45,7 @@ class KnownStarts:
     def add(self, token: str, at: float) -> None:
         """Remember a start, and forget those of a day before."""
         self._times[token] = at
-        self.by_shard.add(token, _shard_of(token), at)
+        self.by_shard.add(token, shard_of(token), at)
         while len(self._times) > self._kept or self._oldest() + DAY <= at:
             del self._times[next(iter(self._times))]
 
@@ -93,11 +94,6 @@ class KnownStarts:
 
     def _is_own(self, token: str) -> bool:
         return token.startswith(self._replica)
-
-
-def _shard_of(token: str) -> int | None:
-    shard = token.rpartition(":")[2]
-    return int(shard) if shard else None
 
 
 def _parts(items: Iterable[T]) -> Iterator[list[T]]:
