@@ -100,7 +100,7 @@ class Lane:
     def __init__(self, rate_limit_key: int) -> None:
         self.rate_limit_key = rate_limit_key
         self.opens_at = -math.inf
-        """When the key opens, to the dispatcher's knowledge."""
+        """When the key opens, by the last answer of the store."""
         self.claim_at = -math.inf
         """When to claim next: when the key opens, or earlier if something has changed."""
         self.identifying: Identifying | None = None

@@ -48,6 +48,8 @@ used                            needed for                       without it; not
 ``H2Protocol``, ``H11Protocol`` 1000 requests are no limit; a    tickets are lost, or a secret gets
 ``keep_alive_requests``,        change of the protocol is for    into the log; ``test_attack``
 ``_check_protocol``             the first request only
+``TCPServer.protocol``,         a closed connection frees its    reconnecting clients fill the
+``ProtocolWrapper.protocol``    memory at once                   memory; ``test_attack``
 ``HTTPStream.handle``,          the app tells tickets from       half-closed clients get no answer
 ``scope``, ``TaskGroup``        endpoints                        from endpoints; ``test_attack``
 ==============================  ===============================  =================================

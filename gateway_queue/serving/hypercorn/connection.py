@@ -89,13 +89,13 @@ class Connection(TCPServer):
             log.warning("connection closed after an error", error=kinds)
         finally:
             descriptors().remove(self)
-            self._let_go()
+            self._break_cycles()
 
-    def _let_go(self) -> None:
-        """Cut the circles of references, so that nothing waits for the garbage collector.
+    def _break_cycles(self) -> None:
+        """Break the reference cycles of a closed connection, so that its memory is freed at once.
 
-        It looks at older objects seldom, and meanwhile a client that connects again and again
-        would fill the memory with what it has sent.
+        The garbage collector frees cycles seldom. Until then, a client that connects again and
+        again would fill the memory with what it has sent.
         """
         parts: list[object] = [self]
         if wrapper := vars(self).get("protocol"):

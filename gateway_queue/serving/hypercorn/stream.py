@@ -51,7 +51,7 @@ class Stream(HTTPStream):
 
     async def app_send(self, message: ASGISendEvent | None) -> None:
         if message is None:
-            self.scope["extensions"].pop(TICKET, None)  # it refers to this stream in a circle
+            self.scope["extensions"].pop(TICKET, None)  # a reference cycle
         if message is None and self.state is ASGIHTTPState.REQUEST and not self.closed:
             await self.send(StreamClosed(stream_id=self.stream_id))
             return
