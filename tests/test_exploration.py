@@ -60,6 +60,10 @@ SEEDS_OF_SEVERAL_BOTS = (77000, 77012, 77018, 77019, 77029)
 """The last three have a bot with many clients."""
 
 FIXED_SEEDS_WITH_BOTS = (
+    219,
+    531,
+    991,
+    5894,
     5000005,
     11000153,
     21000027,
@@ -94,8 +98,8 @@ def test_rules_hold_with_bots_and_fixed_seed(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", FIXED_SEEDS)
 def test_rules_hold_with_fixed_seed(seed: int) -> None:
-    found = broken(explore(seed, without=frozenset({"bots"})))
-    assert not found, f"scripts/explore --without bots --replay {seed}"
+    found = broken(explore(seed, without=frozenset({"bots", "unsteady-clock"})))
+    assert not found, f"scripts/explore --without bots unsteady-clock --replay {seed}"
 
 
 @pytest.mark.parametrize("seed", SEEDS_OF_SEVERAL_BOTS)

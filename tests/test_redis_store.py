@@ -688,7 +688,7 @@ def test_a_clock_that_drifts_is_not_taken_for_one_that_was_set(
     rate: Callable[[int], float],
 ) -> None:
     async def main() -> None:
-        clock, server = ServerClock(6.0), float(EPOCH)
+        clock, server = ServerClock(6.0, 1.0), float(EPOCH)
         for second in range(1, 100_000):
             server += 1 + rate(second)
             assert clock.agrees(round(server * 1e6), second - 0.001, second + 0.02)
@@ -697,12 +697,33 @@ def test_a_clock_that_drifts_is_not_taken_for_one_that_was_set(
     trio.run(main, clock=MockClock())
 
 
-@pytest.mark.parametrize("step", [0.05, 3600.0, -0.05, -3600.0])
+@pytest.mark.parametrize("step", [1.1, 3600.0, -1.1, -3600.0])
 def test_a_clock_that_was_set_is_noticed(step: float) -> None:
     async def main() -> None:
-        clock = ServerClock(6.0)
+        clock = ServerClock(6.0, 1.0)
         assert clock.agrees(EPOCH * 1_000_000, 0, 0.01)
         assert not clock.agrees(round((EPOCH + 1 + step) * 1e6), 1, 1.01)
+
+    trio.run(main, clock=MockClock())
+
+
+@pytest.mark.parametrize("step", [0.05, -0.05])
+def test_small_steps_are_waited_for_during_a_window(step: float) -> None:
+    async def main() -> None:
+        clock = ServerClock(6.0, 1.0)
+        assert clock.agrees(EPOCH * 1_000_000, 0, 0.01)
+        for second in range(1, 12):
+            off = step if second % 2 else 0.0
+            assert clock.agrees(round((EPOCH + second + off) * 1e6), second, second + 0.001)
+            assert clock.was_set
+            is_forward = off == max(0.0, step)
+            assert clock.longest_step() == pytest.approx(0.05 if is_forward else 0, abs=0.02)
+            if second > 2:
+                assert clock.set_back_by() == pytest.approx(0 if is_forward else 0.05, abs=0.02)
+        for second in range(12, 20):
+            assert clock.agrees(round((EPOCH + second) * 1e6), second, second + 0.001)
+        assert clock.longest_step() < 0.01
+        assert clock.set_back_by() == 0
 
     trio.run(main, clock=MockClock())
 
@@ -711,7 +732,7 @@ def test_a_step_that_is_shorter_than_the_way_is_bounded() -> None:
     """Also one that happens before a faster answer shows the clock more precisely."""
 
     async def main() -> None:
-        clock = ServerClock(6.0)
+        clock = ServerClock(6.0, 1.0)
         assert clock.agrees(EPOCH * 1_000_000, -0.2, 0.2)
         for second in range(1, 6):
             assert clock.agrees(round((EPOCH + second + 0.15) * 1e6), second, second + 0.001)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from typing import NoReturn
 
 import trio
 
@@ -38,6 +39,7 @@ class Faults:
         self._fleet = fleet
         self._redis = redis
         self._discord = discord
+        self._clock_is_unsteady = False
         self._causes: dict[str, Callable[[], Awaitable[None]]] = {
             "kill": self._kill,
             "freeze": self._freeze,
@@ -59,6 +61,7 @@ class Faults:
             "evict": self._evict,
             "flush": self._flush,
             "set-clock": self._set_clock,
+            "unsteady-clock": self._set_clock_often,
             "max-concurrency": self._change_max_concurrency,
             "budget": self._grant_more,
             "discord-down": self._take_discord_down,
@@ -237,6 +240,37 @@ class Faults:
     async def _set_clock(self) -> None:
         far = self._random.choice((0.01, 0.3, self._window, 60, 3600, 30 * 86400))
         self._redis.set_clock(self._random.uniform(-far, far))
+
+    async def _set_clock_often(self) -> None:
+        """Set the clock by small steps, again and again.
+
+        One at a time, because all steps of a second together are to be small.
+        """
+        if self._clock_is_unsteady:
+            return
+        self._record.note("Redis: its clock is set often")
+        self._clock_is_unsteady = True
+        way = self._random.choice((self._let_clock_run_off, self._let_clock_jump))
+        with trio.move_on_after(self._random.uniform(2, 8) * self._window):
+            await way(self._random.choice((0.001, 0.01, 0.1, 0.4)))
+        self._clock_is_unsteady = False
+
+    async def _let_clock_run_off(self, far: float) -> NoReturn:
+        step = self._random.uniform(-far, far) / 4
+        while True:
+            await self._last(0.2, 2)
+            self._redis.adjust_clock(step)
+
+    async def _let_clock_jump(self, far: float) -> NoReturn:
+        """Set the clock forward or back, and to the right time again soon."""
+        while True:
+            await self._last(0.2, 2)
+            step = self._random.uniform(-far, far)
+            self._redis.adjust_clock(step)
+            try:
+                await self._last(0.05, 1)
+            finally:
+                self._redis.adjust_clock(-step)
 
     def _empty(self) -> Database:
         return Database(self._redis.random)

@@ -10,12 +10,12 @@ from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from operator import itemgetter
 
 from gateway_queue.store.redis.link import LOOK_SECONDS
 from tests.exploration.record import Call, History, ProcessRecord, Record
-from tests.exploration.scenario import CUTS, DISCORD_FAULTS, PROCESS_ENDS, SLOW_WAY
+from tests.exploration.scenario import CUTS, DISCORD_FAULTS, PROCESS_ENDS, SLOW_WAY, UNSTEADY_CLOCK
 
 TOLERANCE = 1e-6
 """For floating point only: the clock is the simulation's."""
@@ -263,7 +263,16 @@ def _arrival(call: Call) -> tuple[float, float] | None:
 
 def _way_to_redis(record: Record) -> float:
     """Return how much older a ticket has to be, so that Redis knows of it in time."""
-    return 10 * record.scenario.latency + MOMENT
+    return 10 * record.scenario.latency + MOMENT + _clock_range(record)
+
+
+def _clock_range(record: Record) -> float:
+    """Return how far apart the clock of Redis was by the small steps that it was set by.
+
+    What is measured by it may be so much longer or shorter, but for windows: they are not shorter.
+    """
+    shown = list(accumulate(record.history.clock_steps, initial=0.0))
+    return max(shown) - min(shown)
 
 
 def _place_since(record: Record, call: Call) -> float:
@@ -363,6 +372,7 @@ def crash_loops_slowed(record: Record) -> str | None:
             gap = at - max(map(_counts_from, recent))
             # A start that Redis has lost is restored with the error of a way there and back.
             error = TOLERANCE + (4 * record.scenario.latency if record.losses else 0)
+            error += _clock_range(record)
             if gap < delay * (1 - DRIFT) - error:
                 return f"{call}: start {len(recent) + 1} after {gap:.6f} s instead of {delay} s"
         starts[call.shard].append(call)
@@ -408,7 +418,7 @@ def slots_used(record: Record) -> str | None:
         return None
     slack = MOMENT if scenario.store == "memory" else _delay_of_redis(record)
     # On a slower way, a process may not have caught up before the next cut.
-    possible = {*PROCESS_ENDS, *(CUTS if scenario.latency < 0.01 else ())}
+    possible = {*PROCESS_ENDS, *UNSTEADY_CLOCK, *(CUTS if scenario.latency < 0.01 else ())}
     calm_since = 0.0 if set(scenario.faults) <= possible else record.calm_since
     for call in record.calls:
         at = call.chosen_at
@@ -436,7 +446,9 @@ def _delay_of_redis(record: Record) -> float:
     scenario = record.scenario
     glances = 2 * min(scenario.window / 20, 0.05)
     longest = scenario.confirm_seconds + scenario.lease
-    return glances + scenario.window / 10 + 12 * scenario.latency + 4 * DRIFT * longest + MOMENT
+    waits = glances + scenario.window / 10 + 12 * scenario.latency
+    # A step back makes a window longer, and a step forth lets the next release wait as well.
+    return waits + 4 * DRIFT * longest + 2 * _clock_range(record) + MOMENT
 
 
 def _closed_until(record: Record, call: Call) -> float:

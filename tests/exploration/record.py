@@ -106,6 +106,8 @@ class History:
     """Whether each request to Redis is noted, too."""
     lines: list[str] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
+    clock_steps: list[float] = field(default_factory=list)
+    """Seconds by which the clock of Redis was set in small steps, in order."""
     records: list[Record] = field(default_factory=list)
     """One for each bot."""
 

@@ -80,9 +80,18 @@ class SimulatedRedis:
         return int(self._shown + passed * self._rate * 1e6)
 
     def set_clock(self, seconds: float) -> None:
-        """Set its clock forward or back."""
-        self._shown, self._shown_at = self.time() + seconds * 1e6, trio.current_time()
+        """Set its clock forward or back, so that its times mean nothing any more."""
+        self._step(seconds)
         self.lose(f"clock set by {seconds:.3f} s")
+
+    def adjust_clock(self, seconds: float) -> None:
+        """Set its clock by a small step, as time daemons and virtual machines do."""
+        self._step(seconds)
+        self.history.clock_steps.append(seconds)
+        self.history.note(f"Redis: clock set by {seconds:.6f} s")
+
+    def _step(self, seconds: float) -> None:
+        self._shown, self._shown_at = self.time() + seconds * 1e6, trio.current_time()
 
     def lose(self, what: str, prefix: str | None = None) -> None:
         """Note that what it knows may be wrong or gone from now on.

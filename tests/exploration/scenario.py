@@ -11,6 +11,7 @@ PROCESS_ENDS = ("kill", "stop")
 CUTS = ("cuts",)
 SLOW_WAY = ("slow-way",)
 PARTITION = ("partition",)
+UNSTEADY_CLOCK = ("unsteady-clock",)
 REDIS_FAULTS = (
     "reset",
     "lost-request",
@@ -46,6 +47,7 @@ ALL_KINDS = (
     *CUTS,
     *SLOW_WAY,
     *PARTITION,
+    *UNSTEADY_CLOCK,
     *DISCORD_FAULTS,
     *CHOICES,
 )
@@ -172,6 +174,9 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
         only = SLOW_WAY
     if store == "redis" and random.Random(f"cutting off {seed}").random() < 0.1:
         faults += tuple(kind for kind in PARTITION if kind not in without)
+    unsteady = random.Random(f"unsteady clock {seed}").random()
+    if store == "redis" and unsteady < 0.1 and not without.issuperset(UNSTEADY_CLOCK):
+        faults, only = faults + UNSTEADY_CLOCK, UNSTEADY_CLOCK if unsteady < 0.05 else only
     confirming = own.choice((0.0, 0.5, 0.5, 1.0))
     place_seconds = source.choice((0.0, 2.0, 10.0, 30.0))
     loop_free_starts = source.choice((0, 1, 2, 5))

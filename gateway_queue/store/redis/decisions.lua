@@ -43,6 +43,8 @@ local DAY = 24 * HOUR
 local KEPT = 2 * DAY
 local FIRST_DELAY, LONGEST_DELAY = 15 * 1000000, 600 * 1000000
 
+-- A clock that is set back by no more stands still for these data until it has caught up.
+local SMALL_STEP = 1 * 1000000
 -- A replica that has sent no command for so long is taken for dead.
 local DEAD_AFTER = 3 * 1000000
 -- A list of more places of one shard would take long to read.
@@ -58,9 +60,6 @@ local window, lease, day, in_flight, grace, glance =
 local limit, usual_total, free_starts, most_releases, kept_for =
   tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14]), tonumber(ARGV[15])
 local FIRST_ARGUMENT = 16
-
-local clock = redis.call('TIME')
-local now = clock[1] * 1000000 + clock[2]
 
 -- Numbers as large as times lose digits when Lua turns them into strings by itself.
 local function word(number)
@@ -113,9 +112,18 @@ local since, last, replid, starts_size, shards_size, line_size, kept_at, seen_he
     'kept_at', 'seen:' .. replica))
 local server = current_replid()
 
+-- Each command is later than the one before.
+local function next_time()
+  local clock = redis.call('TIME')
+  local shown, after = clock[1] * 1000000 + clock[2], tonumber(last or 0) + 1
+  return after - shown <= SMALL_STEP and math.max(shown, after) or shown
+end
+
+local now = next_time()
+
 local function is_whole()
   return since and last
-    and now >= tonumber(last) -- otherwise the clock was set back
+    and now > tonumber(last) -- otherwise the clock was set back
     and replid == server
     and tonumber(starts_size) == redis.call('ZCARD', starts)
     and tonumber(shards_size) == redis.call('HLEN', shards)
@@ -130,7 +138,7 @@ local kept_identifying
 -- Forgets all windows and claims; the replicas see another `since` and release nothing for a lease.
 -- Session starts that are still here stay counted. The replicas restore the others, and the places.
 local function begin_anew()
-  if last and now >= tonumber(last) then
+  if last and now > tonumber(last) then
     kept_identifying = redis.call('HGET', state, 'identifying')
   end
   redis.call('DEL', state, heads, line)
@@ -656,8 +664,9 @@ end
 local commands = {}
 
 -- its_lease: how long the key is closed if nothing more is heard of the claim.
--- caution: by how much this clock may have been set forward without the replica noticing.
-function commands.claim(number, key, token, its_lease, came_at, useless_at, caution)
+-- caution: by how much this clock may have been set forward during a window.
+-- set_back_by: by how much it was set back, which other replicas may not have noticed.
+function commands.claim(number, key, token, its_lease, came_at, useless_at, caution, set_back_by)
   came_at, caution = tonumber(came_at), tonumber(caution)
   -- A grant that comes late is of no use.
   if not is_known or now > tonumber(useless_at) or caution > lease then
@@ -679,11 +688,12 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
     end
   end
   if verdict == GRANTED then
-    close(number, key, now + its_lease)
+    local until_when = now + its_lease + set_back_by
+    close(number, key, until_when)
     redis.call('HSET', state, 'claim:' .. field, with('', token, useless_at))
-    set_release(token, now + its_lease, '?' .. useless_at)
+    set_release(token, until_when, '?' .. useless_at)
     if tonumber(its_lease) > lease then
-      set_identifying(token, number, key, now + its_lease)
+      set_identifying(token, number, key, until_when)
     end
     count_start(token, now)
   end
@@ -868,4 +878,4 @@ function commands.uncount()
   return answer(GRANTED, 0)
 end
 
-return commands[command](unpack(ARGV, FIRST_ARGUMENT, math.min(#ARGV, FIRST_ARGUMENT + 6)))
+return commands[command](unpack(ARGV, FIRST_ARGUMENT, math.min(#ARGV, FIRST_ARGUMENT + 7)))

@@ -7,6 +7,9 @@
 
 local UNCHANGED, CHANGED, LOST = 0, 1, 2
 
+-- As in decisions.lua.
+local SMALL_STEP = 1 * 1000000
+
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 local info = redis.pcall('INFO', 'replication')
@@ -17,7 +20,7 @@ local function verdict(state, starts, shards, replica, known_since, seen_at)
     redis.call('HMGET', state, 'since', 'last', 'replid', 'starts_size', 'shards_size',
       'changed_at', 'seen:' .. replica))
   local is_same = since == known_since
-    and now >= tonumber(last)
+    and tonumber(last) - now < SMALL_STEP
     and replid == server
     and tonumber(starts_size) == redis.call('ZCARD', starts)
     and tonumber(shards_size) == redis.call('HLEN', shards)

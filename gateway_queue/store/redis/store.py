@@ -93,9 +93,9 @@ class RedisStore:
     A server that was restarted, or has taken over from another one, may have missed the last
     lease, and so may one that has lost data while the connection lived: the script notices, and its
     data begins anew. So the answers count only when a whole lease has passed with the same data
-    and a clock that was not set. A new connection to a server where both are still the same does
-    not begin another lease. Each replica knows the session starts of all replicas, and restores
-    those that the server has lost.
+    and a clock that was not set, but for small steps. A new connection to a server where both are
+    still the same does not begin another lease. Each replica knows the session starts of all
+    replicas, and restores those that the server has lost.
 
     Args:
       link: to the server.
@@ -125,7 +125,7 @@ class RedisStore:
         self._is_quick = False
         self._connection: Connection | None = None
         self._is_caught_up = False
-        self._clock = ServerClock(self._longest_lease)
+        self._clock = ServerClock(self._longest_lease, self._answer_seconds)
         # Since when the data is kept that this connection leads to.
         self._since: int | None = None
         # Since when the data is kept that has all starts of other replicas that are known here.
@@ -209,6 +209,7 @@ class RedisStore:
                 await self._link.turn()
                 await self._look()
                 await self._settle_doubtful()
+                await self._follow_clock()
                 self._line.look_again(self._clock)
                 look_in = LOOK_SECONDS
                 if was_quiet and self._may_rest(connection):
@@ -253,11 +254,18 @@ class RedisStore:
 
     def note_answer(self, now: int, asked_at: float, answered_at: float) -> None:
         self._compare_speed(answered_at - asked_at)
-        if not self._is_quick:
-            self.wake()
         if self._connection is not None and not self._clock.agrees(now, asked_at, answered_at):
             self._doubt_clock(self._connection)
+        if not self._is_quick or self._clock.was_set:
+            self.wake()
         self._heard_at = asked_at
+
+    async def _follow_clock(self) -> None:
+        """Tell the server when the budget is reset, by a clock that was set by a small step."""
+        if self._clock.was_set:
+            self._clock.was_set = False
+            if self._discord_budget is not None:
+                await self._hand_over(self._discord_budget)
 
     def _doubt_clock(self, connection: Connection) -> NoReturn:
         self._seen, self._trusted_since, self._clock_was_set = (0, 0), None, True
@@ -301,8 +309,9 @@ class RedisStore:
             is_unknown = is_new or self._clock_was_set or self._is_own(lease)
             if lease.token not in self._identifying or not is_unknown:
                 continue  # its shard has identified meanwhile, or the server knows of the claim
-            left = microseconds(longest_there(max(0.0, lease.until - trio.current_time())))
-            await self._ask("restore_claim", *words(lease), left)
+            left = max(0.0, lease.until - trio.current_time())
+            lasts = longest_there(left) + self._clock.set_back_by()
+            await self._ask("restore_claim", *words(lease), microseconds(lasts))
         return is_identified
 
     async def _share_line(self) -> NoReturn:
@@ -421,7 +430,7 @@ class RedisStore:
             if not is_same_clock or answered_at > self._heard_at + RESTORE_SECONDS:
                 self._trusted_since = None
             if self._trusted_since is None:
-                self._clock = ServerClock(self._longest_lease)
+                self._clock = ServerClock(self._longest_lease, self._answer_seconds)
                 self._clock.agrees(answer.now, asked_at, answered_at)
         elif not is_same_clock:
             self._doubt_clock(connection)
@@ -472,9 +481,10 @@ class RedisStore:
         lease = self._confirm_lease if confirm else self._claim_lease
         times = lease, round(came_at * MICROSECONDS), self._clock.at(answer_by)
         caution = microseconds(self._clock.longest_step())
+        set_back_by = microseconds(self._clock.set_back_by())
         try:
             with self._doubting(claim):
-                answer, _ = await self._ask("claim", *words(claim), *times, caution)
+                answer, _ = await self._ask("claim", *words(claim), *times, caution, set_back_by)
                 if answer.verdict == GRANTED:
                     open_for = answer.wait / MICROSECONDS
                     await trio.sleep(max(0.0, self._clock.longest_step() - open_for))
@@ -514,7 +524,7 @@ class RedisStore:
         """Tell the server of a window that has started."""
         # No more than has passed by the server's clock.
         ago = math.floor((trio.current_time() - window.at) * (1 - DRIFT) * MICROSECONDS)
-        seconds = microseconds(longest_there(window.seconds))
+        seconds = microseconds(longest_there(window.seconds) + self._clock.set_back_by())
         await self._ask("start_window", *words(window.claim), ago, seconds)
         self._untold.pop(window.claim.token, None)
 
@@ -593,7 +603,7 @@ class RedisStore:
     def change_rules(self, rules: Rules) -> None:
         self._set_rules(rules)
         self._hold = self._lease
-        self._clock.remember(self._longest_lease)
+        self._clock.change(self._longest_lease, self._answer_seconds)
         self._starts.keep(self._limit)
         self._trusted_at = max(self._trusted_at, trio.current_time() + self._lease)
         self.wake()
