@@ -47,6 +47,9 @@ ONLY_UNSTEADY_CLOCK = frozenset(ALL_KINDS) - {
 }
 """What has to be left out of a scenario, so that only a clock that is set often counts."""
 
+ONLY_SENTINEL_FAILOVER = frozenset(ALL_KINDS) - {"sentinels", "sentinel-failover", "confirm"}
+"""What has to be left out of a scenario, so that only a change of the primary counts."""
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -291,6 +294,13 @@ MUTANTS = (
         "            former.clear()",
         "no release waits for a step by which the clock was set forward during its window",
         without=ONLY_UNSTEADY_CLOCK,
+    ),
+    Mutant(
+        "store/redis/servers.py",
+        " if named and 2 * named[0][1] > len(self._url.sentinels) else None",
+        " if named else None",
+        "one of three sentinels is enough to name the primary",
+        without=ONLY_SENTINEL_FAILOVER,
     ),
     Mutant(
         "store/redis/decisions.lua",

@@ -8,8 +8,10 @@ from typing import NoReturn
 
 import trio
 
+from gateway_queue.store.redis.servers import OVERLAP_SECONDS
 from tests.exploration.discord import SimulatedDiscord
 from tests.exploration.fleet import Fleet
+from tests.exploration.primaries import Primaries, SimulatedSentinel
 from tests.exploration.record import Record
 from tests.exploration.redis_data import Database
 from tests.exploration.redis_server import SimulatedRedis
@@ -27,7 +29,7 @@ class Faults:
     """
 
     def __init__(
-        self, record: Record, fleet: Fleet, redis: SimulatedRedis, discord: SimulatedDiscord
+        self, record: Record, fleet: Fleet, primaries: Primaries, discord: SimulatedDiscord
     ) -> None:
         scenario = record.scenario
         self._random = random.Random(f"faults {scenario.source}")
@@ -37,7 +39,7 @@ class Faults:
         self._record = record
         self._window = record.scenario.window
         self._fleet = fleet
-        self._redis = redis
+        self._primaries = primaries
         self._discord = discord
         self._clock_is_unsteady = False
         self._causes: dict[str, Callable[[], Awaitable[None]]] = {
@@ -62,6 +64,8 @@ class Faults:
             "flush": self._flush,
             "set-clock": self._set_clock,
             "unsteady-clock": self._set_clock_often,
+            "sentinel-failover": self._fail_over_by_sentinels,
+            "sentinels-down": self._take_sentinels_down,
             "max-concurrency": self._change_max_concurrency,
             "budget": self._grant_more,
             "discord-down": self._take_discord_down,
@@ -78,8 +82,12 @@ class Faults:
                         await trio.sleep_until(CONNECTED_SECONDS)
                     nursery.start_soon(self._causes[source.choice(self._kinds)])
                 await trio.sleep_forever()
-        self._redis.is_up = True
+        self._primaries.mend()
         await self._fleet.mend()
+
+    @property
+    def _redis(self) -> SimulatedRedis:
+        return self._primaries.current
 
     async def _last(self, least: float, most: float) -> None:
         await trio.sleep(self._random.uniform(least, most))
@@ -153,19 +161,21 @@ class Faults:
 
     async def _lose_requests(self) -> None:
         self._record.note("Redis: requests get lost")
-        self._redis.loses_requests = self._random.choice((0.1, 0.5))
+        redis = self._redis
+        redis.loses_requests = self._random.choice((0.1, 0.5))
         try:
             await self._last(0, 2 * self._window)
         finally:
-            self._redis.loses_requests = 0
+            redis.loses_requests = 0
 
     async def _lose_replies(self) -> None:
         self._record.note("Redis: replies get lost")
-        self._redis.loses_replies = self._random.choice((0.1, 0.5))
+        redis = self._redis
+        redis.loses_replies = self._random.choice((0.1, 0.5))
         try:
             await self._last(0, 2 * self._window)
         finally:
-            self._redis.loses_replies = 0
+            redis.loses_replies = 0
 
     async def _slow_down(self) -> None:
         if self._random.random() < 0.5:
@@ -173,19 +183,21 @@ class Faults:
             self._redis.stalls_until = trio.current_time() + self._random.uniform(0, 3)
             return
         self._record.note("Redis: slow")
-        self._redis.extra_latency = self._random.choice((0.1, 0.6, 1.5))
+        redis = self._redis
+        redis.extra_latency = self._random.choice((0.1, 0.6, 1.5))
         try:
             await self._last(0, 3 * self._window)
         finally:
-            self._redis.extra_latency = 0
+            redis.extra_latency = 0
 
     async def _be_down(self) -> None:
-        self._redis.is_up = False
-        self._redis.reset_connections("Connection closed by server")
+        redis = self._redis
+        redis.is_up = False
+        redis.reset_connections("Connection closed by server")
         try:
             await self._last(0, 2 * self._window)
         finally:
-            self._redis.is_up = True
+            redis.is_up = True
 
     async def _take_down(self) -> None:
         self._record.note("Redis: unreachable")
@@ -225,13 +237,14 @@ class Faults:
             self._redis.data.delete(key)
 
     async def _evict(self) -> None:
-        self._redis.policy = b"allkeys-random"
+        redis = self._redis
+        redis.policy = b"allkeys-random"
         try:
             for _ in range(self._random.randint(2, 20)):
                 await self._last(0, self._window / 4)
                 await self._delete_key()
         finally:
-            self._redis.policy = b"noeviction"
+            redis.policy = b"noeviction"
 
     async def _flush(self) -> None:
         self._redis.lose("FLUSHALL")
@@ -271,6 +284,53 @@ class Faults:
                 await self._last(0.05, 1)
             finally:
                 self._redis.adjust_clock(-step)
+
+    async def _fail_over_by_sentinels(self) -> None:
+        """Let another server take over that lacks the last writes, while the former one goes on."""
+        former = self._redis
+        copy = former.data.copy()
+        await self._last(0, 1)
+        if former is not self._redis:
+            return  # another bot's fault, or another one of this bot, was faster
+        self._primaries.take_over(copy)
+        aware = self._random.sample(self._primaries.sentinels, self._random.choice((2, 3)))
+        if len(aware) == 2:
+            self._cut_off_from(aware)
+        try:
+            async with trio.open_nursery() as nursery:
+                for sentinel in aware:
+                    nursery.start_soon(self._learn_of_primary, sentinel)
+            await self._last(0, 4 * self._window)
+        finally:
+            former.retire()
+            for sentinel in self._primaries.sentinels:
+                sentinel.cut_off_from, sentinel.named = None, len(self._primaries.servers) - 1
+
+    def _cut_off_from(self, aware: list[SimulatedSentinel]) -> None:
+        """Leave a process with the former server, and with the sentinel that still names it."""
+        if process := self._fleet.any(self._random):
+            self._record.note(f"{process} is cut off from two sentinels")
+            for sentinel in aware:
+                sentinel.cut_off_from = process
+
+    async def _learn_of_primary(self, sentinel: SimulatedSentinel) -> None:
+        number = len(self._primaries.servers) - 1
+        await self._last(0, 2)
+        sentinel.named = max(sentinel.named, number)
+        if sorted(one.named for one in self._primaries.sentinels)[1] == number:
+            await trio.sleep(OVERLAP_SECONDS)
+            self._redis.lose("no replica uses the former server any more")
+
+    async def _take_sentinels_down(self) -> None:
+        down = self._random.sample(self._primaries.sentinels, self._random.choice((1, 1, 2, 3)))
+        self._record.note(f"{len(down)} sentinels are down")
+        for sentinel in down:
+            sentinel.is_up = False
+        try:
+            await self._last(0, 3 * self._window)
+        finally:
+            for sentinel in down:
+                sentinel.is_up = True
 
     def _empty(self) -> Database:
         return Database(self._redis.random)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import trio
 
+from tests.exploration.primaries import Primaries
 from tests.exploration.process import Bot, Process
 from tests.exploration.record import History
-from tests.exploration.redis_server import SimulatedRedis
 
 
 class Fleet:
@@ -19,14 +19,14 @@ class Fleet:
         self,
         nursery: trio.Nursery,
         history: History,
-        redis: SimulatedRedis,
+        primaries: Primaries,
         bots: Sequence[Bot],
     ) -> None:
         self.processes: list[Process] = []
         """All that there have been, by number."""
         self._nursery = nursery
         self._history = history
-        self._redis = redis
+        self._primaries = primaries
         self._bots = bots
 
     @property
@@ -41,7 +41,7 @@ class Fleet:
         hold = self._bots[0].scenario.hold_on_start or not is_first
         number = len(self.processes)
         process = Process(
-            number, replica, self._history, self._redis, self._bots, hold_on_start=hold
+            number, replica, self._history, self._primaries, self._bots, hold_on_start=hold
         )
         self.processes.append(process)
         with trio.CancelScope(shield=True):

@@ -14,6 +14,7 @@ from itertools import accumulate, count
 from operator import itemgetter
 
 from gateway_queue.store.redis.link import LOOK_SECONDS
+from gateway_queue.store.redis.servers import ASK_SECONDS, OVERLAP_SECONDS
 from tests.exploration.record import Call, History, ProcessRecord, Record
 from tests.exploration.scenario import CUTS, DISCORD_FAULTS, PROCESS_ENDS, SLOW_WAY, UNSTEADY_CLOCK
 
@@ -470,6 +471,7 @@ def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None
     if process.hold_on_start:
         is_local = scenario.store == "memory"
         opens += scenario.unconfirmed_window if is_local else scenario.lease + _handshake(record)
+        opens += OVERLAP_SECONDS if scenario.sentinels else 0
     if scenario.has_token:
         opens = max(opens, process.keys_told[0][0] if process.keys_told else at)
     told = process.keys_at(at, at - ADOPTION)
@@ -503,7 +505,8 @@ def _connected(record: Record, process: ProcessRecord, at: float) -> float:
         return 0.0
     latest = max((cut for cut in record.cuts if cut < at), default=-math.inf)
     began = max(latest, process.started_at)
-    return began + CONNECT_SECONDS + _handshake(record)
+    asking = ASK_SECONDS if record.scenario.sentinels else 0
+    return began + asking + CONNECT_SECONDS + _handshake(record)
 
 
 def _handshake(record: Record) -> float:

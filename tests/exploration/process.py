@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import trio
+from coredis.connection import TCPLocation
 from trio._core._run import CancelStatus
 
 from gateway_queue.discord.api import Discord, SessionStartLimit
@@ -19,8 +20,9 @@ from gateway_queue.store import WindowStore
 from gateway_queue.store.memory import MemoryStore
 from gateway_queue.store.redis import Link, RedisStore
 from tests.exploration.discord import SimulatedDiscord
+from tests.exploration.primaries import Primaries, SentinelPool, first_primary, process_of
 from tests.exploration.record import Call, History, ProcessRecord, Record
-from tests.exploration.redis_server import SimulatedPool, SimulatedRedis
+from tests.exploration.redis_server import SimulatedPool
 from tests.exploration.scenario import Scenario
 
 STOP_SECONDS = 3.0
@@ -47,7 +49,7 @@ class Process:
         number: int,
         replica: int,
         history: History,
-        redis: SimulatedRedis,
+        primaries: Primaries,
         bots: Iterable[Bot],
         *,
         hold_on_start: bool,
@@ -62,8 +64,8 @@ class Process:
         self.ended = trio.Event()
         self.nursery: trio.Nursery
         self._history = history
-        self._redis = redis
-        self._pools: list[SimulatedPool] = []
+        self._primaries = primaries
+        self._pools: list[SimulatedPool | SentinelPool] = []
         self._ice: trio.Event | None = None
         self._way_back: trio.Event | None = None
 
@@ -144,8 +146,8 @@ class Process:
                     _remove_shields(task)
                 await trio.lowlevel.checkpoint()
 
-    def pool(self) -> SimulatedPool:
-        pool = SimulatedPool(self._redis, self)
+    def pool(self, location: TCPLocation) -> SimulatedPool | SentinelPool:
+        pool = self._primaries.pool(location, self)
         self._pools.append(pool)
         return pool
 
@@ -169,7 +171,9 @@ class Process:
         if self.parts[0].bot.scenario.store == "memory":
             return None
         link = Link(
-            f"redis://{self.number}", count_error=lambda: None, observe_round_trip=self._note_answer
+            self._primaries.url(self.number),
+            count_error=lambda: None,
+            observe_round_trip=self._note_answer,
         )
         self.nursery.start_soon(link.run)
         return link
@@ -280,7 +284,12 @@ def settings_of(scenario: Scenario, *, hold_on_start: bool) -> Settings:
 
 def connections_to(processes: Callable[[int], Process]) -> Callable[[str, None], Any]:
     """Return what stands in for :func:`gateway_queue.store.redis.servers.connections`."""
-    return lambda url, _: processes(int(url.removeprefix("redis://"))).pool()
+    return lambda url, _: processes(int(url.removeprefix("redis://"))).pool(first_primary())
+
+
+def sentinel_connections_to(processes: Callable[[int], Process]) -> Callable[..., Any]:
+    """Return what stands in for the pools of ``gateway_queue.store.redis.servers.Sentinels``."""
+    return lambda location, db, **_: processes(process_of(location, db)).pool(location)
 
 
 def _remove_shields(task: trio.lowlevel.Task) -> None:

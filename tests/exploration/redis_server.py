@@ -62,6 +62,7 @@ class SimulatedRedis:
         self.data = Database(random_source)
         self.policy = b"noeviction"
         self.is_up = True
+        self._is_retired = False
         self.loses_requests = self.loses_replies = 0.0
         """Probabilities."""
         self.stalls_until = 0.0
@@ -92,6 +93,15 @@ class SimulatedRedis:
 
     def _step(self, seconds: float) -> None:
         self._shown, self._shown_at = self.time() + seconds * 1e6, trio.current_time()
+
+    def follow_clock(self, former: SimulatedRedis, seconds: float) -> None:
+        """Have a clock that differs from that of another server by some seconds."""
+        self._shown, self._shown_at = former.time() + seconds * 1e6, trio.current_time()
+
+    def retire(self) -> None:
+        """Serve no client any more."""
+        self._is_retired = True
+        self.reset_connections("Connection closed by server")
 
     def lose(self, what: str, prefix: str | None = None) -> None:
         """Note that what it knows may be wrong or gone from now on.
@@ -137,7 +147,7 @@ class SimulatedRedis:
         await trio.sleep(2 * self.latency())
         await host.thawed()
         await host.reachable()
-        if not self.is_up:
+        if not self.is_up or self._is_retired:
             raise ConnectionLost("Connection refused")
         connection = Connection(self, host)
         self._connections.append(connection)

@@ -17,15 +17,16 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.queue.lane import Place
 from gateway_queue.store.redis import servers
+from gateway_queue.store.redis.servers import OVERLAP_SECONDS
 from tests.exploration.clients import Client
 from tests.exploration.discord import SimulatedDiscord
 from tests.exploration.door import DirectDoor
 from tests.exploration.faults import Faults
 from tests.exploration.fleet import Fleet
 from tests.exploration.invariants import loop_delay
-from tests.exploration.process import Bot, Part, connections_to
+from tests.exploration.primaries import Primaries
+from tests.exploration.process import Bot, Part, connections_to, sentinel_connections_to
 from tests.exploration.record import History, Record
-from tests.exploration.redis_server import SimulatedRedis
 from tests.exploration.scenario import Scenario, draw_all
 from tests.exploration.transitions import WatchedState
 
@@ -99,22 +100,24 @@ class _Run:
         for record in history.records:
             record.note(str(record.scenario))
         async with trio.open_nursery() as nursery:
-            self._redis = SimulatedRedis(nursery, history, scenario, _source("redis", scenario))
+            self._primaries = Primaries(nursery, history, scenario, _source("redis", scenario))
             bots = [
                 Bot(record, SimulatedDiscord(record, _source("discord", record.scenario)))
                 for record in history.records
             ]
-            self._fleet = Fleet(nursery, history, self._redis, bots)
-            connections = connections_to(self._fleet.processes.__getitem__)
+            self._fleet = Fleet(nursery, history, self._primaries, bots)
+            process = self._fleet.processes.__getitem__
             with ExitStack() as stack:
-                stack.enter_context(patch.object(servers, "connections", connections))
+                enter = stack.enter_context
+                enter(patch.object(servers, "connections", connections_to(process)))
+                enter(patch.object(servers, "ConnectionPool", sentinel_connections_to(process)))
                 await self._play(bots)
             nursery.cancel_scope.cancel()
 
     async def _play(self, bots: Sequence[Bot]) -> None:
         for replica in range(self._scenario.replicas):
             await self._fleet.start(replica)
-        runs = [_BotRun(bot, self._fleet, self._redis) for bot in bots]
+        runs = [_BotRun(bot, self._fleet, self._primaries) for bot in bots]
         async with trio.open_nursery() as nursery:
             for run in runs:
                 nursery.start_soon(run.play)
@@ -133,7 +136,7 @@ class _Run:
         await wait_all_tasks_blocked()
         for run in runs:
             run.look_for_leftovers()
-        if keys := self._redis.data.keys_without_expiry():
+        if keys := self._primaries.current.data.keys_without_expiry():
             self._report_left(f"Redis keys that never expire: {keys}")
         await self._compare_tasks()
 
@@ -156,11 +159,11 @@ class _Run:
 class _BotRun:
     """One bot of a run: its clients, and the faults of its scenario."""
 
-    def __init__(self, bot: Bot, fleet: Fleet, redis: SimulatedRedis) -> None:
+    def __init__(self, bot: Bot, fleet: Fleet, primaries: Primaries) -> None:
         self._record, self._discord = bot.record, bot.discord
         self._scenario = scenario = bot.scenario
         self._fleet = fleet
-        self._faults = Faults(bot.record, fleet, redis, bot.discord)
+        self._faults = Faults(bot.record, fleet, primaries, bot.discord)
         door = DirectDoor(_source("door", scenario))
         self._clients = [
             Client(number, bot.record, fleet, door, bot.discord)
@@ -199,6 +202,7 @@ class _BotRun:
         scenario = self._scenario
         lease = scenario.lease
         time = 3 * lease if scenario.store == "memory" else 4 * lease + 6
+        time += 2 * OVERLAP_SECONDS if scenario.sentinels else 0
         time += scenario.confirm_seconds if scenario.confirming else 0
         if scenario.has_token:
             # Discord is asked again at last after twice the time that it was down.

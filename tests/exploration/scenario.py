@@ -12,6 +12,8 @@ CUTS = ("cuts",)
 SLOW_WAY = ("slow-way",)
 PARTITION = ("partition",)
 UNSTEADY_CLOCK = ("unsteady-clock",)
+SENTINEL_FAILOVER = ("sentinel-failover",)
+SENTINEL_FAULTS = (*SENTINEL_FAILOVER, "sentinels-down")
 REDIS_FAULTS = (
     "reset",
     "lost-request",
@@ -38,6 +40,7 @@ CHOICES = (
     "hang-ups",
     "confirm",
     "bots",
+    "sentinels",
 )
 """What is no fault, but can be left out of the scenarios like one."""
 
@@ -48,6 +51,7 @@ ALL_KINDS = (
     *SLOW_WAY,
     *PARTITION,
     *UNSTEADY_CLOCK,
+    *SENTINEL_FAULTS,
     *DISCORD_FAULTS,
     *CHOICES,
 )
@@ -62,6 +66,8 @@ class Scenario:
     """Bots of the same run have the same processes, the same Redis, and the same faults of both."""
     store: Literal["memory", "redis"]
     replicas: int
+    sentinels: bool
+    """Whether sentinels say which server of Redis is the primary."""
     has_token: bool
     keys: int
     """Discord's ``max_concurrency`` at the start; without a token also what is configured."""
@@ -134,6 +140,7 @@ def _draw_other(
         bot=bot,
         store=first.store,
         replicas=first.replicas,
+        sentinels=first.sentinels,
         hold_on_start=first.hold_on_start,
         latency=first.latency,
         clock_rate=first.clock_rate,
@@ -177,6 +184,12 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
     unsteady = random.Random(f"unsteady clock {seed}").random()
     if store == "redis" and unsteady < 0.1 and not without.issuperset(UNSTEADY_CLOCK):
         faults, only = faults + UNSTEADY_CLOCK, UNSTEADY_CLOCK if unsteady < 0.05 else only
+    naming = random.Random(f"sentinels {seed}")
+    sentinels = store == "redis" and naming.random() < 0.1 and "sentinels" not in without
+    if sentinels:
+        chosen = tuple(kind for kind in SENTINEL_FAULTS if naming.random() < 0.7)
+        faults += tuple(kind for kind in chosen if kind not in without)
+        only = naming.choice((only, SENTINEL_FAULTS, SENTINEL_FAILOVER))
     confirming = own.choice((0.0, 0.5, 0.5, 1.0))
     place_seconds = source.choice((0.0, 2.0, 10.0, 30.0))
     loop_free_starts = source.choice((0, 1, 2, 5))
@@ -185,6 +198,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
         bot=0,
         store=store,
         replicas=source.choice((1, 1, 2, 3)) if store == "redis" else 1,
+        sentinels=sentinels,
         has_token=has_token,
         keys=keys,
         max_concurrency=None if "cap" in without else cap,

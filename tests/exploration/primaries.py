@@ -1,0 +1,154 @@
+"""The servers of which one after the other is the primary, and the sentinels that name it."""
+
+from __future__ import annotations
+
+import random
+from types import TracebackType
+from typing import Self
+
+import trio
+from coredis.connection import TCPLocation
+from coredis.exceptions import ConnectionError as ConnectionLost
+
+from tests.exploration.record import History
+from tests.exploration.redis_data import Database, Reply
+from tests.exploration.redis_server import Host, SimulatedPool, SimulatedRedis
+from tests.exploration.scenario import Scenario
+
+SENTINELS = 3
+
+PRIMARY_PORT = 6379
+"""Of the first primary; each further one has the next port."""
+
+
+class Primaries:
+    """The servers of a run. Without sentinels, there is one.
+
+    Args:
+      nursery: where their connections live.
+      history: where to note what happens.
+      scenario: of any bot.
+      random_source: chooses latencies and faults.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        history: History,
+        scenario: Scenario,
+        random_source: random.Random,
+    ) -> None:
+        self._history = history
+        self._scenario = scenario
+        self._random = random_source
+        self.servers = [SimulatedRedis(nursery, history, scenario, random_source)]
+        self.sentinels = [SimulatedSentinel(self) for _ in range(SENTINELS)]
+
+    @property
+    def current(self) -> SimulatedRedis:
+        return self.servers[-1]
+
+    def take_over(self, data: Database) -> None:
+        """Let another server become the primary, while the former one goes on.
+
+        Args:
+          data: what it knows.
+        """
+        former = self.current
+        server = SimulatedRedis(former.nursery, self._history, self._scenario, self._random)
+        server.data = data
+        server.follow_clock(former, self._random.choice((0.0, 0.01, -0.01, 1.0, -1.0)))
+        self.servers.append(server)
+        server.lose(f"server {len(self.servers)} takes over, without the last writes")
+
+    def mend(self) -> None:
+        """Let all sentinels name the primary, which can be reached, and end the others."""
+        for sentinel in self.sentinels:
+            sentinel.is_up, sentinel.cut_off_from = True, None
+            sentinel.named = len(self.servers) - 1
+        for former in self.servers[:-1]:
+            former.retire()
+        self.current.is_up = True
+
+    def pool(self, location: TCPLocation, host: Host) -> SimulatedPool | SentinelPool:
+        """Return what stands in for coredis's pool of connections to a server or a sentinel."""
+        if location.host == "primary":
+            return SimulatedPool(self.servers[location.port - PRIMARY_PORT], host)
+        return SentinelPool(self.sentinels[location.port - 1], host)
+
+    def url(self, process: int) -> str:
+        """Return the URL of the primary for a process, by which the process can be told again."""
+        if not self._scenario.sentinels:
+            return f"redis://{process}"
+        sentinels = ",".join(f"sentinel-{process}:{port + 1}" for port in range(SENTINELS))
+        return f"redis+sentinel://{sentinels}/main/{process}"
+
+
+def first_primary() -> TCPLocation:
+    """Return where the primary is that is there from the start."""
+    return TCPLocation("primary", PRIMARY_PORT)
+
+
+def process_of(location: TCPLocation, database: int) -> int:
+    """Return the number of the process that connects, see :meth:`Primaries.url`."""
+    return database if location.host == "primary" else int(location.host.partition("-")[2])
+
+
+class SimulatedSentinel:
+    """Names a primary. It can be down, and learns later than others of another primary."""
+
+    def __init__(self, primaries: Primaries) -> None:
+        self._primaries = primaries
+        self.is_up = True
+        self.cut_off_from: Host | None = None
+        """The process that cannot reach it."""
+        self.named = 0
+        """The primary, by its index."""
+
+    def answers(self, host: Host) -> bool:
+        return self.is_up and host is not self.cut_off_from
+
+    def latency(self) -> float:
+        return self._primaries.current.latency()
+
+
+class SentinelPool:
+    """What stands in for coredis's pool: a link takes one connection to a sentinel from it."""
+
+    def __init__(self, sentinel: SimulatedSentinel, host: Host) -> None:
+        self._sentinel = sentinel
+        self._host = host
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+    def close(self, _reason: str) -> None:
+        pass  # nothing that was sent to a sentinel matters
+
+    async def get_connection(self) -> Self:
+        await self._travel()
+        return self
+
+    async def create_request(self, _command: bytes, _service: str, *, decode: bool) -> Reply:
+        assert not decode
+        await self._travel()
+        port = PRIMARY_PORT + self._sentinel.named
+        await self._travel()
+        return [b"primary", b"%d" % port]
+
+    async def _travel(self) -> None:
+        await self._host.thawed()
+        await self._host.reachable()
+        await trio.sleep(self._sentinel.latency() + self._host.way_latency)
+        if not self._sentinel.answers(self._host):
+            raise ConnectionLost("Connection refused")
+        await self._host.reachable()
+        await self._host.thawed()
