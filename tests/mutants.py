@@ -335,7 +335,7 @@ MUTANTS = (
     ),
     Mutant(
         "store/redis/decisions.lua",
-        "    set_release(token, now + its_lease, '?' .. useless_at)\n",
+        "    set_release(token, until_when, '?' .. useless_at)\n",
         "",
         "claims under way do not count against MAX_CONCURRENCY in Redis",
     ),

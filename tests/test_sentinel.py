@@ -118,6 +118,12 @@ def kill_with_lost_writes(watched: Watched) -> None:
         copy.signal(signal.SIGCONT)
 
 
+def keep_from_sentinels(primary: RedisServer) -> None:
+    """Let sentinels take a primary for down that clients can use, and not demote it."""
+    for command in ("ping", "replicaof", "slaveof", "config"):
+        primary.command("ACL", "SETUSER", "default", f"-{command}")
+
+
 STARTS = "{gateway-queue}:starts"
 
 
@@ -171,8 +177,7 @@ def test_a_primary_that_sentinels_have_replaced_is_not_used(watched: Watched) ->
         collecting([old.ask(shard) for shard in range(16)]) as collected,
     ):
         wait_for_releases([old], 2)
-        for command in ("ping", "replicaof", "slaveof", "config"):
-            watched.primary.command("ACL", "SETUSER", "default", f"-{command}")
+        keep_from_sentinels(watched.primary)
         watched.wait_for_failover()
         with (
             replicas(1, watched.url, WINDOW_SECONDS=WINDOW) as (new,),
@@ -183,6 +188,25 @@ def test_a_primary_that_sentinels_have_replaced_is_not_used(watched: Watched) ->
 
     times = sorted(answer.at for _, answer in answers)
     assert min(b - a for a, b in pairwise(times)) >= WINDOW - SLACK
+
+
+def test_a_replica_that_was_frozen_during_a_failover_uses_the_former_primary_no_more(
+    watched: Watched,
+) -> None:
+    """Thawed, it knows what the sentinels said before, and the former primary would release."""
+    with (
+        replicas(2, watched.url, WINDOW_SECONDS=WINDOW) as (old, new),
+        collecting([*ask_in_turn([old], 8), *ask_in_turn([new], 12)]) as collected,
+    ):
+        wait_for_releases([old], 2)
+        old.process.send_signal(signal.SIGSTOP)
+        keep_from_sentinels(watched.primary)
+        watched.wait_for_failover()
+        wait_for_releases([new], 2)
+        old.process.send_signal(signal.SIGCONT)
+        answers = collected.result()
+
+    assert min(gaps(answers)[0]) >= WINDOW - SLACK
 
 
 def test_without_sentinels_no_ticket_is_released_and_none_lost(watched: Watched) -> None:

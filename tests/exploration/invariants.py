@@ -277,17 +277,23 @@ def _clock_range(record: Record) -> float:
 
 
 def _place_since(record: Record, call: Call) -> float:
-    """Return since when a call has had its place, at the earliest."""
-    here_since = call.arrived_at or 0
+    """Return since when a call has had its place, at the earliest.
+
+    It may have the place of an earlier call, which had exchanged it with another one before.
+    """
+    since = call.arrived_at or 0
     if call.shard is None or not record.scenario.place_seconds:
-        return here_since
-    return min(
-        one.arrived_at
-        for one in record.calls
-        if one.arrived_at is not None
-        and one.shard == call.shard
-        and (one.answered_at is None or one.answered_at >= here_since)
-    )
+        return since
+    own = [one for one in record.calls if one.shard == call.shard and one.arrived_at is not None]
+    while True:
+        earliest = min(
+            one.arrived_at or 0
+            for one in own
+            if one.answered_at is None or one.answered_at >= since
+        )
+        if earliest >= since:
+            return since
+        since = earliest
 
 
 def _younger_first(

@@ -104,6 +104,15 @@ class Link:
         """Seconds for which another replica may still use a former server."""
         return self._servers.overlap
 
+    def check_up_to_date(self) -> None:
+        """Check that another server would be known by now that had taken over before.
+
+        Raises:
+          Unreachable: it would not.
+        """
+        if not self._servers.is_up_to_date():
+            raise Unreachable("another server may have taken over")
+
     async def turn(self) -> None:
         """Wait until a store may check its data."""
         at = max(trio.current_time(), self._free_at)

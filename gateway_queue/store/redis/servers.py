@@ -18,6 +18,9 @@ from gateway_queue.store.sentinel_url import SentinelUrl
 ASK_SECONDS = 0.5
 """How often each sentinel is asked, and the longest that its answer may take."""
 
+FRESH_SECONDS = 3 * ASK_SECONDS
+"""For how long an answer of a sentinel counts: a replica that was frozen knows former ones only."""
+
 OVERLAP_SECONDS = 4 * ASK_SECONDS
 """After most sentinels have named another primary, a replica may use the former one for so long. In
 a cluster, it may connect to a node again that has lost the keys without knowing it."""
@@ -42,6 +45,9 @@ class Servers(Protocol):
 
     async def watch(self, connection: Connection) -> None:
         """Close a connection when another server has taken over."""
+
+    def is_up_to_date(self) -> bool:
+        """Return whether another server would be known by now that had taken over before."""
 
     def note_nodes(self, nodes: Iterable[TCPLocation]) -> None:
         """Take over the nodes of the cluster to which a connection has led."""
@@ -75,6 +81,9 @@ class ServersOfUrl:
     async def watch(self, connection: Connection) -> None:
         pass  # a server that has been replaced refuses commands, or says where the keys are
 
+    def is_up_to_date(self) -> bool:
+        return True
+
     def note_nodes(self, nodes: Iterable[TCPLocation]) -> None:
         for node in nodes:
             if node not in self._candidates:
@@ -100,7 +109,8 @@ class Sentinels:
 
     def __init__(self, url: SentinelUrl) -> None:
         self._url = url
-        self._named: dict[TCPLocation, TCPLocation] = {}
+        # What each has named last, and when it was asked.
+        self._named: dict[TCPLocation, tuple[TCPLocation, float]] = {}
         self._changed = trio.Event()
         self._location: TCPLocation | None = None
 
@@ -134,6 +144,9 @@ class Sentinels:
                 connection.lose(f"the sentinels name another primary: {primary}")
             await self._changed.wait()
 
+    def is_up_to_date(self) -> bool:
+        return self._primary() == self._location
+
     def note_nodes(self, nodes: Iterable[TCPLocation]) -> None:
         pass  # sentinels watch no cluster
 
@@ -141,7 +154,9 @@ class Sentinels:
         pass  # the sentinels say when there is another primary
 
     def _primary(self) -> TCPLocation | None:
-        named = Counter(self._named.values()).most_common(1)
+        since = trio.current_time() - FRESH_SECONDS
+        fresh = (primary for primary, asked_at in self._named.values() if asked_at >= since)
+        named = Counter(fresh).most_common(1)
         return named[0][0] if named and 2 * named[0][1] > len(self._url.sentinels) else None
 
     def _no_primary(self) -> str:
@@ -159,25 +174,27 @@ class Sentinels:
                     password = self._url.password if password is None else None
                 except (RedisError, OSError, trio.TooSlowError):
                     pass
-            self._note(sentinel, None)
+            self._note(sentinel, None, trio.current_time())
             await trio.sleep(ASK_SECONDS)
 
     async def _ask(self, sentinel: TCPLocation, pool: ConnectionPool[Any]) -> NoReturn:
         with trio.fail_after(ASK_SECONDS):
             connection = await pool.get_connection()
         while True:
+            asked_at = trio.current_time()
             with trio.fail_after(ASK_SECONDS):
                 named = await connection.create_request(
                     b"SENTINEL GET-MASTER-ADDR-BY-NAME", self._url.service, decode=False
                 )
-            self._note(sentinel, TCPLocation(named[0].decode(), int(named[1])) if named else None)
+            primary = TCPLocation(named[0].decode(), int(named[1])) if named else None
+            self._note(sentinel, primary, asked_at)
             await trio.sleep(ASK_SECONDS)
 
-    def _note(self, sentinel: TCPLocation, primary: TCPLocation | None) -> None:
+    def _note(self, sentinel: TCPLocation, primary: TCPLocation | None, asked_at: float) -> None:
         if primary is None:
             self._named.pop(sentinel, None)
         else:
-            self._named[sentinel] = primary
+            self._named[sentinel] = primary, asked_at
         self._changed.set()
         self._changed = trio.Event()
 

@@ -488,6 +488,7 @@ class RedisStore:
                 if answer.verdict == GRANTED:
                     open_for = answer.wait / MICROSECONDS
                     await trio.sleep(max(0.0, self._clock.longest_step() - open_for))
+                    self._link.check_up_to_date()
                     if confirm:
                         until = asked_at + longest_here(lease / MICROSECONDS)
                         self._identifying[claim.token] = Lease(*words(claim), until)
