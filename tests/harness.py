@@ -1,4 +1,4 @@
-"""The real command in a process of its own, and clients that speak to it over real sockets."""
+"""The real command in a separate process, and clients with real sockets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ import psutil
 from gateway_queue.settings import Settings
 
 PATIENCE = 20.0
-"""Seconds after which a test that waits for something gives up; far more than it ever takes."""
+"""Seconds after which a waiting test fails. Nothing that a test waits for takes nearly as long."""
 
 GO = b"""{"message": "You're free to connect now! :)"}"""
 
@@ -36,7 +36,7 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: queue\r\n\r\n"
 README = Path(__file__).parent.with_name("README.md")
 
 SLACK = 0.001
-"""Seconds by which a gap may seem short to a client, for its own clock and wake-ups."""
+"""Seconds by which a client may measure a gap too short: clocks and wake-ups are not exact."""
 
 
 def asking(shard: int, *, confirm: bool = False) -> bytes:
@@ -46,12 +46,12 @@ def asking(shard: int, *, confirm: bool = False) -> bytes:
 
 
 def installed(command: str) -> str:
-    """Return the path of a command that stands beside this Python."""
+    """Return the path of a command in the same folder as this Python."""
     return str(Path(sys.executable).with_name(command))
 
 
 def environ(**variables: object) -> dict[str, str]:
-    """Return this environment, without what would set the server up, and with some variables."""
+    """Return this environment without the server's settings, and with some other variables."""
     unset = {field.name.upper() for field in dataclasses.fields(Settings)}
     unset |= {f"{variable}_FILE" for variable in unset}
     kept = {name: value for name, value in os.environ.items() if name not in unset}
@@ -65,20 +65,20 @@ class Server:
     process: subprocess.Popen[str]
     port: int = 0
     lines: list[str] = field(default_factory=list)
-    """What it has printed, on either stream."""
+    """Lines that it has printed to stdout and stderr."""
     clients: list[Client] = field(default_factory=list)
 
     def connect(self, request: bytes = REQUEST) -> Client:
-        """Open a connection, send a request, and close it at the latest with the server."""
+        """Open a connection and send a request. The connection is closed with the server."""
         self.clients.append(Client(self.port, request))
         return self.clients[-1]
 
     def ask(self, shard: int) -> Client:
-        """Ask for a shard's turn."""
+        """Open a connection, and send the request of a shard."""
         return self.connect(asking(shard))
 
     def get(self, path: str) -> Answer:
-        """Ask one of the endpoints."""
+        """Request an endpoint, and return its answer."""
         client = Client(self.port, f"GET {path} HTTP/1.1\r\nHost: queue\r\n\r\n".encode())
         try:
             return client.answer()
@@ -86,16 +86,16 @@ class Server:
             client.hang_up()
 
     def status(self) -> dict[str, Any]:
-        """Ask how the queue stands."""
+        """Return the document of ``/status``."""
         status: dict[str, Any] = json.loads(self.get("/status").body)
         return status
 
     def settle(self) -> None:
-        """Wait until it has done what the last answer left it to do."""
+        """Wait until the server has finished its work after the last answer."""
         self.get("/healthz")
 
     def peak_memory(self) -> int:
-        """Return the most memory that it has had resident, in bytes."""
+        """Return the server's peak resident memory, in bytes."""
         return self._status("VmHWM") * 1024
 
     def cpu_seconds(self) -> float:
@@ -104,7 +104,7 @@ class Server:
         return times.user + times.system
 
     def voluntary_switches(self) -> int:
-        """Return how often it has gone to sleep."""
+        """Return how often it has gone to sleep: its voluntary context switches."""
         return self._status("voluntary_ctxt_switches")
 
     def _status(self, name: str) -> int:
@@ -122,10 +122,10 @@ class Server:
 
 @contextmanager
 def serving(*command: str, **variables: object) -> Iterator[Server]:
-    """Run a server until the end of the context, on a free port and with windows as set."""
+    """Run a server on a free port, with some settings, until the end of the context."""
     process = subprocess.Popen(
         command or [installed("gateway-queue")],
-        # Most tests measure the window itself; what is said of the margin sets it.
+        # Most tests measure the window alone. Tests of the margin set it.
         env=environ(**{"PORT": 0, "MARGIN_SECONDS": 0, **variables}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -166,7 +166,7 @@ class Answer:
 
     raw: bytes
     at: float
-    """When its end came to this machine's kernel, on :func:`time.monotonic`."""
+    """When this machine's kernel received its end, on :func:`time.monotonic`."""
 
     @property
     def status(self) -> int:
@@ -184,13 +184,14 @@ class Answer:
 
 
 SO_TIMESTAMPNS = 35
-"""Linux's option for the time at which data came; the socket module has no name for it."""
+"""Linux's socket option for arrival times; the socket module has no name for it."""
 
 
 def kernel_stamp(ancillary: list[tuple[int, int, bytes]]) -> float:
-    """Tell when the last byte of a read came, on :func:`time.time`.
+    """Return when the last byte of a read arrived, on :func:`time.time`.
 
-    The kernel begins to stamp a moment after the first socket asks for it; until then, now it is.
+    The kernel starts to add timestamps a moment after the first socket enables them. Without one,
+    return the current time.
     """
     for _, kind, data in ancillary:
         if kind == SO_TIMESTAMPNS:
@@ -200,13 +201,13 @@ def kernel_stamp(ancillary: list[tuple[int, int, bytes]]) -> float:
 
 
 def arrival(ancillary: list[tuple[int, int, bytes]]) -> float:
-    """Tell when data came, however late this process has looked: on :func:`time.monotonic`."""
+    """Return when data arrived, on :func:`time.monotonic`, even if it was read much later."""
     now = time.monotonic()
     return now - (time.time() - kernel_stamp(ancillary))
 
 
 class Client:
-    """One connection, with plain sockets: what it sends is what the test says, byte for byte."""
+    """One connection with a plain socket. It sends exactly the bytes that the test names."""
 
     def __init__(self, port: int, request: bytes) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
@@ -216,13 +217,13 @@ class Client:
         self.socket.sendall(request)
 
     def answer(self, *, body: bool = True) -> Answer:
-        """Wait for one answer, but for an interim one."""
+        """Wait for one final answer, and skip interim ones."""
         arrived = time.monotonic()
         while True:
             head, end, rest = self.received.partition(b"\r\n\r\n")
             if end and head.startswith(b"HTTP/1.1 1"):
                 self.received = rest
-                continue  # the answer may have come along
+                continue  # the final answer may be in the same read
             if end:
                 length = int(re.findall(rb"(?i)\r\ncontent-length: (\d+)", head)[0]) if body else 0
                 if len(rest) >= length:
@@ -257,7 +258,7 @@ def reset(sock: socket.socket) -> None:
 
 
 def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]:
-    """Wait for the first answers to many clients, doing nothing else, and tell whose they are."""
+    """Wait for the first answers to many clients. Return each with the number of its client."""
     answers: list[tuple[int, Answer]] = []
     with selectors.DefaultSelector() as selector:
         for number, client in enumerate(clients):
@@ -272,7 +273,7 @@ def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]
 
 
 def eventually(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
-    """Wait for what another process does of itself."""
+    """Wait until a condition is true, such as one that another process changes."""
     give_up = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < give_up
@@ -280,10 +281,10 @@ def eventually(condition: Callable[[], bool], patience: float = PATIENCE) -> Non
 
 
 def free_port() -> int:
-    """Return a port for a server that is to come back to the same one.
+    """Return a free port for a server that is started again on the same port.
 
-    It is below those that the kernel gives to clients, which could take it in the meantime. So is
-    the port of a Redis cluster's bus, which is higher by 10,000.
+    It is below the ports that the kernel gives to clients, so no client takes it in the meantime.
+    So is the port of a Redis cluster's bus, which is higher by 10,000.
     """
     while True:
         port = 10_000 + secrets.randbelow(12_000)
@@ -292,7 +293,7 @@ def free_port() -> int:
 
 
 def with_open_files(soft: int, hard: int | None = None) -> tuple[str, ...]:
-    """Return the command, with other limits of open files; the hard one stays if it is None."""
+    """Return the command with other limits of open files. None keeps the hard limit."""
     code = (
         "import resource, os, sys; name = resource.RLIMIT_NOFILE; "
         f"hard = {hard} or resource.getrlimit(name)[1]; "
@@ -302,7 +303,7 @@ def with_open_files(soft: int, hard: int | None = None) -> tuple[str, ...]:
 
 
 def allow_10_000_connections() -> None:
-    """Let this process have as many sockets, and the servers that it starts."""
+    """Let this process, and the servers that it starts, open 10,000 sockets."""
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert limit >= 11_000, "raise the hard limit of open files: ulimit -Hn 20000"
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

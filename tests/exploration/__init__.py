@@ -1,1 +1,1 @@
-"""A deterministic simulation: the queue, its stores and all that they meet, from a seed."""
+"""A deterministic simulation: the queue, its stores, clients, Redis and Discord, from a seed."""

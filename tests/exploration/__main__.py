@@ -78,16 +78,16 @@ def _replay(seed: int, choice: Choice) -> int:
     """Print the history of a seed."""
     if choice.http:
         wire_history = wire_run.explore(seed)
-        lines, wrong = wire_history.lines, wire_history.broken(choice.ignore)
+        lines, failed = wire_history.lines, wire_history.broken(choice.ignore)
     else:
         history = explore(seed, without=choice.without, full=True)
-        lines, wrong = history.lines, broken(history, choice.ignore)
+        lines, failed = history.lines, broken(history, choice.ignore)
     print("\n".join(lines))
-    for name, why in wrong.items():
+    for name, why in failed.items():
         print(f"{name}: {why}")
-    holds = "an invariant does not hold" if wrong else "every invariant holds"
+    holds = "an invariant does not hold" if failed else "every invariant holds"
     print(f"{holds}: seed {seed}")
-    return int(bool(wrong))
+    return int(bool(failed))
 
 
 def _names(*, http: bool) -> tuple[str, ...]:
@@ -100,10 +100,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options = parser.parse_args(arguments)
     names = _names(http=options.http)
-    if wrong := {*options.only, *options.ignore} - set(names):
-        parser.error(f"no such RULE: {', '.join(sorted(wrong))}; takes {', '.join(names)}")
+    if unknown := {*options.only, *options.ignore} - set(names):
+        parser.error(f"no such RULE: {', '.join(sorted(unknown))}; rules: {', '.join(names)}")
     if options.http and options.without:
-        parser.error("--without goes without --http")
+        parser.error("--without cannot be used with --http, which simulates no faults")
     return options
 
 
@@ -118,14 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--seeds", type=int, default=1000, metavar="N", help="number of seeds (1000)")
     add("--from", type=int, default=0, metavar="S", dest="first", help="the first seed (0)")
-    add("--minutes", type=float, metavar="M", help="run for this time, instead of --seeds")
+    add("--minutes", type=float, metavar="M", help="run for M minutes, instead of --seeds")
     add("--replay", type=int, metavar="SEED", help="print the full history of one seed")
     add("--go-on", action="store_true", help="do not end at the first seed that breaks a rule")
     add("--http", action="store_true", help="simulate clients of HTTP/1 and HTTP/2, and no faults")
     names = f"{', '.join(_names(http=False))}; with --http {', '.join(_names(http=True))}"
-    add("--only", nargs="+", default=[], metavar="RULE", help=names)
-    add("--ignore", nargs="+", default=[], metavar="RULE", help="do not check")
-    kinds = ", ".join(ALL_KINDS)
+    add("--only", nargs="+", default=[], metavar="RULE", help=f"check only these: {names}")
+    add("--ignore", nargs="+", default=[], metavar="RULE", help="do not check these")
+    kinds = f"faults that must not happen: {', '.join(ALL_KINDS)}"
     add("--without", nargs="+", choices=ALL_KINDS, default=[], metavar="FAULT", help=kinds)
     return parser
 

@@ -1,4 +1,4 @@
-"""Clients: shards that ask, lose patience, ask again, and start again."""
+"""Clients: shards that ask, hang up, ask again, and start again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.exploration.process import Part, Process
 from tests.exploration.record import Call, Record
 
 MOST_HANG_UPS = 6
-"""So often does a client give up and ask again, until it has all the patience in the world."""
+"""How often a client hangs up and asks again; after that it waits as long as necessary."""
 
 
 class Fleet(Protocol):
-    """Where clients find a process to ask."""
+    """Finds a process for a client to ask."""
 
     def pick(self, replica: int) -> Process | None:
         """Return a process that accepts requests, of this replica if possible."""
@@ -28,8 +28,8 @@ class Client:
     """One client of one shard.
 
     Args:
-      number: chooses how it behaves, with the seed.
-      record: of the run.
+      number: with the seed, chooses how the client behaves.
+      record: what happens in the run.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Client:
         self.is_done = True
 
     async def _start(self) -> bool:
-        """Ask until released, and tell whether that was so."""
+        """Ask until released. Return False if the client gives up for good."""
         hang_ups = 0
         while True:
             process = self._fleet.pick(self._replica)
@@ -102,7 +102,7 @@ class Client:
             await self._pause(was_closed=not gave_up)
 
     async def _identify_and_confirm(self, call: Call, response: Response) -> bool:
-        """Identify and close the response, and tell whether it was a start, if only a crash."""
+        """Identify or crash, and close the response. Return False if the client must ask again."""
         scenario, habits = self._record.scenario, self._habits
         habit = "quick"
         if trio.current_time() < self._faults_end_at:
@@ -116,7 +116,7 @@ class Client:
         with trio.move_on_at(identifies_at):
             await response.ended.wait()
         if trio.current_time() < identifies_at:
-            # The server has died. An IDENTIFY that is on its way comes nevertheless.
+            # The server has ended. An IDENTIFY that is already on its way arrives all the same.
             if scenario.store == "memory" or habits.random() < 0.7:
                 return False
             await trio.sleep_until(identifies_at)
@@ -146,7 +146,7 @@ class Client:
         return call
 
     def _leaves_at(self, part: Part, hang_ups: int) -> float:
-        """Choose when to leave in the very moment in which the key opens, if so."""
+        """Return when to leave: at the instant in which the key opens, or never."""
         if not self._is_impatient(hang_ups) or self._habits.random() >= 0.3 * self._impatience:
             return math.inf
         scenario, opens = self._record.scenario, part.record.started_at
@@ -162,7 +162,7 @@ class Client:
     async def _lose_patience(
         self, process: Process, scope: trio.CancelScope, hang_ups: int
     ) -> None:
-        """Hang up some time before the faults end, unless it is patient now."""
+        """Hang up at some time before the faults end, or not at all."""
         if not self._is_impatient(hang_ups) or self._random.random() >= self._impatience:
             return
         left = self._faults_end_at - trio.current_time()

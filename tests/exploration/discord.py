@@ -1,4 +1,4 @@
-"""Discord as it is seen by a bot: its limits, and what it counts."""
+"""Discord as a bot sees it: its limits, and the session starts that it counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DAY = 24 * 60 * 60.0
 
 
 class SimulatedDiscord:
-    """Counts session starts by true time, and tells its limits."""
+    """Counts session starts by true time, and answers with its limits."""
 
     def __init__(self, record: Record, random_source: random.Random) -> None:
         scenario = record.scenario

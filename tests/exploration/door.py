@@ -1,4 +1,4 @@
-"""The way of a client's request to a process, and of the answer back."""
+"""How a client's request reaches a process, and how the answer comes back."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tests.exploration.record import Call
 
 
 class Response(Protocol):
-    """An answer. That of a confirmed ticket stays open until one side closes it."""
+    """An answer. For a confirmed ticket, it stays open until one side closes it."""
 
     ended: trio.Event
-    """Set when the server has closed it, or is gone."""
+    """Set when the server has closed it, or has ended."""
 
     def close(self) -> None:
-        """Close it, as a client does."""
+        """Close it from the client's side."""
 
 
 class Door(Protocol):
-    """Lets clients ask."""
+    """Takes the requests of clients to processes."""
 
     async def ask(self, part: Part, call: Call) -> Response | None:
         """Ask for a shard, and wait. A client that gives up cancels this.
@@ -52,7 +52,7 @@ class DirectDoor:
         visit = _Visit(self._random, part, call)
         process.nursery.start_soon(visit.run)
         try:
-            await visit.heard.wait()
+            await visit.decided.wait()
         except trio.Cancelled:
             visit.close()
             raise
@@ -64,8 +64,8 @@ class _Visit:
 
     def __init__(self, random_source: random.Random, part: Part, call: Call) -> None:
         self.ended = trio.Event()
-        self.heard = trio.Event()
-        """Set when the answer is on the wire, or there will be none."""
+        self.decided = trio.Event()
+        """Set when the answer is on the wire, or when there will be none."""
         self._random = random_source
         self._part = part
         self._process = part.process
@@ -80,7 +80,7 @@ class _Visit:
             with self._scope:
                 await process.thawed()
                 if self._scope.cancel_called:
-                    return  # it came and went while the process was frozen
+                    return  # the client has left while the process was frozen
                 self._record.step(call, "arrived")
                 self._part.calls.append(call)
                 if call.leaves_at < math.inf:
@@ -98,11 +98,11 @@ class _Visit:
             if call.ended_at is None:
                 call.ended_at = trio.current_time()
             self.ended.set()
-            self.heard.set()
+            self.decided.set()
 
     async def _leave_in_time(self) -> None:
         with trio.move_on_at(self._call.leaves_at) as in_time:
-            await self.heard.wait()
+            await self.decided.wait()
         if in_time.cancelled_caught:
             self._call.closed_at = trio.current_time()
             await self._process.thawed()
@@ -133,7 +133,7 @@ class _Visit:
                 await trio.sleep_forever()  # as the request is held until its client leaves
 
     async def _answer(self, answer_by: float) -> None:
-        """Put the answer on the wire, if it is not too late and the client is there."""
+        """Put the answer on the wire, if it is not too late and the client has not left."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._is_answering = True
         with trio.CancelScope(shield=True):
@@ -144,10 +144,10 @@ class _Visit:
         if trio.current_time() > answer_by:
             raise trio.TooSlowError
         self._record.step(self._call, "answered")
-        self.heard.set()
+        self.decided.set()
 
     def close(self) -> None:
-        """Let the server see, soon, that the client has gone."""
+        """Disconnect; the server notices it a little later."""
         if not self.ended.is_set():
             self._call.closed_at = trio.current_time()
         if not self._process.ended.is_set():

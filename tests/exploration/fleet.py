@@ -23,7 +23,7 @@ class Fleet:
         bots: Sequence[Bot],
     ) -> None:
         self.processes: list[Process] = []
-        """All that there have been, by number."""
+        """All processes of the run, also those that have ended, by number."""
         self._nursery = nursery
         self._history = history
         self._primaries = primaries
@@ -48,7 +48,7 @@ class Fleet:
             await self._nursery.start(process.run)
 
     async def mend(self) -> None:
-        """Let every replica have a process that runs."""
+        """Thaw all processes, and start one for each replica that has none."""
         for process in self.alive:
             process.thaw()
         for replica in range(self._bots[0].scenario.replicas):

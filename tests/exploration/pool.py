@@ -18,24 +18,24 @@ from tests.exploration.invariants import broken
 from tests.exploration.run import explore
 
 LONGEST_RUN = 30
-"""Seconds of processor time after which a run is taken for one that never ends."""
+"""Seconds of CPU time after which a run counts as endless."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to check, and what to leave out."""
+    """Which runs to do, and what to check."""
 
     ignore: frozenset[str] = frozenset()
-    """Invariants."""
+    """Invariants that are not checked."""
     without: frozenset[str] = frozenset()
-    """Kinds of faults."""
+    """Kinds of faults that must not happen."""
     http: bool = False
-    """Whether clients of HTTP are simulated, or such that call the queue directly."""
+    """Whether clients use HTTP; otherwise they call the queue directly."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one seed."""
+    """The result of one seed."""
 
     seed: int
     virtual_seconds: float

@@ -26,7 +26,7 @@ from tests.exploration.redis_server import SimulatedPool
 from tests.exploration.scenario import Scenario
 
 STOP_SECONDS = 3.0
-"""The longest that a process may take to stop: 2 s by the contract, and the answers under way."""
+"""How long a process may take to stop: 2 s by the contract, and 1 s for answers under way."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Bot:
 
 
 class Process:
-    """The connection to Redis, and the parts of all bots."""
+    """One process: its connection to Redis, and its parts of all bots."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Process:
             self._history.note(f"{self} thawed")
 
     async def reachable(self) -> None:
-        """Wait while nothing gets from here to Redis or back."""
+        """Wait while the process is cut off from Redis."""
         while self._way_back is not None:
             await self._way_back.wait()
 
@@ -128,7 +128,7 @@ class Process:
         await self._end("stopped")
 
     async def _end(self, how: str) -> None:
-        """Cancel all of it at once, also what is shielded; nothing gets out any more."""
+        """Cancel all tasks at once, also shielded ones. The process sends nothing more."""
         if not self.is_alive:
             return
         self.accepts = self.is_alive = False
@@ -200,7 +200,7 @@ class Process:
 
 
 class Part:
-    """One bot in one process: its queue and store, and what keeps Discord's limits up to date."""
+    """One bot in one process: its queue, its store, and the task that asks for Discord's limits."""
 
     queue: Queue
 
@@ -211,7 +211,7 @@ class Part:
         self.record = ProcessRecord(process.number, process.replica, now, hold_on_start)
         bot.record.processes.append(self.record)
         self.calls: list[Call] = []
-        """Those that the door has let in and that have not ended."""
+        """Calls that have arrived and have not ended."""
         if not scenario.has_token:
             self.record.keys_told.append((now, scenario.keys))
 
@@ -243,7 +243,7 @@ class Part:
         self.queue.send_away()
 
     def leftovers(self) -> list[str]:
-        """List what is still in the queue, when all have left."""
+        """List what is still in the queue after all clients have left."""
         left = [f"len(queue) is {len(self.queue)}"] if len(self.queue) else []
         lanes = [lane for lane in self.queue.lanes.values() if lane or lane.identifying]
         return [*left, *(f"the queue has lane {lane.rate_limit_key}" for lane in lanes)]
@@ -283,12 +283,12 @@ def settings_of(scenario: Scenario, *, hold_on_start: bool) -> Settings:
 
 
 def connections_to(processes: Callable[[int], Process]) -> Callable[[str, None], Any]:
-    """Return what stands in for :func:`gateway_queue.store.redis.servers.connections`."""
+    """Return a replacement of :func:`gateway_queue.store.redis.servers.connections`."""
     return lambda url, _: processes(int(url.removeprefix("redis://"))).pool(first_primary())
 
 
 def sentinel_connections_to(processes: Callable[[int], Process]) -> Callable[..., Any]:
-    """Return what stands in for the pools of ``gateway_queue.store.redis.servers.Sentinels``."""
+    """Return a replacement of the pools of ``gateway_queue.store.redis.servers.Sentinels``."""
     return lambda location, db, **_: processes(process_of(location, db)).pool(location)
 
 

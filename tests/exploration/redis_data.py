@@ -60,7 +60,7 @@ class Database:
     """Keys, their values, and when they expire; every command is a method.
 
     Args:
-      random_source: which field or key a command that chooses one gets.
+      random_source: chooses a field or a key for commands that return a random one.
     """
 
     def __init__(self, random_source: random.Random) -> None:
@@ -72,7 +72,7 @@ class Database:
         self._random = random_source
 
     def copy(self) -> Database:
-        """Return what a replica or a snapshot has."""
+        """Return a copy, for a replica or a snapshot."""
         copy = Database(self._random)
         copy.values = {
             key: type(value)(value)  # type: ignore[arg-type]

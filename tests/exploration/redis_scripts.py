@@ -50,7 +50,7 @@ class Scripts:
         return digest
 
     def forget(self) -> None:
-        """Lose the loaded scripts, as a server that has started anew."""
+        """Forget the loaded scripts, as a restarted server does."""
         self._loaded.clear()
 
     def run(self, digest: bytes, keys: list[bytes], arguments: list[bytes]) -> Reply:
@@ -67,7 +67,7 @@ class Scripts:
         return self._reply(self._run(self._loaded[digest]))
 
     def _request(self, *words: object) -> Any:
-        """Run a command of a script, and return what Lua sees of its reply."""
+        """Run a command of a script, and return its reply as a value of Lua."""
         try:
             if not all(type(one) in (bytes, int, float) for one in words):
                 raise ResponseError("Lua redis lib command arguments must be strings or integers")

@@ -48,7 +48,7 @@ def explore(seed: int, *, without: frozenset[str] = frozenset(), full: bool = Fa
 
 @contextmanager
 def _repeatable(seed: int, history: History) -> Iterator[None]:
-    """Let everything that is random come from the seed."""
+    """Take everything random from the seed, until the end of the context."""
     source = random.Random(f"system {seed}")
     state = random.getstate()
     random.seed(seed)
@@ -70,7 +70,7 @@ def _note_transition(history: History, why: str) -> None:
 
 @contextmanager
 def _log_into(history: History) -> Iterator[None]:
-    """Let the log go to the history if that is full, and nowhere if not."""
+    """Write the log to the history if that is full; otherwise drop the log."""
 
     def note(_: object, __: str, event: structlog.typing.EventDict) -> str:
         name = event.pop("event")
@@ -122,15 +122,15 @@ class _Run:
             for run in runs:
                 nursery.start_soon(run.play)
         if all(run.is_over for run in runs):
-            await self._wait_for_nothing_left(runs)
+            await self._check_that_nothing_is_left(runs)
         for record in self._history.records:
             record.ended_at = trio.current_time()
         for process in self._fleet.alive:
             await process.stop()
         self._history.note("the end")
 
-    async def _wait_for_nothing_left(self, runs: Sequence[_BotRun]) -> None:
-        """Look for what remains when all clients have left and every place has expired."""
+    async def _check_that_nothing_is_left(self, runs: Sequence[_BotRun]) -> None:
+        """Wait until every place has expired, and report everything that remains."""
         scenarios = [record.scenario for record in self._history.records]
         await trio.sleep(max(one.place_seconds + 4 * one.window + 5 for one in scenarios))
         await wait_all_tasks_blocked()
@@ -198,32 +198,32 @@ class _BotRun:
                 self._record.wrong.append(("nothing-left", f"{part.process}: {leftover}"))
 
     def _time_to_settle(self) -> float:
-        """Return for how long the faults of before may still delay the next release."""
+        """Return for how many seconds past faults may still delay the next release."""
         scenario = self._scenario
         lease = scenario.lease
         time = 3 * lease if scenario.store == "memory" else 4 * lease + 6
         time += 2 * OVERLAP_SECONDS if scenario.sentinels else 0
         time += scenario.confirm_seconds if scenario.confirming else 0
         if scenario.has_token:
-            # Discord is asked again at last after twice the time that it was down.
+            # The next request to Discord comes after at most twice the time that it was down.
             longest_down = 4 * scenario.window if "discord-down" in scenario.faults else 0
             time += scenario.refresh + 2 * longest_down + 7 * scenario.window + 2
         return time
 
     def _is_limit_spent(self) -> bool:
-        """Tell whether the user's own limit leaves no start for a day, without Discord's."""
+        """Return whether the configured limit is spent for a day, if it is the only limit."""
         scenario = self._scenario
         if scenario.has_token or not scenario.session_start_limit:
             return False
         if scenario.store == "redis" and any(one.was_killed for one in self._record.processes):
-            return True  # what such a process had claimed may be used, and counts
+            return True  # its last claim may have been used, so it counts
         if any(one.ended_at for one in self._record.processes):
             # A claim of a process that was stopped while Redis was away stays counted.
             return any(part.queue.store.session_starts().spent for part in self._parts())
         return scenario.session_start_limit <= len(self._record.answers)
 
     async def _wait_for_releases(self) -> None:
-        """Wait until every client was released, or should long have been."""
+        """Wait until every client is released, or until the time for that is over."""
         scenario, record = self._scenario, self._record
         deadline = record.settled_at
         while not self.is_over:
@@ -246,7 +246,7 @@ class _BotRun:
                 return
 
     def _time_for_all(self) -> float:
-        """Return the longest time until the last one is released, when all are served in turn."""
+        """Return the longest time until the last client is released."""
         scenario = self._scenario
         calls = [call for call in self._record.calls if call.shard is not None]
         released = Counter(call.shard for call in calls if call.answered_at is not None)
@@ -260,7 +260,7 @@ class _BotRun:
         return (scenario.lease + 0.6) * (len(self._clients) + 2) + max(held, default=0)
 
     async def _compare_lengths(self) -> None:
-        """Compare what each queue thinks of its length with who waits there."""
+        """Compare the length of each queue with the number of calls that wait there."""
         source = _source("samples", self._scenario)
         while True:
             await trio.sleep(source.uniform(0.2, 1.5) * self._scenario.window)

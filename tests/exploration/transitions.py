@@ -1,4 +1,4 @@
-"""A place changes its state only as the table in :mod:`gateway_queue.queue` says."""
+"""Checks that places change their states only as the table in :mod:`gateway_queue.queue` allows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TRANSITIONS = {
 
 
 class WatchedState:
-    """Stands in for ``Place.state``, and reports each change that is not in the table.
+    """Replaces ``Place.state``, and reports each change that is not in the table.
 
     Args:
-      report: takes an explanation.
+      report: is called with an explanation.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:

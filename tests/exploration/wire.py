@@ -31,7 +31,7 @@ from gateway_queue.web.dashboard.page import Page
 from tests.exploration.wire_stream import ClientEnd, ServerEnd, connection
 
 DATE = "Thu, 01 Jan 1970 00:00:00 GMT"
-"""What answers show while :func:`repeatable` holds."""
+"""The date of all answers in the context of :func:`repeatable`."""
 
 
 class Refusal(BaseException):
@@ -42,7 +42,7 @@ class WireReplica:
     """One process of the server.
 
     Args:
-      settings: what its environment says.
+      settings: those of its environment.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -53,7 +53,7 @@ class WireReplica:
         self.accepts = False
         self.ended = trio.Event()
         self.ends: dict[ServerEnd, None] = {}
-        """Its connections. A set would have an order of its own in each run."""
+        """Its connections. It is no set: the order of a set differs from run to run."""
         self._wrapped = ASGIWrapper(cast("ASGIFramework", self.app))
         self._config = Config.from_object(server)
         self._state: LifespanState = {}
@@ -89,7 +89,7 @@ class WireReplica:
         """Open a connection, see :func:`~tests.exploration.wire_stream.connection`.
 
         Raises:
-          ConnectionRefusedError: nothing listens.
+          ConnectionRefusedError: the replica does not listen.
         """
         if not self.accepts:
             raise ConnectionRefusedError
@@ -117,7 +117,7 @@ class WireReplica:
             self._hang_ups.unpark_all()
 
     def freeze(self) -> None:
-        """Let it neither read nor write; its timers go on, which is not as SIGSTOP does."""
+        """Stop its reads and writes. Its timers go on, unlike after SIGSTOP."""
         self._ice = self._ice or trio.Event()
 
     def thaw(self) -> None:
@@ -149,7 +149,7 @@ class WireReplica:
         await self.ended.wait()
 
     def kill(self) -> None:
-        """End it as SIGKILL does: nothing more of it comes to the wire."""
+        """End it as SIGKILL does: it sends nothing more."""
         self._hang_up()
         self._scope.cancel()
 
@@ -159,7 +159,7 @@ class WireReplica:
             end.close()
 
     def tasks(self) -> list[str]:
-        """Return the names of its tasks, connections among them."""
+        """Return the names of its tasks, including those of connections."""
         names: list[str] = []
         nurseries = [self._nursery]
         while nurseries:
@@ -176,16 +176,16 @@ class WireReplica:
 
 @cache
 def _page() -> Page:
-    """Return one page for all: to compile its templates takes longer than most runs."""
+    """Return the same page for all replicas: its templates take longer to compile than a run."""
     return Page()
 
 
 @contextmanager
 def repeatable(seed: int) -> Iterator[None]:
-    """Let a run on a mock clock depend on its seed alone.
+    """Make a run on a mock clock repeat exactly with the same seed.
 
-    Trio's scheduler and deadlines, the kernel's keep-alive times (``randint``) and the date in
-    answers are all that differs from run to run.
+    Without this, Trio's scheduler and deadlines, the kernel's keep-alive times (``randint``) and
+    the date in answers differ from run to run.
     """
     state = random.getstate()
     random.seed(seed)

@@ -1,4 +1,4 @@
-"""The rules of the queue, checked on what was on the wire, by true time."""
+"""Checks the rules of the queue on what was sent on the wire, by true time."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from tests.exploration.wire_run import WireRecord, WireScenario
 
 TOLERANCE = 1e-9
-"""Seconds: for floating point."""
+"""Seconds, for rounding errors only."""
 
 ORDERS = 20_000
-"""How many orders of things of one instant are tried until a ticket counts as overtaken."""
+"""How many orders of simultaneous events are tried before a ticket counts as overtaken."""
 
 ANSWER_SECONDS = 0.8 + 1e-6
-"""How long an answer may take that its client is slow to read."""
+"""Seconds that an answer may take if its client is slow to read."""
 
 
 def check(record: WireRecord) -> None:
-    """Report what is against the rules."""
+    """Report each broken rule."""
     scenario = record.scenario
     by_key: defaultdict[int, list[WireTicket]] = defaultdict(list)
     for ticket in record.tickets:
@@ -37,7 +37,7 @@ def check(record: WireRecord) -> None:
     for ticket in record.refused:
         is_there = ticket.arrived_at < min(ticket.left_at, ticket.closed_at)
         if is_there and not ticket.is_suspect and ticket.last_at > ticket.arrived_at + TOLERANCE:
-            record.report("refusal", f"{ticket.name} came at {ticket.arrived_at}")
+            record.report("refusal", f"{ticket.name} came at {ticket.arrived_at}, answered later")
     for ticket in record.tickets:
         _check_open_response(record, ticket)
         gone_at = min(ticket.left_at, ticket.closed_at)
@@ -63,10 +63,11 @@ def _check_gaps(record: WireRecord, tickets: list[WireTicket]) -> None:
     for ticket in uses:
         if ticket.first_at < opens_at - TOLERANCE:
             gap = opens_at - ticket.first_at
-            record.report("early", f"{ticket.name} came {gap:.9f} s early, after {former}")
+            record.report("early", f"{ticket.name} was released {gap:.9f} s early, after {former}")
         lateness = ticket.first_at - max(due, ticket.arrived_at)
         if are_prompt and lateness > TOLERANCE:
-            record.report("late", f"{ticket.name} came {lateness:.9f} s late, after {former}")
+            line = f"{ticket.name} was released {lateness:.9f} s late, after {former}"
+            record.report("late", line)
         if ticket.first_at + ANSWER_SECONDS < ticket.body_at < math.inf:
             late = ticket.body_at - ticket.first_at
             record.report("late-body", f"{ticket.name} got the body {late:.6f} s after the head")
@@ -77,14 +78,14 @@ def _check_gaps(record: WireRecord, tickets: list[WireTicket]) -> None:
 def openings(scenario: WireScenario, ticket: WireTicket) -> tuple[float, float]:
     """Return when the key opens at the earliest, and at the latest, after a ticket's answer.
 
-    The two differ where a confirmation comes in the instant in which its time is over.
+    The two differ if a confirmation comes at the instant in which its time is over.
     """
     unconfirmed = scenario.window + scenario.margin
-    # Of an answer that is not whole, which costs a slot all the same, only the start is known.
+    # Also an incomplete answer costs a slot. Only its start is known.
     is_whole = ticket.body_at < math.inf
     answered_at = ticket.body_at if is_whole else ticket.first_at
     if not ticket.confirm:
-        # What is still written when the client has left does not count.
+        # Bytes that are sent after the client has left do not count.
         over_at = min(ticket.last_at, max(answered_at, ticket.left_at))
         ended_at = over_at if ticket.is_answered else answered_at
         return (ended_at + unconfirmed,) * 2
@@ -100,12 +101,12 @@ def openings(scenario: WireScenario, ticket: WireTicket) -> tuple[float, float]:
 
 
 def _check_open_response(record: WireRecord, ticket: WireTicket) -> None:
-    """Check that a confirmed ticket's response stays open until its client leaves, or for long."""
+    """Check that a confirmed ticket's response stays open until its client leaves, or is late."""
     if not ticket.confirm or ticket.is_suspect or not ticket.is_answered:
         return
-    # HTTP/1 does not end a response while its request still comes.
+    # HTTP/1 does not end a response before it has the whole request.
     over_at = max(ticket.body_at + record.scenario.confirm_seconds, ticket.uploaded_at)
-    # HTTP/1.1 shows no end of an answer to HEAD.
+    # In HTTP/1.1, the end of an answer to HEAD cannot be seen.
     shows_end = ticket.protocol == "HTTP/2" or ticket.method != "HEAD"
     stayed = ticket.left_at > over_at + record.scenario.latency + TOLERANCE
     if ticket.last_at < over_at - TOLERANCE or (
@@ -115,10 +116,10 @@ def _check_open_response(record: WireRecord, ticket: WireTicket) -> None:
 
 
 def _check_order(record: WireRecord, tickets: list[WireTicket]) -> None:
-    """Check that nobody is overtaken by a ticket whose place is behind.
+    """Check that no ticket is overtaken by a ticket with a later place.
 
-    Which of several things of one instant the server has seen first is not known. So a ticket
-    counts as overtaken if it is in each of many orders of them.
+    The order in which the server has seen simultaneous events is not known. So a ticket counts as
+    overtaken only if it is overtaken in each of many orders of these events.
     """
     source = random.Random(record.scenario.seed)
     overtaken = _overtaken(record, tickets, source)
@@ -127,33 +128,33 @@ def _check_order(record: WireRecord, tickets: list[WireTicket]) -> None:
             break
         overtaken &= _overtaken(record, tickets, source)
     for used, other in sorted(overtaken):
-        record.report("order", f"{used} came before {other}")
+        record.report("order", f"{used} was released before {other}")
 
 
 def _overtaken(
     record: WireRecord, tickets: list[WireTicket], source: random.Random
 ) -> set[tuple[str, str]]:
-    """Play the places of shards, and return which ticket has overtaken which."""
-    line = _Line(record.scenario.place_seconds, source)
+    """Replay the events in one order. Return pairs: a ticket, and one that it has overtaken."""
+    lane = _Lane(record.scenario.place_seconds, source)
     overtaken: set[tuple[str, str]] = set()
     for now, _, kind, ticket in sorted(_events(tickets, source), key=lambda event: event[:2]):
         if kind == "arrive":
-            line.arrive(ticket, now)
+            lane.arrive(ticket, now)
         elif kind == "leave":
-            line.leave(ticket, now)
+            lane.leave(ticket, now)
         else:
             overtaken |= {
                 (ticket.name, other.name)
-                for other in line.use(ticket)
+                for other in lane.use(ticket)
                 if other.arrived_at < now - TOLERANCE and _over_at(other) > now + TOLERANCE
             }
     return overtaken
 
 
-class _Line:
-    """The line of one key: places that are kept, and who has them.
+class _Lane:
+    """The places of one rate limit key: those of tickets, and those kept for shards.
 
-    A place is the time since when it is held.
+    A place is the time since when a shard has it.
     """
 
     def __init__(self, place_seconds: float, source: random.Random) -> None:
@@ -161,37 +162,35 @@ class _Line:
         self.places: dict[WireTicket, float] = {}
         self._place_seconds = place_seconds
         self._empty: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
-        """By shard: places where nobody stands, and when they expire."""
+        """By shard: places without a ticket, and when they expire."""
 
     def arrive(self, ticket: WireTicket, now: float) -> None:
         self.places[ticket] = now
         if ticket.shard is not None:
             empty = sorted(place for place in self._empty[ticket.shard] if place[1] > now)
             if empty:
-                foremost = [place for place in empty if place[0] == empty[0][0]]
-                empty.remove(chosen := self._source.choice(foremost))
+                oldest = [place for place in empty if place[0] == empty[0][0]]
+                empty.remove(chosen := self._source.choice(oldest))
                 self.places[ticket] = chosen[0]
             self._empty[ticket.shard] = empty
 
     def leave(self, ticket: WireTicket, now: float) -> None:
-        """Leave the hindmost place of the shard behind."""
+        """Remove a ticket, and keep the latest place of its shard."""
         place = self.places.pop(ticket)
         if ticket.shard is None or not self._place_seconds:
             return
         others = self._same_shard(ticket)
-        hindmost = max((its_place for _, its_place in others), default=place)
-        if hindmost > place:
-            last = self._source.choice(
-                [twin for twin, its_place in others if its_place == hindmost]
-            )
-            self.places[last], place = place, hindmost
+        latest = max((its_place for _, its_place in others), default=place)
+        if latest > place:
+            last = self._source.choice([twin for twin, its_place in others if its_place == latest])
+            self.places[last], place = place, latest
         self._empty[ticket.shard].append((place, now + self._place_seconds))
 
     def use(self, ticket: WireTicket) -> list[WireTicket]:
-        """Go, and return those whose places are in front."""
+        """Release a ticket, and return the tickets with earlier places."""
         place = self.places.pop(ticket)
         for twin, its_place in self._same_shard(ticket):
-            # Which of two that have come in one instant was first is not known.
+            # If two arrive at the same instant, it is not known which of them was first.
             if abs(twin.arrived_at - ticket.arrived_at) < TOLERANCE and its_place < place:
                 self.places[twin], place = place, its_place
         return [other for other, since in self.places.items() if since < place - TOLERANCE]
@@ -203,10 +202,10 @@ class _Line:
 def _events(
     tickets: list[WireTicket], source: random.Random
 ) -> Iterator[tuple[float, float, str, WireTicket]]:
-    """Yield what happens, when, and what comes first of one instant."""
+    """Yield events: time, random rank among simultaneous events, kind, ticket."""
     for ticket in tickets:
         gone_at = min(ticket.left_at, ticket.closed_at)
-        # The server need not see a request that comes with the end of its connection.
+        # The server may miss a request that arrives at the instant when its connection ends.
         is_seen = ticket.arrived_at < gone_at or source.random() < 0.5
         if ticket.arrived_at <= gone_at and is_seen:
             rank = source.random()

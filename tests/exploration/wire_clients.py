@@ -1,4 +1,4 @@
-"""Clients of HTTP/1.1 and HTTP/2, and what was on the wire of each answer, at which time."""
+"""Clients of HTTP/1.1 and HTTP/2, which note when each part of an answer was on the wire."""
 
 from __future__ import annotations
 
@@ -64,41 +64,41 @@ class WireTicket:
     shard: int | None
     protocol: str
     watch: Callable[[WireTicket, Moment], None]
-    """Gets each of its moments, when that is."""
+    """Is called at each of its moments."""
     confirm: bool = False
     """Whether the client closes the response when it has identified."""
     method: Method = "GET"
     bot: str | None = None
     """The bot that its request names, if any."""
     refusal: Refusal | None = None
-    """What is wrong with the request; then it is no ticket."""
+    """Why the request is refused, if it is; then it is no ticket."""
     arrived_at: float = math.inf
-    """When all of the request was at the server, and no request before it in the way."""
+    """When the server had all of the request, and had answered the requests before it."""
     sent_at: float = math.inf
     """When the client has sent all of the request."""
     uploaded_at: float = -math.inf
-    """When the end of its body was at the server, if it has one."""
+    """When the server had the end of its body, if it has one."""
     first_at: float = math.inf
     """When the server sent the first bytes of the answer."""
     body_at: float = math.inf
     """When it sent the last byte of the body."""
     last_at: float = math.inf
-    """When it sent the end of the answer; of a confirmed ticket's, once its time was over."""
+    """When it sent the end of the answer; for a confirmed ticket, when its time was over."""
     left_at: float = math.inf
-    """When the server could know that its client had gone away, or had identified."""
+    """When the server could know that its client had left, or had identified."""
     closed_at: float = math.inf
     """When the server closed the connection, or the stream, without an answer."""
     is_lost: bool = False
-    """Whether the server began to answer in the very instant in which its client had left."""
+    """Whether the client had already left when the server began to answer."""
     is_suspect: bool = False
-    """Whether the server has a reason to close the connection: the client is slow."""
+    """Whether the server may close the connection because the client is slow."""
     begun: trio.Event = field(default_factory=trio.Event)
-    """Set when the server has begun to answer, or the client knows that it will not."""
+    """Set when the server has begun to answer, or when there will be no answer."""
     ended: trio.Event = field(default_factory=trio.Event)
-    """Set when the client knows: it has read the answer, or the connection is closed."""
+    """Set when the client has read the answer, or when the connection is closed."""
 
     def end(self) -> None:
-        """Note that the client knows how it ended."""
+        """Note that the client has read the answer or will get none."""
         self.begun.set()
         self.ended.set()
 
@@ -130,7 +130,7 @@ class WireTicket:
 
     @property
     def headers(self) -> Headers:
-        """The headers of the answer, as the contract has them."""
+        """The headers that the answer must have."""
         kind = b"json" if self.refusal is None else b"problem+json"
         length = () if self.confirm else ((b"content-length", b"%d" % len(self.content)),)
         return [
@@ -155,9 +155,9 @@ class _WireClient:
     Args:
       replica: where to connect.
       name: for the history.
-      watch: gets each moment of each ticket.
-      wrong: gets a line for whatever is not as the contract has it.
-      up, down, capacity: of the connection.
+      watch: is called at each moment of each ticket.
+      report: is called with a line for each fault of the server.
+      up, down, capacity: see :func:`~tests.exploration.wire_stream.connection`.
       pace: how many bytes to read at once, and how many seconds to wait after that.
     """
 
@@ -168,7 +168,7 @@ class _WireClient:
         replica: WireReplica,
         name: str,
         watch: Callable[[WireTicket, Moment], None],
-        wrong: Callable[[str], None],
+        report: Callable[[str], None],
         *,
         up: float = 0.0,
         down: float = 0.0,
@@ -182,14 +182,14 @@ class _WireClient:
         server.tap = self._sent
         server.on_close = self._closed
         self._watch = watch
-        self._wrong = wrong
+        self._report = report
         self._held_back = b""
         self._read = 0
         """Bytes that the client has read."""
         self._on_wire = 0
         """Bytes that the server has sent."""
         self._known_at: deque[tuple[int, WireTicket]] = deque()
-        """The ends of answers, as positions among all bytes of the server."""
+        """The ends of answers, as positions in all bytes that the server has sent."""
 
     async def run(self) -> None:
         """Read until the server closes the connection, or this client."""
@@ -204,7 +204,7 @@ class _WireClient:
         for ticket in self.tickets:
             ticket.end()
 
-    # To ask.
+    # Requests
 
     def _open(self, name: str, shard: int | None, options: dict[str, Any]) -> WireTicket:
         ticket = WireTicket(
@@ -214,7 +214,7 @@ class _WireClient:
         return ticket
 
     def _send(self, data: bytes, hold_back: int = 0) -> None:
-        """Send, in order, unless the connection is broken: the reader sees that."""
+        """Send in order. If the connection is broken, do nothing: :meth:`run` notices it."""
         cut = 0 if self.holds_back else len(data) - hold_back
         self._held_back += data[cut:]
         try:
@@ -240,21 +240,21 @@ class _WireClient:
         ticket.arrived_at = max(trio.current_time(), ticket.sent_at + self.end.latency)
         ticket.watch(ticket, "asks")
 
-    # To go away.
+    # Disconnects
 
     def close(self) -> None:
         """Close the connection."""
-        self._go(self.end.close)
+        self._disconnect(self.end.close)
 
     def reset(self) -> None:
         """Break the connection."""
-        self._go(self.end.reset)
+        self._disconnect(self.end.reset)
 
     def half_close(self) -> None:
-        """Close the sending side alone, and go on reading."""
-        self._go(self.end.half_close)
+        """Close only the sending side, and go on reading."""
+        self._disconnect(self.end.half_close)
 
-    def _go(self, how: Callable[[], None]) -> None:
+    def _disconnect(self, how: Callable[[], None]) -> None:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             how()
             for ticket in self.tickets:
@@ -265,7 +265,7 @@ class _WireClient:
             ticket.left_at = trio.current_time() + self.end.latency
             ticket.watch(ticket, "left")
 
-    # What the server does.
+    # Bytes of the server
 
     def _take(self, data: bytes) -> None:
         """Take what was read."""
@@ -323,7 +323,7 @@ class Http1Client(_WireClient):
         """Ask for a slot; a request behind another one is pipelined.
 
         Args:
-          shard: whose slot; None names no shard.
+          shard: the shard that asks; None names no shard.
           hold_back: bytes at the end of the head that :meth:`send_rest` sends.
           body: what :meth:`send_body` sends.
           options: of the :class:`WireTicket`.
@@ -362,14 +362,14 @@ class Http1Client(_WireClient):
         while self._raw:
             pending = [t for t in self.tickets if t.last_at == math.inf]
             if not pending:
-                self._wrong(f"{self.name}: bytes without a request: {self._raw[:80]!r}")
+                self._report(f"{self.name}: bytes without a request: {self._raw[:80]!r}")
                 return
             ticket = pending[0]
             answer, end = self._answer(ticket)
             expected = end if ticket.body_at < math.inf else answer
             size = len(expected)
             if not size or not expected.startswith(self._raw[:size]):
-                self._wrong(f"{ticket.name}: not the answer: {self._raw[:300]!r}")
+                self._report(f"{ticket.name}: not the answer: {self._raw[:300]!r}")
                 return
             self._begins(ticket, trio.current_time())
             if len(self._raw) < size:
@@ -382,7 +382,7 @@ class Http1Client(_WireClient):
                 self._mark_arrivals()
 
     def _answer(self, ticket: WireTicket) -> tuple[bytes, bytes]:
-        """Return the answer to a ticket, and what ends it when a confirmation does not come."""
+        """Return the answer to a ticket, and the bytes that end it if no confirmation comes."""
         reason = b"HTTP/1.1 %s \r\n" % ticket.status
         headers, body, end = ticket.headers, ticket.body, b""
         if self._version == "1.0":
@@ -428,7 +428,7 @@ class Http2Client(_WireClient):
         """Ask for a slot on a stream of its own.
 
         Args:
-          shard: whose slot; None names no shard.
+          shard: the shard that asks; None names no shard.
           hold_back: bytes at the end of the request that :meth:`send_rest` sends.
           upload: leave the stream open until :meth:`send_body`.
           options: of the :class:`WireTicket`.
@@ -469,7 +469,7 @@ class Http2Client(_WireClient):
             ticket.end()
 
     def open_window(self, ticket: WireTicket) -> None:
-        """Let the server send, where the flow-control window was closed."""
+        """Open the closed flow-control window of a ticket, so that the server can send."""
         with suppress(h2.exceptions.ProtocolError):
             size = max(1, len(ticket.body))
             self._connection.increment_flow_control_window(size, self._numbers[ticket])
@@ -491,7 +491,7 @@ class Http2Client(_WireClient):
         try:
             self._connection.receive_data(data)
         except h2.exceptions.ProtocolError as error:
-            self._wrong(f"{self.name}: HTTP/2 is broken: {error!r}")
+            self._report(f"{self.name}: HTTP/2 is broken: {error!r}")
         self._flush()
 
     def _sent(self, data: bytes) -> None:
@@ -513,7 +513,7 @@ class Http2Client(_WireClient):
                 ticket = self._streams[frame.stream_id]
                 headers = list(self._decoder.decode(frame.data, raw=True))
                 if headers != [(b":status", ticket.status), *ticket.headers]:
-                    self._wrong(f"{ticket.name}: not the answer: {headers}")
+                    self._report(f"{ticket.name}: not the answer: {headers}")
                 self._begins(ticket, self._frame_began_at)
                 if not ticket.body:
                     self._has_body(ticket)
@@ -522,18 +522,18 @@ class Http2Client(_WireClient):
             case RstStreamFrame():
                 self._reset_by_server(self._streams[frame.stream_id])
             case GoAwayFrame() if frame.error_code:
-                self._wrong(f"{self.name}: GOAWAY {frame.error_code} {frame.additional_data!r}")
+                self._report(f"{self.name}: GOAWAY {frame.error_code} {frame.additional_data!r}")
         if "END_STREAM" in frame.flags:
             ticket = self._streams[frame.stream_id]
             if self._bodies.get(frame.stream_id, b"") != ticket.body:
-                self._wrong(f"{ticket.name}: the body ends too soon")
+                self._report(f"{ticket.name}: the body ends too soon")
             self._answered(ticket)
 
     def _take_body(self, ticket: WireTicket, frame: DataFrame) -> None:
         body = self._bodies.get(frame.stream_id, b"") + frame.data
         self._bodies[frame.stream_id] = body
         if not ticket.body.startswith(body):
-            self._wrong(f"{ticket.name}: not the body: {body!r}")
+            self._report(f"{ticket.name}: not the body: {body!r}")
         elif frame.data and body == ticket.body:
             self._has_body(ticket)
 

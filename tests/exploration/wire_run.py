@@ -1,6 +1,6 @@
 """Random histories of clients of HTTP/1.1 and HTTP/2 at one replica, checked by true time.
 
-Some replicas have several bots, and each rule has to hold for each of them.
+Some replicas have several bots. Each rule is checked for each bot.
 
 ``scripts/explore --http`` runs them. 2 to 12 clients run about 750 times as fast as real time: a
 seed takes 0.07 s for 50 s.
@@ -51,11 +51,11 @@ RULES = (
     "leftovers",
     "error",
 )
-"""What is checked."""
+"""The rules that are checked."""
 
 MOST_HANG_UPS = 4
 TOO_SLOW = 3.0
-"""Seconds after which a client gives up an answer that began and does not end."""
+"""Seconds after which a client gives up if an answer has begun and does not end."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def draw(seed: int) -> WireScenario:
 
 @dataclass(eq=False)
 class WireHistory:
-    """What a run leaves behind."""
+    """What happened in a run."""
 
     lines: list[str] = field(default_factory=list)
     wrong: list[tuple[str, str]] = field(default_factory=list)
@@ -162,7 +162,7 @@ class WireHistory:
 
 @dataclass(eq=False)
 class WireRecord:
-    """What a run leaves behind of one bot."""
+    """What happened to one bot in a run."""
 
     scenario: WireScenario
     history: WireHistory
@@ -177,7 +177,7 @@ class WireRecord:
         self.history.report(rule, line)
 
     def opens_at(self, shard: int | None) -> float:
-        """Return when the key of a shard opens next, as far as its answers tell."""
+        """Return when the key of a shard opens next, according to its answers so far."""
         scenario = self.scenario
         key = scenario.key(shard)
         answered = [
@@ -272,12 +272,12 @@ class _Shard:
             await trio.sleep(source.choice((0, window, source.uniform(0, window))))
 
     async def _start(self) -> bool:
-        """Ask until released, and tell whether that was so."""
+        """Ask until released. Return False if the shard gives up for good."""
         source = self._source
         self._run.unreleased[self._name] = None
         while True:
             if source.random() < 0.05:
-                await self._ask_wrongly()
+                await self._send_bad_request()
             play = self._play_http1 if source.random() < 0.5 else self._play_http2
             if await play():
                 break
@@ -289,7 +289,7 @@ class _Shard:
         return True
 
     def _options(self) -> dict[str, Any]:
-        """Choose a connection; what is slow or narrow is so only for a while."""
+        """Choose a connection; only some connections of a slow shard are slow."""
         source, latency = self._source, self._scenario.latency
         options: dict[str, Any] = {
             "up": latency * source.choice((0, 1)),
@@ -338,8 +338,8 @@ class _Shard:
         self._run.nursery.start_soon(client.run)
         return client
 
-    async def _ask_wrongly(self) -> None:
-        """Send what is no ticket, and wait for the refusal."""
+    async def _send_bad_request(self) -> None:
+        """Send a bad request, and wait for its refusal."""
         source = self._source
         if source.random() < 0.5:
             client: Http1Client | Http2Client = self._connect_http1()
@@ -361,7 +361,7 @@ class _Shard:
         ticket = client.ask(
             self._shard, hold_back=source.randint(1, 20) if pieces else 0, **options
         )
-        # HTTP/1.1 shows no end of an answer to HEAD.
+        # In HTTP/1.1, the end of an answer to HEAD cannot be seen.
         is_endless = ticket.confirm and ticket.method == "HEAD"
         pipelined = not pieces and not is_endless and source.random() < 0.2
         if pipelined:
@@ -419,7 +419,7 @@ class _Shard:
         return is_released
 
     async def _wait(self, ticket: WireTicket, hang_up: Callable[[], None]) -> bool:
-        """Wait for the answer, or hang up, and tell whether the answer came; then identify."""
+        """Wait for the answer and identify, or hang up. Return whether the answer came."""
         await self._wait_for_answer(ticket, hang_up)
         if not ticket.is_answered or ticket.left_at < math.inf:
             return False
@@ -436,7 +436,7 @@ class _Shard:
             hang_up()
 
     async def _wait_for_answer(self, ticket: WireTicket, hang_up: Callable[[], None]) -> None:
-        """Wait for the answer, or hang up, perhaps in the moment in which it comes."""
+        """Wait for the answer, or hang up, perhaps at the instant in which it comes."""
         source, run = self._source, self._run
         if self._hang_ups and source.random() < 0.7:
             self._hang_ups -= 1
@@ -469,7 +469,7 @@ class _Shard:
 
 @contextmanager
 def _log_into(history: WireHistory) -> Iterator[None]:
-    """Let the log go to the history: no run of one replica ought to cause an error."""
+    """Write the log to the history. An error in it breaks a rule."""
 
     def note(_: object, level: str, event: structlog.typing.EventDict) -> str:
         words = " ".join(f"{k}={v}" for k, v in event.items() if k != "exc_info")
@@ -502,7 +502,7 @@ def _log_into(history: WireHistory) -> Iterator[None]:
 
 
 async def run(seed: int) -> list[str]:
-    """Play the history of a seed, on a mock clock and while it is repeatable, and return it."""
+    """Run a seed, on a mock clock and in the context of :func:`repeatable`. Return its history."""
     history = _new_history(seed)
     await _play(history)
     return history.lines

@@ -1,4 +1,4 @@
-"""In-memory connections that behave as TCP does, and that show each byte when it is sent."""
+"""In-memory connections that behave as TCP does, and report each byte when it is sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import trio
 
 Tap = Callable[[bytes], None]
-"""Gets the bytes of the server in the moment in which it has handed them to the connection."""
+"""Is called with bytes of the server when it hands them to the connection."""
 
 
 async def _at_once() -> None:
@@ -45,7 +45,7 @@ class _End(trio.abc.HalfCloseableStream):
 
     @property
     def hung_up_at(self) -> float:
-        """When the kernel here knows that the peer sends nothing more."""
+        """From when on it is known here that the peer sends nothing more."""
         return min(self.eof_at, self.reset_at)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -105,7 +105,7 @@ class _End(trio.abc.HalfCloseableStream):
     def put(self, data: bytes) -> None:
         """Send without waiting for room.
 
-        What arrives where nobody can read it any more is lost, and is answered with a reset.
+        Bytes that arrive at a closed end are lost, and are answered with a reset.
         """
         self._check_can_send()
         now = trio.current_time()
@@ -137,7 +137,7 @@ class _End(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        """Close both sides. As with TCP, unread bytes make that a reset."""
+        """Close both sides. As with TCP, unread bytes turn this into a reset."""
         if self.is_closed:
             return
         has_unread = bool(self._incoming) and self._incoming[0][0] <= trio.current_time()
@@ -162,7 +162,7 @@ class _End(trio.abc.HalfCloseableStream):
         self.peer._wake()  # noqa: SLF001
 
     async def _sleep(self, until: float) -> None:
-        """Wait for news, or until some time."""
+        """Wait until something changes at this end, but not longer than until some time."""
         with trio.move_on_at(until):
             await self._news.park()
 
@@ -190,7 +190,7 @@ class ClientEnd(_End):
 class ServerEnd(_End):
     """The server's end: what Hypercorn and our connections need of a :class:`trio.SocketStream`.
 
-    A real socket, which is hung up as this one, stands in for it where the kernel is asked.
+    Where the code asks the kernel about the connection, it gets a real socket in the same state.
     """
 
     def __init__(self, latency: float, capacity: int, name: tuple[str, int]) -> None:
@@ -249,7 +249,7 @@ def connection(
       number: names the client.
       up: seconds from the client to the server.
       down: seconds from the server to the client.
-      capacity: bytes that the client need not have read for the server to send.
+      capacity: bytes that the server can send before the client reads them.
     """
     client = ClientEnd(up)
     server = ServerEnd(down, capacity, ("192.0.2.2", 1024 + number % 60_000))
