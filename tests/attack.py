@@ -34,10 +34,10 @@ WINDOW = 0.1
 """Seconds between two releases of the shard that measures."""
 
 ATTACKED_SHARD, ATTACKERS_SHARD = 0, 1
-"""They have different rate limit keys, so the attackers' tickets do not go before others."""
+"""They have different rate limit keys, so no ticket of an attacker is before the others."""
 
 RECONNECT_SECONDS = 0.05
-"""How long an attacker waits until it connects again after it was disconnected."""
+"""Seconds until a disconnected attacker connects again."""
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SettingsFrame(0).serialize()
 
@@ -72,7 +72,7 @@ def headers(
 
 
 def literal(name: bytes, value: bytes) -> bytes:
-    """Write a header field that enters no table, of at most 126 bytes each."""
+    """Write a header field that is not stored in the table; both parts have at most 126 bytes."""
     return b"\x00%c%b%c%b" % (len(name), name, len(value), value)
 
 
@@ -237,7 +237,7 @@ ATTACKS = {
 
 
 class _Attacker:
-    """One attacking connection, made anew when the server ends it."""
+    """One attacking connection, which connects again when the server closes it."""
 
     def __init__(self, port: int, attack: Attack, selector: selectors.BaseSelector) -> None:
         self.port, self.attack, self.selector = port, attack, selector
@@ -312,7 +312,7 @@ def _attack(port: int, attack: Attack, seconds: float, report: object) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack did to others."""
+    """The effect of an attack."""
 
     releases: int
     p99: float
@@ -323,7 +323,7 @@ class Outcome:
     sent: int
     """Bytes that the attackers sent."""
     memory: int
-    """Bytes by which the server grew."""
+    """Bytes by which the server's memory grew."""
     cpu: float
     """CPU seconds of the server per second."""
 
@@ -375,7 +375,7 @@ def _lateness(server: Server, seconds: float) -> list[float]:
         if times[-1] > give_up:
             break
         client.socket.sendall(asking(ATTACKED_SHARD))
-    # The first requests of the three need not arrive in their order.
+    # The first three requests may arrive in another order.
     return [later - earlier - WINDOW for earlier, later in pairwise(sorted(times))]
 
 

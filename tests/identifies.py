@@ -1,6 +1,6 @@
 """How often Discord refuses an IDENTIFY: real libraries, Discord's window, slow bots and networks.
 
-``scripts/measure-identifies`` prints the table that stands in the README.
+``scripts/measure-identifies`` prints the table of the README.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Way:
 
     confirm: bool
     margin: float
-    """Seconds, in windows of 5 s."""
+    """Seconds for a window of 5 s; shorter for a shorter window."""
     options: dict[str, Any]
-    """Of the stand-in."""
+    """Options of the stand-in."""
 
 
 WAYS = {
@@ -72,7 +72,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Conditions:
-    """What makes shards take their time."""
+    """What delays shards."""
 
     busy: float | None = None
     """Seconds that each process computes at a time, and then pauses."""
@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="scripts/measure-identifies",
         description=f"Starts {SHARDS} shards on {KEYS} rate limit keys ({names}; a process each) "
         "with the real server, against a stand-in for Discord that enforces its window. A cell is: "
-        "Invalid Sessions of IDENTIFYs, and the start-up as a share of the limit. A cell takes "
-        "about 40 s, the whole table about 15 minutes.",
+        "Invalid Sessions of IDENTIFYs, and the speed of the start-up as a share of the limit. A "
+        "cell takes about 40 s, the whole table about 15 minutes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(conditions: Conditions, way: Way, window: float) -> str:
-    """Start a fleet; return what a cell of the table says."""
+    """Start a fleet, and return the text of a cell of the table."""
     port = free_port()
     with (
         enforcing(
@@ -147,7 +147,7 @@ def _asked(queue: Server) -> int:
 
 
 def _busy(library: Script, seconds: float | None) -> Script:
-    """Let a bot compute for some time, pause for as long, and so on, if it is to."""
+    """Let a bot compute for some seconds, pause for as long, and so on; not if they are None."""
     if seconds is None:
         return library
     if library.name not in START_BUSY:

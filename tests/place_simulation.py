@@ -1,6 +1,6 @@
-"""What places are worth: 200 shards whose clients give up after 30 s and ask again at once.
+"""The effect of places: 200 shards whose clients give up after 30 s and ask again at once.
 
-``python -m tests.place_simulation`` prints the table that stands in the README.
+``python -m tests.place_simulation`` prints the table of the README.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ OVERDUE = 60.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How it went."""
+    """The result of a simulation."""
 
     order: list[int]
     """The shards as they were released, numbered in the order in which they came."""
     times: list[float]
-    """When they were."""
+    """When each of them was released."""
 
     @property
     def waits(self) -> list[float]:
@@ -50,7 +50,7 @@ class Outcome:
 
     @property
     def starved(self) -> int:
-        """How many were released much later than it would have been their turn."""
+        """How many shards were released over ``OVERDUE`` seconds after their turn."""
         return sum(
             at - self.times[shard] > OVERDUE
             for shard, at in zip(self.order, self.times, strict=True)
@@ -62,7 +62,7 @@ def arrival(shard: int) -> float:
 
 
 def simulate(place_seconds: float) -> Outcome:
-    """Play it on a clock that jumps."""
+    """Run the simulation on a clock that jumps."""
     outcome = Outcome([], [])
 
     async def client(queue: Queue, shard: int) -> None:

@@ -1,6 +1,6 @@
 """What several replicas cost one Redis: commands, CPU time, memory.
 
-``scripts/measure-redis`` prints the table that stands in the README.
+``scripts/measure-redis`` prints the table of the README.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Counters:
-    """What Redis has counted until some time."""
+    """Counters of Redis and of its replicas at some time."""
 
     at: float
     commands: int
     cpu: float
-    """Seconds of CPU time of the whole process. Those that it counts for each command are not of
-    the CPU, so they are too long on a busy machine."""
+    """Seconds of CPU time of the whole process. The times that Redis counts for each command are
+    not CPU times, so they are too long on a busy machine."""
     releases: float
 
     @classmethod
@@ -61,11 +61,11 @@ class Counters:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a case has cost."""
+    """The measured cost of a case."""
 
     case: Case
     releases: float
-    """In each second, like the next one."""
+    """Per second, as the commands."""
     commands: float
     core: float
     """The part of a core that Redis uses."""
@@ -104,7 +104,7 @@ def measure(case: Case, seconds: float) -> Cost:
         eventually(lambda: known_places(redis) + sum(map(released, servers)) >= case.waiters)
         before = Counters.read(redis, servers)
         memory = (used_memory(redis) - memory_before) / known_places(redis)
-        time.sleep(seconds)  # what is measured is a time
+        time.sleep(seconds)  # the time of the measurement
         after = Counters.read(redis, servers)
     passed, commands = after.at - before.at, after.commands - before.commands
     return Cost(

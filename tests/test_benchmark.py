@@ -1,4 +1,4 @@
-"""The benchmark sees what is wrong with a server, and the costs that it has to keep to."""
+"""The benchmark finds faults of a server. The server stays below its limits of memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOY = textwrap.dedent("""
                 waiting.pop(0).sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
             opens_at = time.monotonic() + window
 """)
-"""A server that answers the first in line every 0.05 s, here or not, and may have a fault."""
+"""A server that answers its oldest client every 0.05 s, connected or not, and may have a fault."""
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def url(server: Server) -> str:
 
 
 def test_a_server_that_is_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is, if windows are taken for longer than they are."""
+    """The toy is early if the benchmark assumes a longer window."""
     monkeypatch.setattr(scenarios, "RELEASES", 20)
     gaps = {}
     for window in (0.05, 0.1):
@@ -71,7 +71,7 @@ def test_a_server_that_turns_clients_away_is_seen() -> None:
 def test_a_server_that_dies_fails_the_benchmark() -> None:
     with toy("dies") as server, pytest.raises(SystemExit) as end:
         main(["hold", "--url", url(server), "--waiters", "50", "--runs", "1"])
-    assert str(end.value.code) == "the server has died, or answers nobody: hold"
+    assert str(end.value.code) == "the server has ended, or answers no client: hold"
 
 
 def test_an_unused_slot_is_seen() -> None:
@@ -135,7 +135,7 @@ def test_a_number_that_measures_nothing_is_refused(
 
 
 def test_a_waiter_takes_little_memory() -> None:
-    """Bounds that leave room for another Python, not for another task a waiter."""
+    """The limits allow for another version of Python, but not for one more task per waiter."""
 
     def kilobytes(subject: Subject) -> float:
         return scenarios.hold(subject, 1000)["kB a waiter"]

@@ -1,1 +1,1 @@
-"""Measures a gateway queue from outside, beside what its server could do at best."""
+"""Measures a gateway queue from outside, and compares it with the least that its server needs."""

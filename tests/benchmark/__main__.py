@@ -23,8 +23,8 @@ DRAWN = {"hold", "churn", "lateness"}
 """Scenarios of the chart."""
 
 SHORTER, LONGER = 0.1, 1.8
-"""Lines that the chart shows beside the one of ``--waiters``. 18,000 are as many as a process can
-have where it may open 20,000 files."""
+"""The chart also has queues of so many times ``--waiters``. 18,000 clients are possible where a
+process may open 20,000 files."""
 
 
 SECONDS = {
@@ -40,7 +40,7 @@ SECONDS = {
 }
 """How long one run of each scenario takes with 10,000 waiters on a machine with 2 cores."""
 
-TOTAL = """By default each runs three times, and four of them on the floor as well: about 9
+TOTAL = """By default each scenario runs three times, and four of them on the floor as well: about 9
 minutes. A chart takes as long again."""
 
 
@@ -91,8 +91,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="scripts/benchmark",
         description=textwrap.fill(
             "Measures a gateway queue from outside. Without --url it starts the one of this "
-            "checkout for each measurement, and beside it the floor: a bare ASGI function that "
-            "only stalls, under the same server."
+            "checkout for each measurement, and also the floor: a bare ASGI function that only "
+            "stalls, under the same server."
         ),
         epilog=_scenarios(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -102,7 +102,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=several)
     parser.add_argument("--url", help="a server that runs already, such as http://127.0.0.1:5000")
     parser.add_argument(
-        "--window", type=float, default=5.0, help="of that server, in seconds (default: 5)"
+        "--window", type=float, default=5.0, help="window of that server, in seconds (default: 5)"
     )
     parser.add_argument(
         "--peers",
@@ -110,7 +110,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="measure queues in Rust (twilight-gateway-queue behind hyper, window 5 s) and Go "
         "(net/http) as well; they are built first",
     )
-    parser.add_argument("--pid", type=int, help="its process, if it cannot be found by its port")
+    parser.add_argument(
+        "--pid", type=int, help="process id of that server, if its port is not enough"
+    )
     parser.add_argument(
         "--waiters",
         type=_positive,
@@ -119,7 +121,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="requests that stall at a time (default: 10000)",
     )
     parser.add_argument(
-        "--runs", type=_positive, default=3, metavar="N", help="of which the median (default: 3)"
+        "--runs",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="runs of each scenario, for medians (default: 3)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every run")
     parser.add_argument(
@@ -163,7 +169,7 @@ def _scenarios() -> str:
 def _plan(
     report: Report, scenarios: Sequence[str], subjects: dict[str, Subject]
 ) -> Iterator[Measurement]:
-    """List what to measure, server and floor side by side, for the machine may change."""
+    """List what to measure: server and floor in turn, because the machine may change its speed."""
     for _ in range(report.runs):
         for scenario in scenarios:
             for name, subject in subjects.items():
@@ -176,7 +182,7 @@ def _measure(plan: Sequence[Measurement]) -> None:
         *(TextColumn("{task.description:<20}"), BarColumn()),
         *(MofNCompleteColumn(), TimeRemainingColumn()),
     )
-    # The bar is drawn seldom, for it takes time from the clients.
+    # The bar is drawn rarely, because it takes CPU time from the clients.
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as progress:
         task = progress.add_task("", total=len(plan))
         for report, scenario, name, subject in plan:
@@ -184,7 +190,7 @@ def _measure(plan: Sequence[Measurement]) -> None:
             try:
                 figures = SCENARIOS[scenario](subject, report.waiters)
             except Died:
-                sys.exit(f"the {name} has died, or answers nobody: {scenario}")
+                sys.exit(f"the {name} has ended, or answers no client: {scenario}")
             report.add(scenario, name, figures)
             progress.advance(task)
 

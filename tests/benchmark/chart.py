@@ -1,6 +1,6 @@
 """A chart of the CPU time that one client takes.
 
-A module of its own, for pygal changes how Python imports modules.
+A separate module, because pygal changes how Python imports modules.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Self
 from tests.harness import PATIENCE, SO_TIMESTAMPNS, arrival, asking, reset
 
 GLANCE = 0.05
-"""Seconds between two looks at what the clients wait for."""
+"""Seconds between two checks of the condition in :meth:`Crowd.watch`."""
 
 
 class Client:
@@ -37,7 +37,7 @@ class Client:
 
 
 class Crowd:
-    """Clients of one server, who leave when they have an answer.
+    """Clients of one server, which leave when they have an answer.
 
     Args:
       address: of the server.
@@ -50,11 +50,11 @@ class Crowd:
         self._selector = selectors.EpollSelector()
         self._shards = count()
         self.clients: dict[Client, None] = {}
-        """Whoever is connected, in the order in which they came."""
+        """The connected clients, in the order in which they came."""
         self.answers: list[float] = []
         """When each answer began to come to this machine's kernel, on :func:`time.monotonic`."""
         self.refused = 0
-        """How many were turned away, or cut off without an answer."""
+        """How many clients were refused, or disconnected without an answer."""
 
     def __enter__(self) -> Self:
         return self
@@ -66,11 +66,11 @@ class Crowd:
         traceback: TracebackType | None,
     ) -> None:
         for client in self.clients:
-            reset(client.socket)  # in any other way its port would be taken for a minute
+            reset(client.socket)  # otherwise its port would be in use for a minute
         self._selector.close()
 
     def come(self, number: int) -> None:
-        """Connect as fast as it goes."""
+        """Connect so many clients, as fast as possible."""
         for _ in range(number):
             client = Client(self._address, next(self._shards))
             self.clients[client] = None
@@ -78,12 +78,12 @@ class Crowd:
             self._look(0)
 
     def leave(self, clients: Iterable[Client]) -> None:
-        """Let some of them hang up, as fast as it goes."""
+        """Let some of them hang up, as fast as possible."""
         for client in clients:
             self._end(client)
 
     def watch(self, until: Callable[[], bool], patience: float = PATIENCE) -> bool:
-        """Let the clients go on until something is the case, and tell whether it is."""
+        """Run the clients until a condition is true or time is up. Return whether it is true."""
         give_up = time.monotonic() + patience
         while not until():
             if time.monotonic() > give_up:
@@ -101,12 +101,12 @@ class Crowd:
                 else:
                     self._read(client)
             except OSError:
-                self._turn_away(client)
+                self._refuse(client)
 
     def _read(self, client: Client) -> None:
         received, ancillary, *_ = client.socket.recvmsg(65536, 128)
         if not received:
-            self._turn_away(client)
+            self._refuse(client)
             return
         if not client.received:
             self.answers.append(arrival(ancillary))
@@ -119,7 +119,7 @@ class Crowd:
         else:
             self._end(client)
 
-    def _turn_away(self, client: Client) -> None:
+    def _refuse(self, client: Client) -> None:
         self.refused += not client.received
         self._end(client)
 

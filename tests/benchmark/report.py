@@ -19,7 +19,7 @@ class Report:
 
     Args:
       waiters: how many there were.
-      runs: how often all was measured.
+      runs: how often each scenario was measured.
     """
 
     def __init__(self, waiters: int, runs: int) -> None:

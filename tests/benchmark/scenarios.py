@@ -15,7 +15,7 @@ from tests.harness import PATIENCE, free_port
 Figures = dict[str, float]
 
 STALLED = 3600.0
-"""A window, in seconds, in which nobody is released while something else is measured."""
+"""Seconds of a window that is longer than a measurement, so that it has no release."""
 
 WINDOW = 0.1
 RELEASES, FEW_RELEASES = 200, 12
@@ -23,7 +23,7 @@ RELEASES, FEW_RELEASES = 200, 12
 has its own window of some seconds."""
 
 BUSY_WINDOW = 0.05
-"""For a storm that is over in seconds: how many gaps there are depends on it."""
+"""A short window, because these scenarios last only seconds and need enough gaps."""
 
 RESTART_WINDOW = 2.0
 
@@ -45,7 +45,7 @@ def hold(subject: Subject, waiters: int) -> Figures:
 
 
 def storm(subject: Subject, waiters: int) -> Figures:
-    """Let all come at once, while releases go on."""
+    """Connect all clients at once, while others are released."""
     with subject(BUSY_WINDOW) as target, Crowd(target.address) as crowd:
         crowd.come(20)
         _wait_for_answers(target, crowd, 2)
@@ -61,7 +61,7 @@ def storm(subject: Subject, waiters: int) -> Figures:
 
 
 def churn(subject: Subject, waiters: int) -> Figures:
-    """Let every second one hang up at once, while releases go on."""
+    """Let every second client hang up at once, while others are released."""
     with subject(BUSY_WINDOW) as target, Crowd(target.address) as crowd:
         _gather(target, crowd, waiters)
         _wait_for_answers(target, crowd, 1)
@@ -81,7 +81,7 @@ def churn(subject: Subject, waiters: int) -> Figures:
 
 
 def lateness(subject: Subject, waiters: int) -> Figures:
-    """Let many wait, and measure the gaps between releases."""
+    """Measure the gaps between releases while many clients wait."""
     with subject(WINDOW) as target, Crowd(target.address) as crowd:
         _gather(target, crowd, waiters)
         _wait_for_answers(target, crowd, 1)
@@ -96,7 +96,7 @@ def lateness(subject: Subject, waiters: int) -> Figures:
 
 
 def drain(subject: Subject, waiters: int) -> Figures:
-    """Stop the server while many wait."""
+    """Stop the server while many clients wait."""
     with subject(STALLED) as target, Crowd(target.address) as crowd:
         assert target.process is not None
         _gather(target, crowd, waiters)
@@ -109,10 +109,10 @@ def drain(subject: Subject, waiters: int) -> Figures:
 
 
 def idle(subject: Subject, _: int) -> Figures:
-    """Leave the server alone."""
+    """Measure the server without clients."""
     with subject(STALLED) as target:
         memory = target.memory()
-        time.sleep(1)  # what the start has left to do is no idling
+        time.sleep(1)  # the work that is left from the start does not count
         cpu, wake_ups, start = target.cpu(), target.wake_ups(), time.monotonic()
         time.sleep(IDLE_SECONDS)
         seconds = time.monotonic() - start
@@ -124,7 +124,7 @@ def idle(subject: Subject, _: int) -> Figures:
 
 
 def start(subject: Subject, _: int) -> Figures:
-    """Start the server, until it has answered."""
+    """Start the server, and wait for its first answer."""
     spawned = time.monotonic()
     with subject(STALLED, MAX_CONCURRENCY=0) as target, Crowd(target.address) as crowd:
         crowd.come(1)
@@ -146,7 +146,7 @@ def restart(subject: Subject, _: int) -> Figures:
 
 
 def passthrough(subject: Subject, _: int) -> Figures:
-    """Let a few ask again and again, and be answered at once."""
+    """Send request after request on a few connections, each answered at once."""
     with (
         subject(STALLED, MAX_CONCURRENCY=0) as target,
         Crowd(target.address, keep_asking=True) as crowd,
@@ -170,16 +170,16 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 ON_THE_FLOOR = {"hold", "idle", "start", "passthrough"}
-"""The others need releases."""
+"""Scenarios that the floor can run. The others need releases."""
 
 ON_OTHERS = {"hold", "storm", "churn", "lateness", "idle"}
-"""The others start or stop the server, or set it up."""
+"""Scenarios for a server at a --url. The others start, stop or configure the server."""
 
 
 def _gather(target: Target, crowd: Crowd, waiters: int, at_once: int = 1000) -> None:
-    """Let clients come, and wait until the server has nothing more to do for them.
+    """Connect clients, and wait until the server has nothing more to do for them.
 
-    If more come at once than the kernel keeps for the server, it drops some, who try again.
+    If too many connect at once, the kernel drops some connections, and those clients try again.
     """
     others = target.open_files() - len(crowd.clients)
     while waiters > 0:
@@ -190,7 +190,7 @@ def _gather(target: Target, crowd: Crowd, waiters: int, at_once: int = 1000) -> 
 
 
 def _wait_for_answers(target: Target, crowd: Crowd, number: int) -> None:
-    """Wait until so many more have been answered."""
+    """Wait until so many more clients have been answered."""
     number += len(crowd.answers)
     patience = number * target.window + PATIENCE
     if not crowd.watch(lambda: len(crowd.answers) >= number, patience):
@@ -198,7 +198,7 @@ def _wait_for_answers(target: Target, crowd: Crowd, number: int) -> None:
 
 
 def _lateness(answers: Sequence[float], window: float) -> Figures:
-    """Tell by how much the gaps between answers were longer than the window."""
+    """Return by how much the gaps between answers were longer than the window."""
     late = sorted((latter - former - window) * 1000 for former, latter in pairwise(answers))
     return {
         "ms late, p50": statistics.median(late),

@@ -16,15 +16,15 @@ import psutil
 from tests.harness import installed, serving
 
 QUIET_SECONDS, QUIET_SHARE = 0.3, 0.1
-"""A server that takes less than this share of a CPU for this time has done what there was to do."""
+"""A server is quiet if it uses less than this share of a CPU for this time."""
 
 Subject = Callable[..., AbstractContextManager["Target"]]
-"""Lets a server be measured for a while: ``subject(window, **variables)``. It has a window of so
-many seconds, and so many environment variables, if it is started for that."""
+"""``subject(window, **variables)`` is a context with a server to measure. A server that it
+starts has this window, in seconds, and these environment variables."""
 
 
 class Died(Exception):
-    """The server is not there any more."""
+    """The server has ended."""
 
 
 @dataclass
@@ -36,14 +36,14 @@ class Target:
     window: float
     """Seconds between two of its releases."""
     process: subprocess.Popen[str] | None = None
-    """What was started, if it was."""
+    """Its process, if it was started here."""
 
     def cpu(self) -> float:
-        """Return the CPU time that it has taken, in seconds."""
+        """Return the CPU time that it has used, in seconds."""
         return sum(map(_nanoseconds, self._living())) / 1e9
 
     def memory(self) -> int:
-        """Return what it has resident, in bytes."""
+        """Return its resident memory, in bytes."""
         return sum(process.memory_info().rss for process in self._living())
 
     def wake_ups(self) -> int:
@@ -55,7 +55,7 @@ class Target:
         return sum(process.num_fds() for process in self._living())
 
     def becomes_quiet(self) -> Callable[[], bool]:
-        """Return what tells whether it has had nothing to do for a while."""
+        """Return a function that tells whether the server has been quiet for a while."""
         looked_at, cpu = time.monotonic(), self.cpu()
 
         def is_quiet() -> bool:
@@ -82,7 +82,7 @@ class Target:
 
 
 def _nanoseconds(process: psutil.Process) -> int:
-    # psutil knows CPU times only in hundredths of a second.
+    # psutil has CPU times only in hundredths of a second.
     threads = Path(f"/proc/{process.pid}/task").iterdir()
     return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads)
 
@@ -120,7 +120,7 @@ def running(url: str, window: float, pid: int | None) -> Subject:
     """
     parts = urlsplit(url)
     if not parts.hostname:
-        raise SystemExit(f"--url: got {url!r}, takes http://HOST:PORT")
+        raise SystemExit(f"--url must be http://HOST:PORT, not {url!r}")
     address = (parts.hostname, parts.port or 80)
     pids = [pid] if pid else _listening_at(address[1])
     if not pids:

@@ -1,6 +1,6 @@
-"""A stand-in for Discord: here its HTTP API, well or badly; beside it the gateway.
+"""A stand-in for Discord: here its HTTP API, which can also fail; in other modules its gateway.
 
-As much of the API as the queue and the libraries ask at their start.
+It has the part of the API that the queue and the libraries request when they start.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ Trick = Callable[[BaseHTTPRequestHandler], None]
 
 @dataclass
 class FakeDiscord:
-    """What it answers, and what it was asked."""
+    """The answers of the API, and the requests that it got."""
 
     total: int = 1000
     remaining: int = 1000
     reset_after: int = 86_400_000
-    """Milliseconds, as Discord has it."""
+    """Milliseconds, as in the answer of Discord."""
     max_concurrency: int = 1
     tricks: deque[Trick] = field(default_factory=deque)
     """What to do with the next requests, one for each."""
     requests: list[tuple[float, str, dict[str, str]]] = field(default_factory=list)
-    """When, for which path, with which headers."""
+    """Time, path and headers of each request."""
     url: str = ""
     gateway_url: str = "wss://x"
 
@@ -86,12 +86,12 @@ class FakeDiscord:
         return answer(404)
 
     def variables(self, **variables: object) -> dict[str, object]:
-        """Return what to set so that a server asks here."""
+        """Return the environment variables with which a server asks this stand-in."""
         return {"DISCORD_TOKEN": TOKEN, "DISCORD_API_URL": self.url, **variables}
 
 
 def answer(status: int, body: bytes = b"{}", **headers: str) -> Trick:
-    """Answer with this."""
+    """Answer with a status, a body and headers."""
 
     def act(request: BaseHTTPRequestHandler) -> None:
         request.send_response(status)
@@ -105,7 +105,7 @@ def answer(status: int, body: bytes = b"{}", **headers: str) -> Trick:
 
 
 def raw(data: bytes) -> Trick:
-    """Write this and close."""
+    """Write some bytes, and close the connection."""
 
     def act(request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(data)
@@ -115,7 +115,7 @@ def raw(data: bytes) -> Trick:
 
 
 def after(event: threading.Event, trick: Trick) -> Trick:
-    """Be slow: let this happen first."""
+    """Wait for an event before the answer."""
 
     def act(request: BaseHTTPRequestHandler) -> None:
         event.wait(20)
@@ -126,7 +126,7 @@ def after(event: threading.Event, trick: Trick) -> Trick:
 
 @contextmanager
 def playing(**figures: int) -> Iterator[FakeDiscord]:
-    """Run it until the end of the context."""
+    """Run the stand-in until the end of the context."""
     discord = FakeDiscord(**figures)  # type: ignore[arg-type]
 
     class Handler(BaseHTTPRequestHandler):

@@ -57,7 +57,7 @@ class Close(IntEnum):
 
 
 ENDS_SESSION = {1000, 1001}
-"""With these codes of a client's close its session ends; any other way it can be resumed."""
+"""If a client closes with one of these codes, its session ends. Otherwise it can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,23 @@ class Identify:
 
 @dataclass
 class Gateway:
-    """One IDENTIFY a window for each rate limit key, by its own clock.
+    """A gateway that allows one IDENTIFY per window for each rate limit key, by its own clock.
 
-    Early ones get an Invalid Session and do not put off the next window. Each of them costs one
-    of the day's session starts; whoever starts more than there are loses its token.
+    An early IDENTIFY gets an Invalid Session and does not delay the next window. It costs one of
+    the day's session starts. A bot that uses more session starts than it has loses its token.
     """
 
     discord: FakeDiscord
     window: float
     """Seconds."""
     heartbeat_interval: float = 41.25
-    """Seconds in which a client has to say that it is alive."""
+    """Seconds in which a client has to send a heartbeat."""
     counts_from_ready: bool = False
     """Whether the window starts when READY is sent, and not when IDENTIFY arrives."""
     seconds_to_ready: float = 0.0
     """Seconds from the arrival of IDENTIFY until READY is sent."""
     latency: Latency | None = None
-    """Of the network; none if None. IDENTIFYs are counted when they arrive here."""
+    """Of the network; None for no delay. IDENTIFYs are counted when they arrive here."""
     acknowledges: bool = True
     """Whether heartbeats are acknowledged. If not, connections are dead but open."""
     identifies: list[Identify] = field(default_factory=list)
@@ -99,19 +99,19 @@ class Gateway:
     over_budget: int = 0
     """How many IDENTIFYs came when the day's session starts were spent."""
     trio_token: trio.lowlevel.TrioToken = field(init=False)
-    """Where it runs."""
+    """Of the event loop in which it runs."""
     _opens_at: dict[int, float] = field(default_factory=dict, init=False)
     _sessions: dict[str, _Session] = field(default_factory=dict, init=False)
     _links: set[_Link] = field(default_factory=set, init=False)
 
     @property
     def started(self) -> list[Identify]:
-        """Those that were not early."""
+        """The IDENTIFYs that were not early."""
         return [identify for identify in self.identifies if not identify.early]
 
     @property
     def early(self) -> list[Identify]:
-        """Those that got an Invalid Session."""
+        """The IDENTIFYs that got an Invalid Session."""
         return [identify for identify in self.identifies if identify.early]
 
     @property
@@ -121,7 +121,7 @@ class Gateway:
         return {link.session.shard for link in links if link.session is not None}
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Serve until cancelled; where, stands in Get Gateway Bot's answer by then."""
+        """Serve until cancelled. Once it serves, Get Gateway Bot answers with its URL."""
         self.trio_token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
             serve = partial(
@@ -269,7 +269,7 @@ class _Link:
             await self.socket.send_message(start + self._deflate.flush(zlib.Z_SYNC_FLUSH))
 
     async def dispatch(self, event: str, data: Any) -> None:
-        """Tell of an event."""
+        """Send an event."""
         self._sequence += 1
         await self.send(Op.DISPATCH, data, event, self._sequence)
 

@@ -1,4 +1,4 @@
-"""A network that takes its time: a proxy that delays what it passes on."""
+"""A slow network: a proxy that delays the data that it passes on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Latency:
 async def delay(
     latency: Latency, port: int, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Serve on a port of its own, which is the start value, and pass all on to another port."""
+    """Serve on a new port, which is the start value, and pass all data on to another port."""
     randomness = random.Random(latency.seed)
 
     async def connect(client: trio.SocketStream) -> None:
@@ -43,7 +43,7 @@ async def _pass_on(
     latency: Latency,
     randomness: random.Random,
 ) -> None:
-    """Pass on in order: what is fast waits for what was sent before it."""
+    """Pass data on in order: data with a short delay waits for the data before it."""
     enter, leave = trio.open_memory_channel[tuple[float, bytes]](math.inf)
 
     async def read() -> None:

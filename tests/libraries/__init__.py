@@ -19,7 +19,7 @@ from tests.harness import README, Server, environ, metric
 
 HERE = Path(__file__).parent
 RECIPES = README.parent / "gateway_queue" / "recipes"
-"""What users copy beside their bots."""
+"""Files that users copy next to their bots."""
 SHARDS, PROCESSES = 24, 4
 QUEUE_IN_RECIPES = "http://127.0.0.1:5000"
 JAVASCRIPT = {"discord.js", "@discordjs/ws", "discordeno", "oceanic.js", "eris"}
@@ -73,7 +73,7 @@ def all_are_confirmed(queue: Server) -> bool:
 
 
 class Library(Protocol):
-    """How to run a bot on a library. Environment variables say the rest."""
+    """How to run a bot on a library. Environment variables contain the rest."""
 
     @property
     def name(self) -> str:
@@ -99,9 +99,9 @@ class Script:
     name: str
     interpreter: tuple[str, ...]
     without_recipe: str
-    """What stands in the place of the recipe for a bot that knows no queue."""
+    """Replaces the recipe in a bot that uses no queue."""
     start: str
-    """What follows: the bot is pointed at the stand-in, and starts its shards."""
+    """Code that follows: it connects the bot to the stand-in, and starts its shards."""
     folder: Path = HERE
 
     def command(self, port: int | None, *, confirm: bool) -> Sequence[str]:
@@ -116,7 +116,7 @@ class Bots:
       library: what all of them run on.
       gateway: where their shards start sessions.
       command: starts a process.
-      folder: with what users copy beside their bots.
+      folder: with the files that users copy next to their bots.
       log: where they write to.
     """
 

@@ -78,7 +78,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file; one that stays the same keeps its time, by which compilers tell changes."""
+    """Write a file. An unchanged file keeps its time, because compilers compare times."""
     if not path.exists() or path.read_bytes() != data:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -95,7 +95,7 @@ class Program:
     folder: Path
 
     def command(self, port: int | None, *, confirm: bool) -> Sequence[str]:
-        assert confirm, "the recipe is built as it stands in the README"
+        assert confirm, "the recipe is built as it is in the README"
         self.project.build()
         queue = "" if port is None else f"http://127.0.0.1:{port}"
         return ["env", f"QUEUE={queue}", *self.arguments]

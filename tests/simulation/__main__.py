@@ -42,7 +42,7 @@ LARGE_BOT = 150_000
 LOOK_SECONDS = 0.1
 
 CRASHES_UNTIL = 0.9
-"""Of the start-up: a crash at its end would make it longer."""
+"""Share of the start-up with crashes: a crash at its end would make it longer."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,29 +79,31 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     number, seconds = _whole(1), _seconds
     add("--shards", type=number, default=2000, metavar="N", help="number of shards (2000)")
-    add("--processes", type=number, default=8, metavar="N", help="that run the shards (8)")
+    add(
+        "--processes", type=number, default=8, metavar="N", help="processes that run the shards (8)"
+    )
     add("--keys", type=number, default=16, metavar="N", help="rate limit keys (16)")
-    add("--window", type=seconds, default=1.0, metavar="S", help="here, in seconds (1)")
+    add("--window", type=seconds, default=1.0, metavar="S", help="real seconds of a window (1)")
     add(
         "--session-starts",
         type=number,
         metavar="N",
-        help="of the day; beyond it, Discord resets the token (as Discord grants a bot with "
-        "1,000 guilds per shard: 10000 for 2,000 shards)",
+        help="session starts per day; beyond it, Discord resets the token (as Discord grants a bot "
+        "with 1,000 guilds per shard: 10000 for 2,000 shards)",
     )
     add(
         "--lock-seconds",
         type=seconds,
         default=5.1,
         metavar="S",
-        help="until a lock expires, by Discord's clock (5.1)",
+        help="seconds until a lock expires, by Discord's clock (5.1)",
     )
     add(
         "--client-timeout",
         type=seconds,
         default=math.inf,
         metavar="S",
-        help="seconds here after which a client asks the queue again (never)",
+        help="real seconds after which a client asks the queue again (never)",
     )
     add("--crash-rate", type=_share, default=0.2, metavar="P", help="shards that crash once (0.2)")
     times, counts = "how many times a process is killed (0)", _whole(0)
@@ -111,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         type=number,
         default=1,
         metavar="N",
-        help="of the queue; if more than one, with a Redis (1)",
+        help="replicas of the queue; if more than one, with a Redis (1)",
     )
     times = "how many times the queue, or a replica, is killed (0)"
     add("--kill-queue", type=counts, default=0, metavar="N", help=times)
@@ -119,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ways", nargs="+", choices=[*WAYS], default=[*WAYS], metavar="WAY", help="see below (all)"
     )
     add("--picture", type=Path, metavar="FILE", help="write an SVG of the shards over time")
-    add("--seed", type=int, default=0, metavar="N", help="of the random numbers (0)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the random numbers (0)")
     return parser
 
 

@@ -1,6 +1,6 @@
-"""Shards and the processes that they live in: light ones, thousands of them in one trio loop.
+"""Simulated shards and their processes: thousands of them in one trio loop.
 
-A crash is a cancellation: connections close without a word, as those of a process do that dies.
+A crash is a cancellation: connections close without a close frame, as those of a killed process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Fleet:
       gateway: where the shards start sessions.
       ways: how the shards of each process wait for their turn.
       shards: how many there are.
-      second: how long here is what is a second on Discord.
+      second: real seconds per second of Discord's clock.
       crash_at: when some shards crash (:func:`trio.current_time`), once each.
     """
 

@@ -132,6 +132,6 @@ def minutes(seconds: float) -> str:
 
 
 def thinned(points: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
-    """Leave out the points of a line that are between equal ones."""
+    """Leave out the points of a line that are between two equal points."""
     inner = [point for before, point in pairwise(points) if point[1] != before[1]]
     return [points[0], *inner, points[-1]]

@@ -1,4 +1,4 @@
-"""The real server, which can be killed and comes back to its port."""
+"""The real server, which can be killed and is started again on its port."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Server:
     """Runs until the end of a stack.
 
     Args:
-      stack: ends it.
+      stack: its end stops the server.
       variables: its settings.
     """
 
@@ -25,7 +25,7 @@ class Server:
         self._start()
 
     async def kill(self) -> None:
-        """Let it crash and start again."""
+        """Kill the server, and start it again."""
         self._running.signal(signal.SIGKILL)
         await trio.to_thread.run_sync(self._running.wait)
         await trio.to_thread.run_sync(self._start)

@@ -48,11 +48,11 @@ class OwnPace:
 class ExpiringLock:
     """A lock for each key that expires by itself: ``SET key shard NX PX 5100``, tried every 500 ms.
 
-    It stands for a lock in Redis, without the time that Redis takes to answer.
+    It imitates a lock in Redis, without the time that Redis takes to answer.
 
     Args:
       keys: number of rate limit keys.
-      second: how long here is what is a second on Discord.
+      second: real seconds per second of Discord's clock.
       expiry: seconds on Discord.
     """
 
