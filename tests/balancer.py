@@ -38,7 +38,7 @@ def balancing(
     Args:
       addresses: host and port of each replica.
       folder: for its configuration.
-      name_server: which knows the names among these hosts.
+      name_server: resolves the names among these hosts.
     """
     port = free_port()
     config = readme_compose_file()["configs"]["balancer"]["content"]
@@ -70,7 +70,7 @@ def _answers_health(port: int) -> bool:
 
 
 class NameServer:
-    """Answers as that of Docker does: with the IPv4 address of a running container."""
+    """A name server like that of Docker: it answers with the IPv4 address of a container."""
 
     def __init__(self) -> None:
         self.hosts: dict[str, str] = {}

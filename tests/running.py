@@ -21,13 +21,13 @@ from gateway_queue.store.memory import MemoryStore
 
 WINDOW = 5.0
 TOLERANCE = 1e-6
-"""Floating point only: the clock is the test's."""
+"""Seconds, for rounding errors only: the clock is simulated."""
 
 
 def on_mock_clock(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run on a clock that jumps ahead whenever nothing is left to do.
 
-    hypothesis calls a test many times; pytest-trio's clock would be one for all of them.
+    hypothesis calls a test many times, and pytest-trio has only one clock for all calls.
     """
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
@@ -77,7 +77,7 @@ async def running(
 
 
 def stopwatch() -> Callable[[], float]:
-    """Return what tells the seconds since now."""
+    """Return a function that returns the seconds since now."""
     start = trio.current_time()
     return lambda: trio.current_time() - start
 

@@ -1,4 +1,4 @@
-"""The alert rules, played by Prometheus' own tool: each fires when it should, and only then."""
+"""The alert rules, run by Prometheus' own tool: each fires when it should, and only then."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HEALTHY = {
     'gateway_queue_lateness_seconds_bucket{le="0.5"}': "0+11x60",
     'gateway_queue_lateness_seconds_bucket{le="+Inf"}': "0+11x60",
 }
-"""A replica by series: after 20 minutes tickets come, and 11 a minute are released."""
+"""The series of a replica: tickets come after 20 minutes, and 11 per minute are released."""
 
 WAITING = 'gateway_queue_waiting{rate_limit_key="0"}'
 RELEASED = 'gateway_queue_released_total{rate_limit_key="0"}'
@@ -97,7 +97,7 @@ def with_labels(series: str, instance: str) -> str:
 
 
 def promtool(*arguments: str, text: str | None = None) -> None:
-    """Run Prometheus' tool, which has to agree."""
+    """Run Prometheus' tool, which must exit with success."""
     command = shutil.which("promtool")
     assert command, "install Debian's package prometheus"
     done = subprocess.run(
@@ -137,7 +137,7 @@ def test_every_alert_has_a_case() -> None:
     assert named == set().union(*(firing for _, firing in CASES.values()))
 
 
-def test_a_replica_that_waits_behind_another_is_healthy(tmp_path: Path) -> None:
+def test_a_replica_whose_tickets_wait_behind_others_is_healthy(tmp_path: Path) -> None:
     play(tmp_path, replica("a", {RELEASED: "0x60"}) + replica("b", {}), set())
 
 
@@ -150,7 +150,7 @@ def test_the_rules_are_valid() -> None:
     promtool("check", "rules", RULES)
 
 
-def test_the_metrics_are_as_prometheus_wants_them() -> None:
+def test_prometheus_accepts_the_metrics() -> None:
     with serving(SESSION_START_LIMIT=10, HOLD_ON_START="false", MAX_CONCURRENCY=2) as server:
         server.ask(1).answer()
         eventually(lambda: server.status()["released"] == 1)

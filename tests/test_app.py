@@ -105,21 +105,21 @@ class FakeTurn:
 
 @asynccontextmanager
 async def failing_turn(_: int | None, *, confirm: bool) -> AsyncIterator[FakeTurn]:
-    """Fail at first, and later be a turn like any."""
+    """Fail at time 0, and later give an ordinary turn."""
     if trio.current_time() == 0:
-        raise RuntimeError("the queue's own fault")
+        raise RuntimeError("an error of the queue")
     yield FakeTurn()
 
 
 async def never_sent(_: ASGISendEvent) -> NoReturn:
-    raise RuntimeError("the server's own fault")
+    raise RuntimeError("an error of the server")
 
 
 @pytest.mark.parametrize("what", ["turn", "send"])
-async def test_a_fault_of_our_own_is_held_until_the_client_leaves(
+async def test_after_an_internal_error_a_request_is_held_until_its_client_leaves(
     autojump_clock: MockClock, what: str
 ) -> None:
-    """Any answer would mean "go", so there is none, and the request does not end either."""
+    """For a client any answer is a release, so there is none, and the request stays open."""
     wire = Wire()
     if what == "send":
         await trio.sleep(1)
@@ -140,10 +140,10 @@ async def test_a_fault_of_our_own_is_held_until_the_client_leaves(
     assert wire.sent == []
 
 
-async def test_a_client_that_does_not_take_its_answer_is_not_waited_for(
+async def test_a_client_that_does_not_read_its_answer_does_not_delay_the_next_one(
     autojump_clock: MockClock,
 ) -> None:
-    """Its slot counts as used: a part of the answer may be out."""
+    """Its slot counts as used: a part of the answer may have been sent."""
     slow, next_in_line = Wire(), Wire()
 
     async def never(_: ASGISendEvent) -> None:
@@ -168,7 +168,7 @@ async def test_a_client_that_does_not_take_its_answer_is_not_waited_for(
 async def test_no_client_is_answered_with_an_expired_slot(
     autojump_clock: MockClock, left: float
 ) -> None:
-    """A slot that several replicas share is good for a while only."""
+    """With several replicas, a slot is valid only for a limited time."""
     wire, sent_at = Wire(), list[float]()
 
     @asynccontextmanager
@@ -187,18 +187,18 @@ async def test_no_client_is_answered_with_an_expired_slot(
 
 
 class Ended(BaseException):
-    """Stands in for the end of the process."""
+    """Replaces the end of the process."""
 
 
-async def test_a_fault_beside_the_requests_ends_the_process(
+async def test_an_error_outside_of_requests_ends_the_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without its dispatchers it would hold its clients for ever."""
+    """Without dispatchers, its clients would wait for ever."""
     starts = iter(["lifespan.startup"])
 
     async def fail(_: Queue, *, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
-        raise RuntimeError("the queue's own fault")
+        raise RuntimeError("an error of the queue")
 
     def end(_: str) -> NoReturn:
         raise Ended

@@ -1,4 +1,4 @@
-"""What one client sends delays no release of others, and costs little."""
+"""An attacking client delays no release of others, and uses little memory."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_an_upgrade_behind_a_ticket_is_a_ticket_and_its_headers_are_not_logged()
 
 
 def test_1001_requests_on_one_connection_of_hypercorn() -> None:
-    """It takes 100 at a time."""
+    """Hypercorn allows 100 at a time."""
     command = (installed("hypercorn"), "--worker-class", "trio", "--bind", "127.0.0.1:0")
     with serving(*command, "gateway_queue:app", MAX_CONCURRENCY=0) as server:
         client = h2_client(server)
@@ -173,7 +173,7 @@ def test_1001_requests_on_one_connection_of_hypercorn() -> None:
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_an_unread_log_does_not_stop_releases(stop: signal.Signals) -> None:
-    """A pipe takes 64 kB."""
+    """The log fills a pipe, which has room for 64 kB."""
     read_end, write_end = os.pipe()
     port_file = socket.create_server(("127.0.0.1", 0))
     port = port_file.getsockname()[1]

@@ -57,7 +57,7 @@ BAD = [
 
 @pytest.mark.parametrize("path", ["/", "/?shard=0", "/status", "http://host/status"])
 @pytest.mark.parametrize("credentials", GOOD)
-def test_the_token_opens_all(server: Server, credentials: str, path: str) -> None:
+def test_the_token_is_accepted_on_every_path(server: Server, credentials: str, path: str) -> None:
     answer = ask(server, path, credentials)
     assert answer.status == 200
     assert (answer.body == GO) is ("status" not in path)

@@ -216,12 +216,12 @@ def test_metrics_and_log_lines_name_the_bot(tmp_path: Path) -> None:
 
 
 def test_discord_can_be_down_for_one_bot(tmp_path: Path) -> None:
-    nobody = f"http://127.0.0.1:{free_port()}/api"
+    unreachable = f"http://127.0.0.1:{free_port()}/api"
     with playing(max_concurrency=2) as discord:
         text = f"""
         [down]
         discord_token = "down"
-        discord_api_url = "{nobody}"
+        discord_api_url = "{unreachable}"
         [up]
         discord_token = "up"
         discord_api_url = "{discord.url}"
@@ -241,7 +241,7 @@ def test_discord_can_be_down_for_one_bot(tmp_path: Path) -> None:
             assert held.received == b""
 
 
-def test_a_rejected_token_in_the_file_is_that_bots_trouble(tmp_path: Path) -> None:
+def test_a_rejected_token_in_the_file_affects_only_its_bot(tmp_path: Path) -> None:
     with playing() as bad, playing() as good:
         bad.tricks.extend([answer(401)] * 2)
         text = f"[a]\ndiscord_token = 'wrong'\ndiscord_api_url = '{bad.url}'\n"
@@ -286,7 +286,7 @@ async def test_the_refreshes_of_many_bots_are_spread(
         start = trio.current_time()
         await trio.sleep(599)
         nursery.cancel_scope.cancel()
-    # The intervals of 6 windows, at the start, are another matter.
+    # The first refreshes, after 6 windows each, are not counted.
     refreshes = [at - start for at in asked if at - start > 1]
     tenths = [sum(part <= at / 30 < part + 1 for at in refreshes) for part in range(1, 20)]
     assert min(tenths) >= 8
@@ -313,7 +313,7 @@ def test_bots_come_and_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mistake", ["[a]\nwindow_seconds = 0", "[", "[default]", None])
-def test_a_broken_file_leaves_all_as_it_was(tmp_path: Path, mistake: str | None) -> None:
+def test_a_broken_file_changes_nothing(tmp_path: Path, mistake: str | None) -> None:
     with serving_bots(tmp_path, "[a]\nwindow_seconds = 3600\n") as bots:
         assert bots.ask("a").answer().body == GO
         waiting = bots.ask("a")
@@ -375,7 +375,7 @@ def test_a_changed_token_holds_tickets_until_discord_has_answered(tmp_path: Path
             assert all(b.at - a.at >= 0.2 - SLACK for a, b in pairwise(answers))
 
 
-# --- who may ask ----------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------
 
 
 def test_a_bots_own_token_opens_only_this_bot(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_a_bots_own_token_is_asked_for_also_if_the_server_has_none(tmp_path: Pat
         assert bots.ask("b").answer().body == GO
 
 
-# --- what it takes --------------------------------------------------------------------------------
+# --- costs ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_500_idle_bots_cost_under_10_mb_and_no_wake_ups(tmp_path: Path) -> None:
             memory.append(bots.server.peak_memory())
             time.sleep(6)  # Hypercorn closes the connections after 5 s
             before = bots.server.voluntary_switches()
-            time.sleep(2)  # what it measures is a time
+            time.sleep(2)  # the time of the measurement
             assert bots.server.voluntary_switches() == before
     assert memory[1] - memory[0] < 10_000_000
 
@@ -491,7 +491,7 @@ def test_idle_bots_share_one_command_per_second(tmp_path: Path) -> None:
 
         def commands() -> int:
             before = server.calls()
-            time.sleep(3)  # what it measures is a number of commands in a time
+            time.sleep(3)  # the time of the measurement
             return server.calls() - before
 
         eventually(lambda: commands() <= 6)

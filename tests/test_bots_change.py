@@ -28,7 +28,7 @@ class Release:
     settings: Settings
     at: float
     counts_until: float = math.inf
-    """When the window is over that it started; infinite while it identifies."""
+    """When its window ends; infinite while the shard identifies."""
 
 
 class Day:
@@ -54,7 +54,7 @@ class Day:
             turn.answered()
             with trio.move_on_after(identify_seconds):
                 await trio.sleep(turn.confirm_seconds)
-            # The rules of a confirmation are those in force when it comes.
+            # A confirmation follows the settings at its own time.
             now, rules = trio.current_time(), self._service.settings
             release.counts_until = now + rules.window_seconds
 
@@ -75,7 +75,7 @@ class Day:
 
 
 def share_a_key(first: Release, then: Release) -> bool:
-    """Tell whether a shard of the first one's key has the key of the other one."""
+    """Return whether some shard has the key of both releases, each under its own settings."""
     former, later = first.settings.max_concurrency or 1, then.settings.max_concurrency or 1
     return (first.shard % former - then.shard % later) % math.gcd(former, later) == 0
 
@@ -124,16 +124,18 @@ def test_a_change_makes_no_release_early_and_loses_no_ticket(
     on_mock_clock(main)
 
 
-async def test_clients_of_a_bot_that_no_longer_waits_are_let_go(autojump_clock: MockClock) -> None:
-    """With max_concurrency 0 the next request is answered at once."""
+async def test_when_max_concurrency_becomes_0_waiting_clients_are_closed(
+    autojump_clock: MockClock,
+) -> None:
+    """They ask again, and with max_concurrency 0 the next request is answered at once."""
     service = service_of(Settings(window_seconds=3600, place_seconds=30))
-    let_go: list[int] = []
+    closed: list[int] = []
 
     async def ask(shard: int) -> None:
         with suppress(NotAnswered):
             async with service.queue.turn(shard):
                 raise AssertionError
-        let_go.append(shard)
+        closed.append(shard)
 
     async with trio.open_nursery() as nursery:
         await nursery.start(service.run)
@@ -142,7 +144,7 @@ async def test_clients_of_a_bot_that_no_longer_waits_are_let_go(autojump_clock: 
                 clients.start_soon(ask, shard)
             await trio.sleep(1)
             service.change(replace(service.settings, max_concurrency=0))
-        assert sorted(let_go) == [1, 1, 2]
+        assert sorted(closed) == [1, 1, 2]
         async with service.queue.turn(1):
             pass
         assert (len(service.queue), service.queue.lanes) == (0, {})

@@ -1,4 +1,4 @@
-"""BOTS_FILE: what it may hold, and what a mistake in it is answered with."""
+"""BOTS_FILE: its settings, and the errors for mistakes in it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ RULES = Rules(5.0, hold=False, session_start_limit=100)
 
 
 class Replica:
-    """Where stores run."""
+    """The process of stores."""
 
     is_frozen = False
     way_latency = 0.0
@@ -44,7 +44,7 @@ class Replica:
 
 
 class Server:
-    """A simulated Redis, and what connects to it."""
+    """A simulated Redis, and the processes that connect to it."""
 
     def __init__(self, nursery: trio.Nursery, latency: float) -> None:
         scenario = replace(draw(0), latency=latency, clock_rate=1.0)
@@ -54,7 +54,7 @@ class Server:
         self.nursery = nursery
 
     def open(self, bots: int, nursery: trio.Nursery | None = None) -> list[RedisStore]:
-        """Connect one process, which lives in a nursery, and return the stores of its bots."""
+        """Connect one process, whose tasks run in a nursery, and return the stores of its bots."""
         nursery = nursery or self.nursery
         link = Link("redis://simulated", count_error=lambda: None)
         stores = [RedisStore(link, f"bot:{number}", RULES) for number in range(bots)]

@@ -21,14 +21,14 @@ WINDOW = 1.0
 LEASE = 2 * WINDOW
 
 TIMEOUT_MILLISECONDS = 2000
-"""In this time, nodes notice that another one is down."""
+"""Time in which nodes notice that another node is down."""
 
 KEYS = "{gateway-queue}"
 
 
 @dataclass
 class Cluster:
-    """Three nodes, and a copy of the one that has the keys."""
+    """Three nodes, and a replica of the node that has the keys."""
 
     owner: RedisServer
     others: list[RedisServer]
@@ -38,7 +38,7 @@ class Cluster:
         return int(self.owner.command("CLUSTER", "KEYSLOT", KEYS).removeprefix(":"))
 
     def move_keys(self, target: RedisServer) -> None:
-        """Let another node have the keys, as a resharding does."""
+        """Move the keys to another node, as a resharding does."""
         slot, source = str(self.slot()), self.owner
         target.command("CLUSTER", "SETSLOT", slot, "IMPORTING", node_id(source))
         source.command("CLUSTER", "SETSLOT", slot, "MIGRATING", node_id(target))

@@ -1,4 +1,4 @@
-"""The ways to run it, what it refuses, and how it stops."""
+"""The command: ways to run it, settings that it refuses, and how it stops."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ WAYS = {
 
 
 def run(*command: str, **variables: object) -> subprocess.CompletedProcess[str]:
-    """Run a command that is to end by itself."""
+    """Run a command until it ends by itself."""
     return subprocess.run(
         command, env=environ(**variables), capture_output=True, text=True, check=False, timeout=20
     )
@@ -86,7 +86,7 @@ def test_a_signal_ends_it_without_an_answer(way: str, number: signal.Signals) ->
 
 
 def test_it_ends_its_tasks_when_it_stops() -> None:
-    """The function of the command returns, unless so many wait that this would take too long."""
+    """``main`` returns, unless so many clients wait that this would take too long."""
     code = "from gateway_queue.__main__ import main; main([]); print('returned')"
     with serving(sys.executable, "-c", code, WINDOW_SECONDS=3600) as server:
         [server.connect() for _ in range(100)]
@@ -149,7 +149,7 @@ def test_two_servers_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> N
 
 
 def test_a_worker_holds_its_name_until_it_ends(tmp_path: Path) -> None:
-    """Also where the system has no abstract sockets."""
+    """Also on systems without abstract sockets."""
     code = (
         "import sys, time; from pathlib import Path; from gateway_queue.serving import process; "
         "print(process.hold_socket(sys.argv[1]), process.hold_file(Path(sys.argv[1])), flush=True);"
@@ -190,10 +190,10 @@ def test_a_bad_value_is_named(variable: str) -> None:
     for value in BAD_VALUES[variable]:
         with pytest.raises(BadSetting) as bad:
             Settings.from_environ({variable: value})
-        says_what_is_wrong(str(bad.value), variable, value)
+        assert_explains(str(bad.value), variable, value)
 
 
-def says_what_is_wrong(line: str, variable: str, value: str) -> None:
+def assert_explains(line: str, variable: str, value: str) -> None:
     assert "\n" not in line
     if not value:
         assert line == f"{variable} is empty; set it or unset it"
@@ -214,7 +214,7 @@ def test_a_bad_value_ends_the_command(variable: str, value: str) -> None:
     assert refused.returncode == 2
     assert refused.stdout == ""
     (line,) = refused.stderr.splitlines()
-    says_what_is_wrong(line, variable, value)
+    assert_explains(line, variable, value)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_an_unknown_option_of_a_redis_url_ends_the_command() -> None:
     assert line.startswith("REDIS_URL has an unknown option foo ")
 
 
-def test_redis_urls_of_all_kinds_are_taken() -> None:
+def test_redis_urls_of_all_kinds_are_accepted() -> None:
     for url in (
         *("redis://h", "redis://h:6379/0", "rediss://user:word@h:1/2?ssl_ca_certs=/ca.pem"),
         "rediss://h?ssl_certfile=/c&ssl_keyfile=/k&ssl_cert_reqs=none&ssl_check_hostname=True&db=1",
@@ -404,7 +404,7 @@ def test_an_unknown_version_of_hypercorn_is_refused(change: str) -> None:
     assert "hypercorn.trio.tcp_server.TaskGroup" in line
 
 
-def test_a_port_in_use_is_said_in_one_line() -> None:
+def test_a_port_in_use_is_reported_in_one_line() -> None:
     with serving() as server:
         refused = run(GATEWAY_QUEUE, PORT=server.port)
     assert refused.returncode == 1
@@ -425,7 +425,7 @@ def test_hosts(host: str) -> None:
 
 
 def test_a_name_with_several_addresses_is_bound_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As localhost is on most machines. One that is not this machine's is passed over."""
+    """As with localhost on most machines. The address of another machine is skipped."""
     addresses = [
         found
         for host in ("::1", "127.0.0.1", "198.51.100.1")
@@ -451,7 +451,7 @@ def test_help_and_version_need_no_good_environment() -> None:
     assert "DISCORD_TOKEN_FILE" in explained.stdout
 
 
-def test_json_logs_are_one_object_a_line() -> None:
+def test_json_logs_are_one_object_per_line() -> None:
     with serving(LOG_FORMAT="json", WINDOW_SECONDS=0.01) as server:
         server.connect(b"GET /?shard=7 HTTP/1.1\r\nHost: q\r\n\r\n").answer()
         server.connect(b"GET /?shard=x HTTP/1.1\r\nHost: q\r\n\r\n").answer()
@@ -500,10 +500,11 @@ LIBRARIES = "import quart_trio, hypercorn.trio, structlog.dev, prometheus_client
 
 
 def test_idle_it_neither_wakes_up_nor_grows() -> None:
-    """Between two looks nothing happens: no context switch of its own accord.
+    """An idle server has no voluntary context switch in 2 s, and its memory stays small.
 
-    The command runs as where only the server is installed: with pygments, httpx imports rich. Its
-    memory is compared on this Python: what an import takes differs between versions by 2 MiB.
+    The command runs without pygments, as where only the server is installed: with pygments, httpx
+    imports rich. The limit is relative to the imports, whose memory differs by 2 MiB between
+    versions of Python.
     """
     imports = peak_memory_of(WITHOUT_PYGMENTS + LIBRARIES)
     with serving(sys.executable, "-c", SERVER_WITHOUT_PYGMENTS, WINDOW_SECONDS=0.05) as server:
@@ -517,14 +518,14 @@ def test_idle_it_neither_wakes_up_nor_grows() -> None:
 
 
 def peak_memory_of(program: str) -> int:
-    """Return the most memory that a Python program has resident, in bytes."""
+    """Return the peak resident memory of a Python program, in bytes."""
     report = "\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     command = [sys.executable, "-c", program + report]
     return int(subprocess.run(command, check=True, capture_output=True).stdout) * 1024
 
 
 def test_a_start_takes_little_more_than_the_imports_of_its_libraries() -> None:
-    """In CPU time, and compared on this machine: a second on one is two on another."""
+    """The limit is relative to their CPU time, which differs between machines."""
     imports = cpu_seconds_of(LIBRARIES)
     with serving() as server:
         server.settle()
@@ -532,7 +533,7 @@ def test_a_start_takes_little_more_than_the_imports_of_its_libraries() -> None:
 
 
 def cpu_seconds_of(program: str) -> float:
-    """Return the CPU time of a Python program, at its highest of three times."""
+    """Return the highest CPU time of three runs of a Python program."""
 
     def used() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -24,7 +24,7 @@ from tests.test_events import LISTEN, read_events
 LOST = re.compile(
     "Failed to load resource: net::ERR_(CONNECTION_REFUSED|INCOMPLETE_CHUNKED|EMPTY_RESPONSE)"
 )
-"""What a browser says of a server that is gone."""
+"""What a browser logs about a server that is gone."""
 
 expect.set_options(timeout=PATIENCE * 1000)
 
@@ -39,7 +39,7 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Watched:
-    """A page, and what it does apart from what it shows."""
+    """A page, and its errors and requests."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Watched:
 
 @contextmanager
 def opened(browser: Browser, server: Server, **options: Any) -> Iterator[Watched]:
-    """Open the page, and hold it to its own policy until the end of the context."""
+    """Open the page until the end of the context, and check that it has no errors."""
     context = browser.new_context(**options)
     page = context.new_page()
     page.set_default_timeout(PATIENCE * 1000)
@@ -85,7 +85,7 @@ def seconds_shown(page: Page) -> float:
 
 @pytest.fixture(scope="module")
 def busy() -> Iterator[Server]:
-    """Run a server in which 200 wait for 16 keys; one more has gone away."""
+    """Run a server with 200 waiting shards on 16 keys, and one shard that is away."""
     variables = {"WINDOW_SECONDS": 3600, "MAX_CONCURRENCY": 16, "SESSION_START_LIMIT": 1000}
     with serving(HOLD_ON_START="false", PLACE_SECONDS=600, **variables) as it:
         for shard in range(16):
@@ -146,7 +146,9 @@ def test_the_page_explains_why_a_shard_is_held(browser: Browser) -> None:
 
 
 @pytest.mark.parametrize("zone", ["Europe/Berlin", "Asia/Kolkata"])
-def test_times_of_day_are_the_readers(browser: Browser, busy: Server, zone: str) -> None:
+def test_times_of_day_are_in_the_time_zone_of_the_browser(
+    browser: Browser, busy: Server, zone: str
+) -> None:
     with opened(browser, busy, timezone_id=zone, locale="en-GB") as watched:
         time = watched.page.locator(".latest time").first
         expected = time.evaluate(
@@ -403,7 +405,7 @@ def test_a_shard_is_found(browser: Browser, busy: Server) -> None:
         watched.complaints = [one for one in watched.complaints if "400" not in one]
 
 
-def test_an_empty_queue_teaches(browser: Browser) -> None:
+def test_an_empty_queue_shows_the_first_steps(browser: Browser) -> None:
     with serving() as server, opened(browser, server) as watched:
         steps = watched.page.locator("#first-steps")
         expect(steps).to_contain_text(f'curl "http://127.0.0.1:{server.port}/?shard=0"')
@@ -461,7 +463,7 @@ def test_a_browser_without_the_token_gets_a_page() -> None:
 
 
 def test_browsers_get_their_icon() -> None:
-    """They ask for it by themselves; as a ticket it would take a turn."""
+    """Browsers request it by themselves; if it were a ticket, it would use a slot."""
     with serving(WINDOW_SECONDS=3000) as server:
         icon = server.get("/favicon.ico")
         assert server.status()["waiting"] == 0

@@ -1,4 +1,4 @@
-"""The server and Discord's limits, with a server that plays Get Gateway Bot."""
+"""The server and Discord's limits, with a stand-in for Get Gateway Bot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HYPERCORN = (installed("hypercorn"), "--worker-class", "trio", "--bind", "127.0.
 
 @contextmanager
 def serving_with(discord: FakeDiscord, **variables: object) -> Iterator[Server]:
-    """Run a server with a token, and see that the token stays a secret."""
+    """Run a server with a token, and check that it never shows the token."""
     hasty = {"WINDOW_SECONDS": 0.05, "HOLD_ON_START": "false", "LOG_LEVEL": "debug"}
     with serving(**discord.variables(**{**hasty, **variables})) as server:
         yield server
@@ -48,7 +48,7 @@ def waiting(server: Server) -> int:
     return number
 
 
-def test_discord_is_asked_as_it_demands() -> None:
+def test_the_request_to_discord_is_as_documented() -> None:
     with playing(max_concurrency=2) as discord, serving_with(discord) as server:
         eventually(lambda: server.get("/readyz").status == 200)
         status = server.status()
@@ -82,7 +82,7 @@ UNAUTHORIZED = {
 
 
 @pytest.mark.parametrize("way", UNAUTHORIZED)
-def test_a_token_that_discord_refuses_ends_it(way: str) -> None:
+def test_a_token_that_discord_refuses_ends_the_server(way: str) -> None:
     command, expected = UNAUTHORIZED[way]
     with playing() as discord:
         discord.tricks.append(answer(401))
@@ -131,10 +131,10 @@ FAULTS: dict[str, Trick] = {
 }
 
 
-# httpx leaves its generators to the collector when it cannot decompress; trio complains of that.
+# When httpx cannot decompress, it leaves generators to the garbage collector; trio warns of that.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_what_cannot_be_used_is_no_answer(fault: str) -> None:
+async def test_an_unusable_answer_counts_as_no_answer(fault: str) -> None:
     with playing() as fake:
         fake.tricks.append(FAULTS[fault])
         outcomes: list[Outcome] = []
@@ -149,7 +149,7 @@ async def test_what_cannot_be_used_is_no_answer(fault: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://a..b", "http://xn--/", "http://[v1.a]", "http://%zz"])
-async def test_a_host_that_cannot_be_is_a_fault_like_any(url: str) -> None:
+async def test_an_impossible_host_counts_as_no_answer(url: str) -> None:
     async with connected(url, list[Outcome]().append) as discord:
         with pytest.raises(Unavailable):
             await discord.session_start_limit()
@@ -187,7 +187,7 @@ async def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("fault", ["503", "429", "no JSON", "a closed connection"])
 def test_tickets_are_held_until_discord_has_answered(fault: str) -> None:
-    """Never a guess: not even one shard goes before the limits are known."""
+    """No shard is released before the limits are known."""
     with playing(max_concurrency=2) as discord:
         discord.tricks.append(FAULTS[fault])
         with serving_with(discord) as server:
@@ -287,7 +287,7 @@ def test_max_concurrency_below_discords_limits_the_releases_of_all_keys() -> Non
     for key in range(16):
         lane = [at for shard, at in answers if shard % 16 == key]
         assert all(latter - former >= window - SLACK for former, latter in pairwise(lane))
-    # Oldest first, among those whose key is open.
+    # The oldest ticket first, among those whose key is open.
     windows = [{shard for shard, _ in answers[i : i + most]} for i in range(0, len(answers), most)]
     assert windows == [{0, 1, 2}, {16, 17, 3}, {32, 4, 5}, {6, 7, 8}]
 
@@ -358,7 +358,7 @@ def test_a_shard_in_a_crash_loop_is_held_and_others_pass() -> None:
 
 
 def test_behind_a_gateway_proxy_every_request_is_answered_at_once() -> None:
-    """Also with a token, and though no Discord is there."""
+    """Also with a token, and while Discord cannot be reached."""
     variables = {"DISCORD_TOKEN": TOKEN, "DISCORD_API_URL": "http://127.0.0.1:1"}
     with serving(MAX_CONCURRENCY=0, WINDOW_SECONDS=3600, **variables) as server:
         for _ in range(100):

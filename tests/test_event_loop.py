@@ -25,7 +25,7 @@ main([])
 
 
 async def test_readable_sockets_take_turns() -> None:
-    """A task that is due meanwhile has to wait for a few of them, not for all."""
+    """A task that becomes due waits for a few of them, not for all."""
     event_loop.install()
     woken = list[socket.socket]()
 
@@ -46,7 +46,7 @@ async def test_readable_sockets_take_turns() -> None:
             while len(woken) < len(pairs):
                 before = len(woken)
                 await trio.lowlevel.checkpoint()
-                # The tasks of one look run in any order, so between two steps it may be two looks.
+                # Tasks run in any order, so those of two polls may run between two steps.
                 assert len(woken) - before <= 2 * event_loop.EVENTS_AT_ONCE
 
 

@@ -21,7 +21,7 @@ from tests.test_http2 import GET, H2Client, connect
 LISTEN = b"GET /events HTTP/1.1\r\nHost: queue\r\n\r\n"
 SNAPSHOT = b'<main id="live"'
 
-Heard = list[tuple[float, bytes]]
+Received = list[tuple[float, bytes]]
 
 
 class Numbered:
@@ -35,7 +35,7 @@ class Numbered:
         await trio.lowlevel.checkpoint()
         self.number += 1
         if self.number == self._failing:
-            raise RuntimeError("the page's own fault")
+            raise RuntimeError("an error of the page")
         return f"event\n{self.number}"
 
 
@@ -43,17 +43,17 @@ def event(number: int) -> bytes:
     return b"data: event\ndata: %d\n\n" % number
 
 
-async def listen(feeds: Feeds[str], heard: Heard, pause: float) -> None:
-    """Listen, and be busy for a while after each event."""
+async def listen(feeds: Feeds[str], received: Received, pause: float) -> None:
+    """Listen, and pause after each event."""
     async with aclosing(feeds.listen("bot")) as listening:
         async for one in listening:
-            heard.append((trio.current_time(), one))
+            received.append((trio.current_time(), one))
             await trio.sleep(pause)
 
 
 async def test_one_event_per_second_while_a_page_is_open(autojump_clock: MockClock) -> None:
     numbered = Numbered()
-    quick, slow = Heard(), Heard()
+    quick, slow = Received(), Received()
     async with trio.open_nursery() as nursery:
         feeds = Feeds(numbered.write, nursery)
         await trio.sleep(50)
@@ -72,13 +72,13 @@ async def test_one_event_per_second_while_a_page_is_open(autojump_clock: MockClo
 
 
 async def test_a_fault_of_the_page_costs_one_event(autojump_clock: MockClock) -> None:
-    heard = Heard()
+    received = Received()
     async with trio.open_nursery() as nursery:
         feeds = Feeds(Numbered(failing=2).write, nursery)
         with trio.move_on_after(3.5 * INTERVAL):
-            await listen(feeds, heard, 0.0)
+            await listen(feeds, received, 0.0)
         nursery.cancel_scope.cancel()
-    assert [one for _, one in heard] == [event(1), event(3), event(4)]
+    assert [one for _, one in received] == [event(1), event(3), event(4)]
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +89,14 @@ def server() -> Iterator[Server]:
 
 
 def read_events(listener: Client, count: int) -> None:
-    """Read until so many events have come."""
+    """Read until so many events have arrived."""
     while listener.received.count(SNAPSHOT) < count:
         received = listener.socket.recv(65536)
         assert received, "closed"
         listener.received += received
 
 
-def test_all_hear_the_same(server: Server) -> None:
+def test_all_listeners_get_the_same_events(server: Server) -> None:
     began = time.monotonic()
     listeners = [server.connect(LISTEN) for _ in range(3)]
     for listener in listeners:
@@ -150,7 +150,7 @@ def test_head_ends_at_once_and_other_methods_are_refused(server: Server, path: s
 
 
 @pytest.mark.parametrize("path", ["/dashboard", "/events"])
-def test_they_ask_for_the_token(path: str) -> None:
+def test_they_require_the_token(path: str) -> None:
     with serving(AUTH_TOKEN="secret") as server:
         refused = ask(server, "GET", path)
     assert refused.status == 401
@@ -169,19 +169,19 @@ def test_a_page_that_closes_is_forgotten() -> None:
 
 
 def test_a_page_that_does_not_read_is_dropped() -> None:
-    """And nobody else waits for that, nor is anything kept."""
-    with serving(WINDOW_SECONDS=3600) as server, socket.socket() as deaf:
+    """Other listeners do not wait for it, and the server keeps no data of it."""
+    with serving(WINDOW_SECONDS=3600) as server, socket.socket() as unread:
         idle = open_files(server)
-        for shard in range(100):  # a long line makes for large events
+        for shard in range(100):  # a long queue makes large events
             server.ask(shard)
         other = server.connect(LISTEN)
         read_events(other, 1)
         eventually(lambda: open_files(server) == idle + 101)
         memory = server.peak_memory()
-        deaf.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # makes for small buffers
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        deaf.connect(("127.0.0.1", server.port))
-        deaf.sendall(LISTEN)
+        unread.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # makes small buffers
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        unread.connect(("127.0.0.1", server.port))
+        unread.sendall(LISTEN)
         eventually(lambda: open_files(server) == idle + 102)
         eventually(lambda: open_files(server) == idle + 101)
         other.received = b""

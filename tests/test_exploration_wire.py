@@ -1,4 +1,4 @@
-"""The simulation of HTTP itself: it finds what it is to find, and repeats itself."""
+"""The simulation of HTTP: its connections behave as real ones, and a seed repeats exactly."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ WINDOW = 5.0
 CONFIRM = 10.0
 
 FIXED_SEEDS = (2, 6, 10, 11, 20, 106, 153, 264, 321, 385, 466, 728, 2039, 3064, 3831, 9200240)
-"""Add each seed that has found a fault."""
+"""Seeds that have found a fault. Add each new one."""
 
 SEEDS_OF_SEVERAL_BOTS = (3, 7, 21, 38)
 
 SECONDS = 15.0
-"""For how long to try seeds that nobody has tried before."""
+"""How long to try fresh seeds."""
 
 
 class Fleet:
-    """A replica, its clients, and what happens."""
+    """A replica, its clients, and what happened."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -235,7 +235,7 @@ def test_rules_hold_with_fresh_seeds() -> None:
 
 @pytest.mark.parametrize("protocol", ["HTTP/1.0", "HTTP/1.1", "HTTP/2"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_a_response_that_waits_for_its_confirmation_ends_in_the_end(
+def test_a_response_without_a_confirmation_ends_when_its_time_is_over(
     protocol: str, method: str
 ) -> None:
     async def story(fleet: Fleet) -> None:
@@ -245,7 +245,7 @@ def test_a_response_that_waits_for_its_confirmation_ends_in_the_end(
         after = fleet.http1().ask(0)
         await after.ended.wait()
         assert ticket.body_at == 0
-        if (protocol, method) != ("HTTP/1.1", "HEAD"):  # which shows no end
+        if (protocol, method) != ("HTTP/1.1", "HEAD"):  # its end cannot be seen
             assert ticket.last_at == CONFIRM
         assert after.last_at == CONFIRM + WINDOW
 

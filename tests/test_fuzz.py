@@ -69,22 +69,22 @@ requests = st.builds(
     "{} {} HTTP/{}\r\nHost: q\r\n{}\r\n".format, methods, targets, versions, headers.map("".join)
 )
 EXAMPLES, REQUESTS = 200, 50
-"""Together 10,000."""
+"""10,000 requests in all."""
 QUIET_SECONDS = 0.02
-"""When for so long no answer comes, none is expected any more: some are no whole requests."""
+"""When no answer comes for so long, the test goes on: incomplete requests get no answer."""
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """Run a server for all examples, and see that nothing is left of them in the end."""
+    """Run a server for all examples, and check that it keeps nothing of them."""
     variables = {"WINDOW_SECONDS": 0.0001, "HOLD_ON_START": "false", "LOOP_FREE_STARTS": 0}
     with serving(**variables, PLACE_SECONDS=0.1) as running:
         yield running
         running.settle()
         assert not [line for line in running.lines if "[error" in line or "Traceback" in line]
         eventually(lambda: not running.status()["lanes"] and open_files(running) <= 20)
-        # All that 20,000 requests need while they stall is 500 MiB. What has been waiting for the
-        # garbage collector stays under a third of that.
+        # 20,000 stalled requests need 500 MiB. Garbage that was not collected yet needs less than a
+        # third of that.
         assert running.peak_memory() < 200 * 2**20
 
 
@@ -100,7 +100,7 @@ def test_no_request_gets_a_5xx(server: Server, asked: list[tuple[str, bytes]]) -
 
 
 def answers_until_quiet(clients: list[Client]) -> Iterator[bytes]:
-    """Read what comes, from each at most once."""
+    """Read from each client at most once, and yield what comes."""
     with selectors.DefaultSelector() as selector:
         for client in clients:
             selector.register(client.socket, selectors.EVENT_READ)

@@ -1,4 +1,4 @@
-"""h2spec, a test of HTTP/2 servers by others: it sends what the standard allows and forbids."""
+"""h2spec, a test suite for HTTP/2 servers: it sends what the standard allows and forbids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODULE = Path(__file__).with_name("h2spec")
 """Names the versions of h2spec and of what it needs."""
 
 ANSWERED_AS_HTTP_1 = "Sends invalid connection preface"
-"""What does not begin as HTTP/2 does is HTTP/1: it gets a 400, not a frame of HTTP/2."""
+"""A connection without the preface of HTTP/2 is HTTP/1: it gets a 400, not a frame of HTTP/2."""
 
 
 @pytest.mark.libraries

@@ -1,4 +1,4 @@
-"""Clients that mean harm, or mean well and are broken: the others notice nothing of them."""
+"""Malicious and broken clients do not disturb the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.harness import (
 from tests.test_http2 import H2Client
 
 IDLE_SECONDS = 5.0
-"""Who does not send a whole request in this time is disconnected."""
+"""A client that does not send a whole request in this time is disconnected."""
 
 
 def assert_serves(server: Server) -> None:
@@ -33,7 +33,7 @@ def assert_serves(server: Server) -> None:
 
 
 def wait_until_closed(clients: list[Client], seconds: float) -> None:
-    """Wait until the server has hung up on all of them, without an answer."""
+    """Wait until the server has closed all connections without an answer."""
     give_up = time.monotonic() + seconds
     for client in clients:
         client.socket.settimeout(max(0.01, give_up - time.monotonic()))
@@ -52,7 +52,7 @@ def test_10_000_connections_that_send_nothing() -> None:
 
 
 def test_heads_that_never_end_are_disconnected() -> None:
-    """However they trickle in: over HTTP/1.1, HTTP/2, and before it is clear which."""
+    """Over HTTP/1.1, HTTP/2, and before the protocol is known."""
     headers_without_end = b"\x00\x00\x01\x01\x00\x00\x00\x00\x01\x82"
     beginnings = [
         *(b"G", b"GET / HTTP/1.1\r\nHost: q\r\n", b"PRI * HTTP/2.0\r\n\r\n"),
@@ -103,18 +103,18 @@ def test_garbage_disturbs_no_other_client() -> None:
                     client.socket.sendall(garbage)
                     client.socket.shutdown(socket.SHUT_WR)
                 except OSError:
-                    continue  # closed before it had all
+                    continue  # closed before it was sent completely
                 assert client.rest()[:12] in {b"", b"HTTP/1.1 400", b"HTTP/1.1 431"}
             assert_serves(server)
         assert not [line for line in server.lines if "Traceback" in line or "[error" in line]
 
 
 def test_a_client_that_never_reads_delays_others_only_briefly() -> None:
-    """It asks for more answers than the kernel has room for."""
-    with serving(WINDOW_SECONDS=0.0005) as server, socket.socket() as deaf:
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        deaf.connect(("127.0.0.1", server.port))
-        deaf.sendall(REQUEST * 2000)
+    """It requests more answers than the kernel has room for."""
+    with serving(WINDOW_SECONDS=0.0005) as server, socket.socket() as unread:
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        unread.connect(("127.0.0.1", server.port))
+        unread.sendall(REQUEST * 2000)
         waits = [0.0]
         start = time.monotonic()
         while max(waits) < 0.5 and time.monotonic() < start + 10:
@@ -126,12 +126,12 @@ def test_a_client_that_never_reads_delays_others_only_briefly() -> None:
 
 
 def test_a_client_without_flow_control_credit_delays_others_only_briefly() -> None:
-    """HTTP/2 lets a client forbid to send it a body."""
+    """In HTTP/2, a client can forbid the server to send a body."""
     window = 1.0
     with serving(WINDOW_SECONDS=window) as server:
-        deaf = H2Client.with_prior_knowledge(server.connect(b"").socket)
-        deaf.connection.update_settings({4: 0})  # SETTINGS_INITIAL_WINDOW_SIZE
-        deaf.ask()
+        unread = H2Client.with_prior_knowledge(server.connect(b"").socket)
+        unread.connection.update_settings({4: 0})  # SETTINGS_INITIAL_WINDOW_SIZE
+        unread.ask()
         server.settle()
         start = time.monotonic()
         assert server.connect().answer().at - start < 2 * window + 1 + 0.5
@@ -157,7 +157,7 @@ def test_streams_that_come_and_go_leave_nothing_behind() -> None:
 
 
 def test_descriptors_that_run_out_come_back() -> None:
-    """80 clients want an answer from a server that may have 64 files open."""
+    """80 clients send a request to a server that may have 64 files open."""
     with serving(*with_open_files(64, 64), WINDOW_SECONDS=0.01) as server:
         waiting = [server.connect() for _ in range(80)]
         while waiting:

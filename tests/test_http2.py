@@ -128,7 +128,7 @@ def server() -> Iterator[Server]:
 
 def test_900_streams_stall_on_one_connection(server: Server) -> None:
     client = H2Client.with_prior_knowledge(connect(server))
-    client.read()  # its settings say how many it takes
+    client.read()  # its settings contain the maximum
     streams = [client.ask() for _ in range(900)]
     client.assert_go(*streams)
     assert client.ended == streams

@@ -33,7 +33,7 @@ WINDOW = 0.5
 with it, but confirmed tickets do not depend on that time."""
 
 DISCORDS_WINDOW, DISCORDS_MARGIN = 5.0, 0.25
-"""Seconds: what users have."""
+"""Seconds, as users have them."""
 
 KEYS = 4
 
@@ -42,7 +42,7 @@ FORKS = {library.name: library for library in (PY_CORD, DISNAKE, NEXTCORD)}
 FLEETS_AND_FORKS: dict[str, Library] = {**FLEETS, **FORKS}
 
 FROM_READY: dict[str, Any] = {"counts_from_ready": True, "seconds_to_ready": 0.05}
-"""The harder way to count: what is not early then is not early by the arrival of IDENTIFY."""
+"""The stricter way to count: an IDENTIFY that is early by its arrival is early by READY too."""
 
 
 @pytest.mark.timeout(300)  # forks are installed first
@@ -61,11 +61,11 @@ def test_no_shard_gets_an_invalid_session(library: Library, max_concurrency: int
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which a fleet starts with Discord's window and the queue's defaults."""
+    """The conditions of a fleet with Discord's window and the queue's defaults."""
 
     library: Library
     options: dict[str, Any]
-    """Of the stand-in."""
+    """Options of the stand-in."""
 
 
 def starts_without_invalid_session(conditions: Conditions) -> bool:
@@ -83,7 +83,7 @@ def starts_without_invalid_session(conditions: Conditions) -> bool:
 
 @pytest.mark.libraries
 def test_with_discords_own_window_no_shard_gets_an_invalid_session() -> None:
-    """Four fleets at the same time, over networks that take their time."""
+    """Four fleets at the same time, over slow networks."""
     fleets = [
         Conditions(DISCORD_PY, {"latency": Latency(0.03, 0.01)}),
         Conditions(HIKARI, {"latency": Latency(0.15, 0.04)}),
@@ -246,7 +246,7 @@ def with_one_shard(library: Script, head: str = "") -> Script:
 
 
 def next_request(listener: socket.socket) -> socket.socket:
-    """Wait for the next request to a queue that the test plays, and return its connection."""
+    """Wait for the next request to a queue that the test imitates, and return its connection."""
     connection, _ = listener.accept()
     assert connection.recv(65536).startswith(b"POST /?shard=0&confirm=true HTTP/1.1\r\n")
     return connection
@@ -254,7 +254,7 @@ def next_request(listener: socket.socket) -> socket.socket:
 
 @contextmanager
 def one_shard_asking(library: Library) -> Iterator[tuple[socket.socket, Gateway]]:
-    """Let a shard ask a queue that the test plays."""
+    """Let a shard ask a queue that the test imitates."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PATIENCE)
         with (

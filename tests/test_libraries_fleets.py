@@ -1,6 +1,6 @@
 """The README's recipes in Node, Go, Rust, Java and Kotlin: fleets that survive chaos.
 
-Those in Python are in ``test_libraries.py``, for they resume in another way.
+Those in Python are in ``test_libraries.py``, because they resume in another way.
 """
 
 from __future__ import annotations

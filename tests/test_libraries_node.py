@@ -152,7 +152,7 @@ process.stdin.once("data", () => [0, 1, 2].forEach(close));
 
 @contextmanager
 def asking(listener: socket.socket, head: str = "") -> Iterator[subprocess.Popen[str]]:
-    """Ask for shard 3 until the end of the context, at a server that the test plays."""
+    """Ask for shard 3 until the end of the context, at a server that the test imitates."""
     port = listener.getsockname()[1]
     listener.settimeout(PATIENCE)
     program = head + recipe("JavaScript", port) + 'await ask(3); console.log("go"); close(3);'

@@ -26,7 +26,7 @@ class Permit:
 
 
 def permits(queue: Server, *shards: int) -> list[Permit]:
-    """Enqueue shards at the same time, and return their permits in the order of their coming."""
+    """Enqueue shards at the same time, and return their permits in the order of their arrival."""
     command = [*PERMITS.command(queue.port, confirm=True), *map(str, shards)]
     output = subprocess.run(
         command, cwd=PERMITS.folder, check=True, capture_output=True, text=True, timeout=60
@@ -36,9 +36,9 @@ def permits(queue: Server, *shards: int) -> list[Permit]:
 
 
 class TestTwilightsOwnSuite:
-    """What twilight-gateway-queue asks of a ``Queue``, of the recipe instead of its own queue.
+    """The tests that twilight-gateway-queue has for its own queues, with the queue of the recipe.
 
-    Its own order of keys in one window is left out: keys are independent here.
+    The test of the order of keys in one window is left out: keys are independent here.
     """
 
     WINDOW = 2.0

@@ -44,14 +44,14 @@ def named(events: list[EventDict], words: str) -> list[EventDict]:
 
 @dataclass
 class History:
-    """Who was released when, by which number of keys."""
+    """Which shards were released, when, and with how many keys."""
 
     queue: Queue
     releases: list[tuple[float, int, int]] = field(default_factory=list)
     """Time, shard, and max_concurrency at that time."""
 
     async def ask(self, shard: int, at: float = 0.0) -> None:
-        """Be a client."""
+        """Run a client."""
         await trio.sleep_until(at)
         async with self.queue.turn(shard):
             assert self.queue.max_concurrency is not None
@@ -64,7 +64,7 @@ def played(
     session_start_limit: int | None = None,
     loop_free_starts: int = 0,
 ) -> list[tuple[float, int, int]]:
-    """Let shards come when they come, and return the releases."""
+    """Let shards arrive, and return the releases."""
     releases: list[tuple[float, int, int]] = []
 
     async def main() -> None:
@@ -104,7 +104,7 @@ async def test_1600_shards_on_16_keys_take_100_windows(autojump_clock: MockClock
 def test_keys_change_while_many_wait(
     arrivals: list[tuple[float, int]], changes: list[tuple[float, int]]
 ) -> None:
-    """No shard is lost, and none is early by the number of keys that counts when it goes."""
+    """No shard is lost, and none is early by the number of keys at its release."""
     histories = []
 
     async def change(queue: Queue) -> None:
@@ -155,7 +155,7 @@ def test_tickets_that_move_to_other_lanes_stay_in_order(shards: list[int], keys:
 
 
 async def test_a_change_waits_for_the_answer_under_way(autojump_clock: MockClock) -> None:
-    """The window of an answer that takes long counts for the keys that come after it too."""
+    """The window of a slow answer counts also after a change of keys."""
     began = []
 
     async def client(queue: Queue, shard: int) -> None:
@@ -234,7 +234,7 @@ def test_no_day_has_more_starts_than_configured(arrivals: list[float], limit: in
     assert len(times) == len(arrivals)
     for former, latter in zip(times, times[limit:], strict=False):
         assert latter - former >= DAY - TOLERANCE
-    # Nor is one held without a reason: when it waits, a window or a day's starts end when it goes.
+    # And no ticket is late: it is released when it arrives, or when a window or a day ends.
     for place, (arrived, at) in enumerate(zip(sorted(arrivals), times, strict=True)):
         reasons = [arrived]
         reasons += [times[place - 1] + WINDOW] if place else []
@@ -258,7 +258,7 @@ async def test_starts_without_a_limit_are_warned_of(
 
 @dataclass
 class Day:
-    """Discord's own books: it counts who identifies, and starts anew every 24 hours."""
+    """Discord's own count of session starts, which begins again every 24 hours."""
 
     total: int
     resets: float
@@ -280,7 +280,7 @@ class Day:
         assert self.remaining(trio.current_time()) >= 0, "the token is reset"
 
     async def session_start_limit(self) -> SessionStartLimit:
-        """Answer with how it stood when the question came."""
+        """Answer with the limits at the time of the request."""
         now = trio.current_time()
         reset_after = self.resets + DAY * (self.day(now) + 1) - now
         answer = SessionStartLimit(
@@ -288,7 +288,7 @@ class Day:
         )
         await trio.sleep(self.answer_takes)
         if self.faults and self.faults.pop():
-            raise Unavailable("it has a bad day")
+            raise Unavailable("a simulated fault")
         return answer
 
 
@@ -318,7 +318,7 @@ arrivals_over_days = st.floats(0, 2.5 * DAY) | st.floats(0, 2 * HOUR)
     restarts=[],
     day=Day(total=1, resets=70698.95574140969),
 )
-# Starts are in flight when the second process asks, so Discord's figure is without them.
+# Starts are on their way when the second process asks, so Discord has not counted them.
 @hypothesis.example(
     shards=[(0.0, 5 * WINDOW)] * 5 + [(0.0, 0.0)] * 3,
     restarts=[29.0],
@@ -371,7 +371,7 @@ def test_discord_never_counts_more_than_it_allows(
 async def test_a_new_process_waits_for_shards_that_the_former_process_released(
     autojump_clock: MockClock,
 ) -> None:
-    """Discord has not seen them yet when it is asked, and no other starts are left."""
+    """Discord has not counted them yet when it is asked, and no other starts are left."""
     day = Day(total=3, resets=HOUR)
 
     async def shard(queue: Queue, discord: trio.Nursery) -> None:
@@ -468,7 +468,7 @@ async def test_a_limit_of_0_enforces_none_of_discords_either(autojump_clock: Moc
 async def test_starts_that_are_claimed_at_the_same_time_do_not_exceed_the_limit(
     autojump_clock: MockClock,
 ) -> None:
-    """One start is left, 16 keys are open, and no answer is out yet."""
+    """One start is left, 16 keys are open, and no answer has been sent yet."""
     began = []
 
     async def client(queue: Queue, shard: int) -> None:
@@ -521,7 +521,7 @@ async def test_lanes_that_all_have_left_do_not_wait_for_the_reset(
         assert not queue.lanes
 
 
-async def test_a_token_that_is_no_good_later_changes_nothing(
+async def test_a_token_that_discord_rejects_later_changes_nothing(
     autojump_clock: MockClock, logged: list[EventDict]
 ) -> None:
     class Revoked(Day):
@@ -556,7 +556,7 @@ async def test_the_reset_counts_when_discord_does_not_answer(autojump_clock: Moc
 async def test_each_is_released_when_its_eta_says(
     autojump_clock: MockClock, left: int | None
 ) -> None:
-    """50 tickets over 4 keys; with a budget for 20, the others go on from the reset."""
+    """50 tickets over 4 keys; with 20 session starts left, 30 are released after the reset."""
     async with running(keys=4, hold=True) as queue, trio.open_nursery() as nursery:
         if left is not None:
             await queue.update_budget(

@@ -92,7 +92,7 @@ def test_what_happens_is_counted() -> None:
 
 
 def test_every_key_has_its_series_before_its_first_ticket() -> None:
-    """Prometheus takes the first value that it sees for the start, and would miss a release."""
+    """For Prometheus a series starts with its first value, so it would miss a release."""
     with serving(MAX_CONCURRENCY=3, WINDOW_SECONDS=0.05) as server:
         before = samples(server)
         server.ask(1).answer()
@@ -173,7 +173,7 @@ def test_without_a_limit_there_are_no_session_starts() -> None:
         assert not [name for name, _ in samples(server) if "session_starts" in name]
 
 
-def test_metrics_ask_for_the_token_too() -> None:
+def test_metrics_require_the_token_too() -> None:
     with serving(AUTH_TOKEN="secret") as server:
         assert scrape(server).status == 401
 

@@ -22,7 +22,7 @@ METRIC = re.compile(r"\b(?:gateway_queue|process)_\w+")
 
 @pytest.fixture(scope="module")
 def exported() -> set[str]:
-    """Return the names of all samples of a server that has released one and has one waiting."""
+    """Return the names of all samples of a server with one released and one waiting ticket."""
     with serving(SESSION_START_LIMIT=10, HOLD_ON_START="false", WINDOW_SECONDS=100) as server:
         server.connect().answer()
         server.connect()
@@ -51,14 +51,14 @@ def queries() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("query", tuple(queries()))
-def test_each_query_is_valid_and_asks_for_what_there_is(query: str, exported: set[str]) -> None:
+def test_each_query_is_valid_and_names_exported_metrics(query: str, exported: set[str]) -> None:
     promql_parser.parse(query)
     names = set(METRIC.findall(query))
     assert names <= exported
     assert names or "up{" in query
 
 
-def test_each_panel_is_of_the_chosen_bots(tmp_path: Path) -> None:
+def test_each_panel_shows_the_chosen_bots(tmp_path: Path) -> None:
     (tmp_path / "bots.toml").write_text("[music]\n")
     with serving(BOTS_FILE=tmp_path / "bots.toml") as server:
         text = server.get("/metrics").body.decode()

@@ -1,4 +1,4 @@
-"""Places: who goes away while it waits, and comes back, stands where it stood."""
+"""Places: a shard that disconnects and asks again keeps its place in the queue."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Visit:
 
 
 def at_odd_times(visits: list[tuple[int, int | None, int | None]]) -> list[Visit]:
-    """Give each visit times of its own, so that nothing depends on what comes first in a tie."""
+    """Make all times different, so that no result depends on the order of simultaneous events."""
     return [
         Visit(
             arrives=arrives + number * 1e-3 + 1e-4,
@@ -51,8 +51,8 @@ visits = st.tuples(
 histories = st.lists(visits, min_size=10, max_size=60).map(at_odd_times)
 
 
-def promised(visits: list[Visit]) -> list[tuple[float, Visit]]:
-    """Work out by hand who is released when, with one key."""
+def expected_releases(visits: list[Visit]) -> list[tuple[float, Visit]]:
+    """Calculate when each request is released, with one key."""
     numbers = count()
     here: dict[Visit, int] = {}
     away: dict[int, tuple[int, float]] = {}  # number: shard, kept until
@@ -82,7 +82,7 @@ def promised(visits: list[Visit]) -> list[tuple[float, Visit]]:
 
 
 @given(histories)
-def test_every_history_goes_as_promised(visits: list[Visit]) -> None:
+def test_every_history_matches_the_model(visits: list[Visit]) -> None:
     releases: list[tuple[float, Visit]] = []
 
     async def act(queue: Queue, visit: Visit) -> None:
@@ -94,14 +94,14 @@ def test_every_history_goes_as_promised(visits: list[Visit]) -> None:
     async def main() -> None:
         async with (
             running(place_seconds=BRIEFLY_KEPT) as queue,
-            trio.open_nursery() as everybody,
+            trio.open_nursery() as nursery,
         ):
             for visit in visits:
-                everybody.start_soon(act, queue, visit)
+                nursery.start_soon(act, queue, visit)
 
     on_mock_clock(main)
 
-    expected = promised(visits)
+    expected = expected_releases(visits)
     assert [visit for _, visit in releases] == [visit for _, visit in expected]
     assert [at for at, _ in releases] == pytest.approx([at for at, _ in expected], abs=TOLERANCE)
 
@@ -115,7 +115,7 @@ class Line:
         self._nursery = nursery
 
     async def join(self, shard: int | None, name: object = None) -> trio.CancelScope:
-        """Stand in line; who is cancelled goes away."""
+        """Ask for a slot. To disconnect, cancel the returned scope."""
         scope = trio.CancelScope()
 
         async def wait() -> None:
@@ -154,7 +154,7 @@ async def test_an_away_shard_is_passed_and_its_place_stays_in_front(
 async def test_a_shard_that_returns_at_its_turn_is_released_once(
     autojump_clock: MockClock,
 ) -> None:
-    """Its old connection is chosen, the new one is there, and then the old one is seen to go."""
+    """Its old connection is chosen, the new one arrives, and then the old one is closed."""
     answered = []
     seen_to_go = trio.Event()
 
@@ -193,7 +193,7 @@ async def test_a_shard_that_returns_at_its_turn_is_released_once(
 
 
 async def test_two_live_requests_of_one_shard_are_two_tickets(autojump_clock: MockClock) -> None:
-    """One of them gets the place that was left."""
+    """One of them gets the place that was kept."""
     async with running(hold=True, place_seconds=KEPT) as queue, trio.open_nursery() as nursery:
         line = Line(queue, nursery)
         away = await line.join(1)
@@ -206,7 +206,7 @@ async def test_two_live_requests_of_one_shard_are_two_tickets(autojump_clock: Mo
     assert line.order == ["first", "other", "second"]
 
 
-async def test_of_several_places_the_foremost_is_taken_first(autojump_clock: MockClock) -> None:
+async def test_of_several_places_the_oldest_is_taken_first(autojump_clock: MockClock) -> None:
     async with running(hold=True, place_seconds=KEPT) as queue, trio.open_nursery() as nursery:
         line = Line(queue, nursery)
         clients = [await line.join(shard) for shard in (1, 2, 1, 3)]
@@ -300,7 +300,7 @@ async def test_20_000_that_come_and_go_leave_nothing_behind(autojump_clock: Mock
         assert not queue.lanes
 
 
-def test_the_simulation_says_what_the_readme_says() -> None:
+def test_the_simulation_prints_the_table_of_the_readme() -> None:
     with capture_logs():
         kept = place_simulation.simulate(KEPT)
         table = place_simulation.table()

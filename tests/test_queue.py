@@ -1,4 +1,4 @@
-"""The queue on the mock clock, against a plain model of what it promises."""
+"""The queue on the mock clock, against a simple model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Release:
-    """One answer: who got it, and when it began and was out."""
+    """One answer: its client, when it began, and when it had been sent."""
 
     client: Client
     key: int
@@ -56,7 +56,7 @@ histories = st.lists(clients, max_size=30, unique_by=lambda client: client.arriv
 
 
 async def act(queue: Queue, client: Client, keys: int, releases: list[Release]) -> None:
-    """Be a client: wait, and leave at one's own time or be answered."""
+    """Run a client: wait, and leave at its own time or get an answer."""
     await trio.sleep_until(client.arrives)
     with trio.move_on_at(client.leaves) as standing:
         async with queue.turn(client.shard):
@@ -70,8 +70,8 @@ async def act(queue: Queue, client: Client, keys: int, releases: list[Release]) 
             releases.append(Release(client, client.shard % keys, began, ended))
 
 
-def promised(history: list[Client], keys: int, opens: float) -> Iterator[Release]:
-    """Work out by hand who is released when: the model of the queue, key by key."""
+def expected_releases(history: list[Client], keys: int, opens: float) -> Iterator[Release]:
+    """Calculate when each client is released: the model of the queue, key by key."""
     for key in range(keys):
         line = sorted(
             (client for client in history if client.shard % keys == key),
@@ -100,19 +100,19 @@ def assert_never_early(releases: list[Release]) -> None:
 
 
 @given(histories, st.sampled_from([1, 2, 4]), st.booleans())
-def test_every_history_goes_as_promised(history: list[Client], keys: int, hold: bool) -> None:
+def test_every_history_matches_the_model(history: list[Client], keys: int, hold: bool) -> None:
     releases: list[Release] = []
 
     async def main() -> None:
-        async with running(hold=hold, keys=keys) as queue, trio.open_nursery() as everybody:
+        async with running(hold=hold, keys=keys) as queue, trio.open_nursery() as nursery:
             for client in history:
-                everybody.start_soon(act, queue, client, keys, releases)
+                nursery.start_soon(act, queue, client, keys, releases)
 
     on_mock_clock(main)
 
     assert_never_early(releases)
     expected = sorted(
-        promised(history, keys, WINDOW if hold else 0.0), key=lambda r: r.client.arrives
+        expected_releases(history, keys, WINDOW if hold else 0.0), key=lambda r: r.client.arrives
     )
     actual = sorted(releases, key=lambda r: r.client.arrives)
     assert [r.client for r in actual] == [r.client for r in expected]
@@ -147,11 +147,11 @@ def test_a_slow_store_loses_no_ticket_and_makes_none_early(
                 place_seconds=place_seconds,
                 loop_free_starts=loop_free_starts,
             ) as queue,
-            trio.open_nursery() as everybody,
+            trio.open_nursery() as nursery,
         ):
-            everybody.start_soon(change, queue)
+            nursery.start_soon(change, queue)
             for client in history:
-                everybody.start_soon(act, queue, client, 1, releases)
+                nursery.start_soon(act, queue, client, 1, releases)
 
     on_mock_clock(main)
 
@@ -174,17 +174,17 @@ def test_restarts_release_no_shard_early_and_lose_no_shard_that_asks_again(
     patient = [client for client in history if client.patience == math.inf]
 
     async def serve(lifetime: float) -> None:
-        """Be one process: killed without warning when its lifetime is over."""
+        """Run one process, which is killed without warning when its lifetime is over."""
         answered = {release.client for release in releases}
         store = MemoryStore(Rules(WINDOW, hold=True))
         queue = Queue(store, max_concurrency=keys)
         with trio.move_on_after(lifetime):
             async with trio.open_nursery() as nursery:
                 await nursery.start(queue.run)
-                async with trio.open_nursery() as everybody:
+                async with trio.open_nursery() as askers:
                     for client in patient:
                         if client not in answered and not client.leaves_when_chosen:
-                            everybody.start_soon(act, queue, client, keys, releases)
+                            askers.start_soon(act, queue, client, keys, releases)
                 nursery.cancel_scope.cancel()
 
     async def main() -> None:
@@ -213,7 +213,7 @@ async def test_a_day_of_windows(autojump_clock: MockClock) -> None:
 async def test_the_next_ticket_gets_the_slot_of_a_client_that_leaves_when_chosen(
     autojump_clock: MockClock,
 ) -> None:
-    """A thousand leave in the moment in which the first of them is chosen; one stays."""
+    """A thousand clients leave at the instant when the first of them is chosen; one stays."""
     served = []
 
     async def client(queue: Queue, number: int) -> None:
@@ -234,7 +234,7 @@ async def test_the_next_ticket_gets_the_slot_of_a_client_that_leaves_when_chosen
     assert served == [(1000, WINDOW)]
 
 
-async def test_an_answer_that_fails_counts_as_one_that_is_out(autojump_clock: MockClock) -> None:
+async def test_an_answer_that_fails_counts_as_sent(autojump_clock: MockClock) -> None:
     async with running(hold=False) as queue:
         with pytest.raises(OSError, match="half of it"):
             async with queue.turn(None):
@@ -268,14 +268,14 @@ async def test_closing_finishes_the_answer_under_way_and_releases_no_other_ticke
 
 async def test_an_idle_queue_has_no_tasks_and_keeps_no_lanes(autojump_clock: MockClock) -> None:
     async with running(hold=False, keys=1000) as queue:
-        async with trio.open_nursery() as everybody:
+        async with trio.open_nursery() as nursery:
 
             async def client(shard: int) -> None:
                 async with queue.turn(shard):
                     pass
 
             for shard in range(1000):
-                everybody.start_soon(client, shard)
+                nursery.start_soon(client, shard)
         assert trio.current_time() == 0  # 1000 keys release in the same instant
         await wait_all_tasks_blocked()
         assert trio.lowlevel.current_statistics().tasks_living <= 6

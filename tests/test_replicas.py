@@ -69,7 +69,7 @@ def gaps(answers: list[tuple[int, Answer]], keys: int = 1) -> dict[int, list[flo
 def answers_to_come(
     clients: list[Client], answers: list[tuple[int, Answer]], number: int | None = None
 ) -> list[tuple[int, Answer]]:
-    """Wait for some of the answers that are not there yet, or for all, and tell whose they are."""
+    """Wait for further answers, or for all. Return each with the number of its client."""
     left = sorted(set(range(len(clients))) - set(dict(answers)))
     come = first_answers([clients[place] for place in left], number or len(left))
     return [(left[place], answer) for place, answer in come]
@@ -94,11 +94,11 @@ def test_600_waiters_of_3_replicas_are_released_one_per_window_and_key(redis: Re
     assert sorted(shard for shard, _ in answers) == list(range(number))
     by_key = gaps(answers, keys).values()
     assert min(map(min, by_key)) >= window - SLACK
-    # By itself it is within 3 % of one per window; the machine does other things besides.
+    # On an idle machine it is within 3 % of one per window. This allows for other load.
     assert max(map(median, by_key)) < 1.2 * window
     assert max(map(mean, by_key)) < 1.5 * window
-    # A release: three commands of each replica, at most. A ticket: one when it comes, one when it
-    # goes. Each replica looks once per second, and asks as often for shards with an older place.
+    # A release takes at most three commands of each replica; a ticket takes one when it comes and
+    # one when it leaves. Once per second each replica looks for releases and older places.
     looks = len(servers) * 2 * (time.monotonic() - started_at)
     assert calls <= (3 * len(servers) + 2) * number + looks
 
@@ -259,7 +259,7 @@ def test_idle_replicas_only_keep_their_connection(redis: RedisServer) -> None:
 
         def calls_in_two_seconds() -> int:
             before = redis.calls()
-            time.sleep(2)  # what it measures is a time
+            time.sleep(2)  # the time of the measurement
             return redis.calls() - before
 
         eventually(lambda: calls_in_two_seconds() <= 3 * 3)  # after some looks at the releases
@@ -342,7 +342,7 @@ def test_the_balancer_of_the_readme_hides_a_replica_that_is_killed(
 ) -> None:
     window = 0.25
     with (
-        # The margin is for what delays some answers more than others, as a balancer does.
+        # The margin covers different delays of answers, which a balancer causes.
         replicas(2, redis.url, WINDOW_SECONDS=window, MARGIN_SECONDS=0.1) as servers,
         balancing(addresses(servers), tmp_path) as port,
     ):
@@ -428,7 +428,7 @@ def test_connections_that_are_cut_all_the_time_delay_no_release_by_a_lease(
 
     (of_key,) = gaps(answers).values()
     assert min(of_key) >= window - SLACK
-    # A lease takes 2 s. A window of which the server was not told in time takes that long, too.
+    # A lease takes 2 s. So does a window that was not reported to Redis in time.
     assert sum(of_key) / len(of_key) < 1.7 * window
 
 
@@ -459,7 +459,7 @@ def test_a_connection_that_ends_in_the_middle_of_a_decision_is_no_permission(
     assert "gateway_queue_store_errors_total 0.0" not in metrics
 
 
-def test_a_promoted_replica_that_missed_the_last_write_lets_nobody_be_early(
+def test_a_promoted_replica_that_missed_the_last_write_causes_no_early_release(
     redis: RedisServer,
 ) -> None:
     window = 0.6
@@ -480,7 +480,7 @@ def test_a_promoted_replica_that_missed_the_last_write_lets_nobody_be_early(
     assert min(gaps(answers)[0]) >= window - SLACK
 
 
-def test_a_slow_redis_makes_nobody_early(redis: RedisServer) -> None:
+def test_a_slow_redis_causes_no_early_release(redis: RedisServer) -> None:
     window = 1.0
     with (
         Proxy(redis.port, delay=0.2) as proxy,
@@ -494,7 +494,7 @@ def test_a_slow_redis_makes_nobody_early(redis: RedisServer) -> None:
     assert sum(of_key) / len(of_key) < 2 * window
 
 
-def test_a_redis_that_is_too_slow_releases_nobody_and_says_so(redis: RedisServer) -> None:
+def test_a_redis_that_is_too_slow_is_reported_and_stops_releases(redis: RedisServer) -> None:
     with (
         Proxy(redis.port, delay=0.35) as proxy,
         replicas(1, proxy.url, WINDOW_SECONDS=1, HOLD_ON_START="false") as (server,),
@@ -513,7 +513,7 @@ def store_errors(server: Server) -> float:
 def test_clients_of_a_replica_that_is_too_slow_ask_another_one(
     redis: RedisServer, tmp_path: Path
 ) -> None:
-    """The way of one replica to Redis takes 0.6 s there and back; that of the other does not."""
+    """A round trip from one replica to Redis takes 0.6 s, and from the other one less."""
     with (
         Proxy(redis.port) as proxy,
         replicas(1, proxy.url, WINDOW_SECONDS=1) as (slow,),
@@ -551,7 +551,7 @@ def test_clients_stay_where_all_replicas_are_too_slow(redis: RedisServer) -> Non
         first_answers(clients, 2)
 
 
-def test_a_wrong_password_is_said_and_tried_again(redis: RedisServer) -> None:
+def test_a_wrong_password_is_reported_and_tried_again(redis: RedisServer) -> None:
     redis.command("CONFIG", "SET", "requirepass", "right")
     url = redis.url.replace("//", "//:wrong-one@")
     with replicas(1, url, WINDOW_SECONDS=0.2) as (server,):
@@ -581,7 +581,7 @@ def test_a_redis_that_is_not_there_yet_is_waited_for() -> None:
             assert server.status()["store"] == "redis"
 
 
-def test_while_redis_is_away_nobody_is_released_and_nobody_lost(redis: RedisServer) -> None:
+def test_while_redis_is_away_no_ticket_is_released_and_none_lost(redis: RedisServer) -> None:
     window = 0.2
     with replicas(2, redis.url, WINDOW_SECONDS=window) as servers:
         clients = ask_in_turn(servers, 8)
@@ -589,14 +589,14 @@ def test_while_redis_is_away_nobody_is_released_and_nobody_lost(redis: RedisServ
         redis.kill()
         eventually(lambda: not any(map(is_ready, servers)))
         waiting = [server.status()["waiting"] for server in servers]
-        time.sleep(5 * window)  # in which nobody may go
+        time.sleep(5 * window)  # in which no ticket may be released
         assert [server.status()["waiting"] for server in servers] == waiting
         redis.start()
         answers += answers_to_come(clients, answers)
     assert min(gaps(answers)[0]) >= window - SLACK
 
 
-def test_who_releases_everybody_at_once_needs_no_redis() -> None:
+def test_with_max_concurrency_0_replicas_need_no_redis() -> None:
     with replicas(1, "redis://127.0.0.1:1", MAX_CONCURRENCY=0) as (server,):
         assert is_ready(server)
         assert server.ask(0).answer().status == 200
@@ -619,7 +619,7 @@ def test_replicas_share_a_configured_limit(redis: RedisServer) -> None:
     with replicas(3, redis.url, **settings) as servers:
         first_answers(ask_in_turn(servers, 30, keys=3), 7)
         eventually(lambda: all(s.status()["session_starts"]["remaining"] == 0 for s in servers))
-        time.sleep(0.5)  # several windows in which nobody may go
+        time.sleep(0.5)  # several windows in which no ticket may be released
         statuses = [server.status() for server in servers]
 
     assert sum(status["released"] for status in statuses) == 7
@@ -627,7 +627,7 @@ def test_replicas_share_a_configured_limit(redis: RedisServer) -> None:
 
 
 @pytest.mark.parametrize("fault", [kill_and_restart, flush, evict_the_state, evict_the_starts])
-def test_replicas_know_what_is_used_when_redis_has_lost_it(
+def test_used_session_starts_count_also_after_redis_has_lost_them(
     redis: RedisServer, fault: Callable[[RedisServer], None]
 ) -> None:
     settings = {"WINDOW_SECONDS": 0.3, "SESSION_START_LIMIT": 5}
@@ -637,7 +637,7 @@ def test_replicas_know_what_is_used_when_redis_has_lost_it(
         fault(redis)
         eventually(lambda: sum(server.status()["released"] for server in servers) == 5)
         eventually(lambda: all(s.status()["session_starts"]["remaining"] == 0 for s in servers))
-        time.sleep(1)  # several windows in which nobody may go
+        time.sleep(1)  # several windows in which no ticket may be released
         assert sum(server.status()["released"] for server in servers) == 5
 
 
@@ -648,7 +648,7 @@ def test_replicas_share_what_discord_has_left(redis: RedisServer) -> None:
         with replicas(3, redis.url, **settings) as servers:
             first_answers(ask_in_turn(servers, 20, keys=2), 6)
             eventually(lambda: all(s.status()["session_starts"]["remaining"] == 0 for s in servers))
-            time.sleep(0.5)  # several windows in which nobody may go
+            time.sleep(0.5)  # several windows in which no ticket may be released
             assert sum(server.status()["released"] for server in servers) == 6
 
 

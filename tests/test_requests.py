@@ -1,4 +1,4 @@
-"""A ticket is any request: what the server takes, what it answers, and what it bears."""
+"""Any request is a ticket: requests that the server accepts, its answers, and odd clients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def stalling() -> Iterator[Server]:
-    """Run a server that releases nobody for an hour."""
+    """Run a server that releases no ticket for an hour."""
     with serving(WINDOW_SECONDS=STALLING) as running:
         yield running
         assert not [line for line in running.lines if "Traceback" in line]
@@ -136,7 +136,7 @@ def test_a_connection_is_used_again(server: Server) -> None:
 
 
 def test_the_next_request_may_come_as_soon_as_the_answer_is_seen(server: Server) -> None:
-    """Quart's part of the server may not be done with the former one by then."""
+    """Quart may not have finished the former request by then."""
     request = b"HEAD /status HTTP/1.1\r\nHost: q\r\n\r\n"
     client = server.connect(request)
     for _ in range(20):
@@ -212,13 +212,13 @@ def test_a_bad_shard_is_refused_at_once(stalling: Server, query: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["", "no host", "..", "a" * 5000, "[::1", "\xff", "a@b"])
-def test_any_host_will_do(server: Server, host: str) -> None:
+def test_any_host_is_accepted(server: Server, host: str) -> None:
     for path in ("/", "/healthz"):
         sent = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1")
         assert server.connect(sent).answer().status == 200
 
 
-def test_who_hangs_up_and_asks_again_keeps_its_place() -> None:
+def test_a_shard_that_hangs_up_and_asks_again_keeps_its_place() -> None:
     with serving(WINDOW_SECONDS=0.5) as server:
         clients = []
         for shard in range(4):
@@ -290,7 +290,7 @@ LEAVERS = [
 
 @pytest.mark.parametrize("sent", LEAVERS)
 def test_a_hang_up_is_noticed_whatever_was_sent(sent: bytes) -> None:
-    """The one behind the leaver gets the first window, though the leaver came first."""
+    """The second client gets the first window, because the first one has left."""
     window = 1.0
     with serving(WINDOW_SECONDS=window) as server:
         leaver = server.connect(sent)

@@ -20,19 +20,19 @@ from tests.redis_server import RedisServer, redis_server
 SHARDS = 300
 
 ASKING_SECONDS = 0.005
-"""Between the first requests of two shards."""
+"""Seconds between the first requests of two shards."""
 
 SETTLED_SECONDS = 0.5
-"""A shard that has been connected for so long has its old place."""
+"""A shard has its old place again when it has been connected for this time."""
 
 WINDOW, MARGIN = 5.0, 0.25
-"""Those of Discord, and the default: what delays an answer on its way does not get shorter."""
+"""Discord's window and the default margin: short windows would not make network delays shorter."""
 
 PATIENCE = 30.0
 """Seconds after which a client gives up and asks again."""
 
 PAUSES = (1, 2, 4, 8)
-"""Seconds until a client asks again that was refused, or got no answer; then 10 each time."""
+"""Seconds until a client asks again after a refusal or without an answer; then 10 each time."""
 
 MOST_UNUSED = 2
 """Windows of a key that one restart may cost."""

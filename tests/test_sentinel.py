@@ -1,4 +1,4 @@
-"""Replicas whose primary three real sentinels watch."""
+"""Replicas on a Redis whose primary is watched by three real sentinels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WINDOW = 1.0
 LEASE = 2 * WINDOW
 
 DOWN_MILLISECONDS = 2000
-"""In this time, sentinels notice that a primary is down."""
+"""Time in which sentinels notice that a primary is down."""
 
 
 @dataclass
@@ -54,18 +54,18 @@ class Watched:
         return time.monotonic()
 
 
-def said(sentinel: RedisServer, *words: str) -> list[str]:
-    """Ask a sentinel about the service; it knows no QUIT, so the test's usual client waits."""
+def ask_sentinel(sentinel: RedisServer, *words: str) -> list[str]:
+    """Ask a sentinel about the service. It has no QUIT, which the tests' own client sends."""
     command = ["redis-cli", "-p", str(sentinel.port), "SENTINEL", *words, SERVICE]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
 
 
 def named_by(sentinel: RedisServer) -> int:
-    return int(said(sentinel, "GET-MASTER-ADDR-BY-NAME")[1])
+    return int(ask_sentinel(sentinel, "GET-MASTER-ADDR-BY-NAME")[1])
 
 
 def others_known(sentinel: RedisServer) -> bool:
-    fields = said(sentinel, "MASTER")
+    fields = ask_sentinel(sentinel, "MASTER")
     state = dict(zip(fields[::2], fields[1::2], strict=False))
     return state["num-slaves"] == state["num-other-sentinels"] == "2"
 
@@ -108,7 +108,7 @@ def freeze(watched: Watched) -> None:
 
 
 def kill_with_lost_writes(watched: Watched) -> None:
-    """Let the copies lack what the primary wrote last."""
+    """Kill the primary when its replicas lack its last writes."""
     for copy in watched.copies:
         copy.signal(signal.SIGSTOP)
     starts = watched.primary.command("ZCARD", STARTS)
@@ -160,7 +160,7 @@ def test_a_failover_makes_no_shard_early_and_loses_none(
         failed_over_at = watched.wait_for_failover()
         wait_for_releases(servers, 2)
         if fault is freeze:
-            watched.primary.signal(signal.SIGCONT)  # it takes itself for the primary for a while
+            watched.primary.signal(signal.SIGCONT)  # it still acts as the primary for a while
         answers = collected.result()
         assert all(map(is_ready, servers))
 
@@ -171,7 +171,7 @@ def test_a_failover_makes_no_shard_early_and_loses_none(
 
 
 def test_a_primary_that_sentinels_have_replaced_is_not_used(watched: Watched) -> None:
-    """Clients reach the former primary, but the sentinels cannot, so it takes itself for one."""
+    """Replicas reach the former primary, but sentinels do not, so it still acts as the primary."""
     with (
         replicas(1, watched.url, WINDOW_SECONDS=WINDOW) as (old,),
         collecting([old.ask(shard) for shard in range(16)]) as collected,

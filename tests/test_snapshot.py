@@ -26,7 +26,7 @@ async def wait_for_turn(queue: Queue, shard: int) -> None:
 
 @asynccontextmanager
 async def with_waiters(number: int, keys: int, **options: Any) -> AsyncIterator[Service]:
-    """Run a service in which so many wait; shard 1 has been released twice and asks again."""
+    """Run a service with so many clients; shard 1 has been released twice and asks again."""
     settings = Settings(
         window_seconds=WINDOW,
         margin_seconds=0,
@@ -57,12 +57,12 @@ async def leave(queue: Queue, *shards: int) -> None:
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 1000])
-async def test_the_foremost_are_those_of_the_whole_line(
+async def test_a_short_list_has_the_first_tickets_of_the_whole_list(
     autojump_clock: MockClock, most: int
 ) -> None:
     async with with_waiters(60, keys=4, loop_free_starts=1) as service:
         await leave(service.queue, *range(1000, 1010))
-        whole, foremost = await lanes(service.queue), await lanes(service.queue, most)
+        whole, first = await lanes(service.queue), await lanes(service.queue, most)
         assert {ticket.state for lane in whole for ticket in lane.tickets} == {
             "waiting",
             "held",
@@ -72,10 +72,10 @@ async def test_the_foremost_are_those_of_the_whole_line(
             waited = [ticket.waited for ticket in lane.tickets]
             assert waited == sorted(waited, reverse=True)
             del lane.tickets[most:]
-        assert foremost == whole
+        assert first == whole
 
 
-async def test_when_the_next_and_the_last_one_go(autojump_clock: MockClock) -> None:
+async def test_the_times_of_the_next_and_the_last_release(autojump_clock: MockClock) -> None:
     async with with_waiters(50, keys=3) as service:
         seen = await take(service)
         etas = [ticket.eta for lane in await lanes(service.queue) for ticket in lane.tickets]
@@ -88,7 +88,7 @@ async def test_when_the_next_and_the_last_one_go(autojump_clock: MockClock) -> N
         assert (done.waiting, done.next_release, done.last_release) == (0, math.inf, math.inf)
 
 
-async def test_the_last_turn_may_be_that_of_a_held_ticket(autojump_clock: MockClock) -> None:
+async def test_the_last_release_may_be_that_of_a_held_ticket(autojump_clock: MockClock) -> None:
     async with with_waiters(1, keys=1, loop_free_starts=2) as service:
         await trio.sleep(0.1)
         seen = await take(service)
@@ -140,7 +140,7 @@ async def test_totals_count_keys_that_are_not_shown(autojump_clock: MockClock) -
 
 
 async def test_all_that_are_held_or_away_are_listed(autojump_clock: MockClock) -> None:
-    """Also those that stand far behind in their lanes."""
+    """Also those with a late place in their lanes."""
     async with with_waiters(900, keys=2 * KEYS_MAX, loop_free_starts=1) as service:
         await leave(service.queue, *range(1000, 1010))
         seen = await take(service)

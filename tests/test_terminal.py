@@ -207,7 +207,7 @@ def test_watching_ends_with_its_reader() -> None:
 
 @contextmanager
 def answering(document: dict[str, Any]) -> Iterator[int]:
-    """Be a server with this status."""
+    """Run a server with this status."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

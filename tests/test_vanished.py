@@ -1,4 +1,4 @@
-"""A client whose machine is gone from the network, without a word."""
+"""A client whose machine disappears from the network, so that its connection is never closed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.harness import Server, eventually, serving
 from tests.test_command import WAYS
 
 NOTICED_WITHIN = 30
-"""Seconds that the contract gives the server to find out."""
+"""Seconds in which the server must notice it, by the contract."""
 
 
 def test_a_client_that_disappears_loses_its_place() -> None:
     """A second host, with one cable to ours: it asks first, and then the cable is pulled.
 
-    Both hosts are network namespaces, in a namespace of users where this user may make them.
+    Both hosts are network namespaces. Ordinary users need a user namespace to create them.
     """
     command = [sys.executable, "-c", textwrap.dedent(SCENARIO), str(NOTICED_WITHIN)]
     may = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
@@ -35,7 +35,7 @@ def test_a_client_that_disappears_loses_its_place() -> None:
 
 @pytest.mark.parametrize("way", ["command", "hypercorn"])
 def test_the_kernel_probes_each_client_at_another_time(way: str) -> None:
-    """After all at once, it would drop questions, and give up clients that are there."""
+    """If it probed all at once, it would drop some probes, and close working connections."""
     with serving(*WAYS[way]) as server:
         for shard in range(100):
             server.ask(shard)
@@ -46,10 +46,10 @@ def test_the_kernel_probes_each_client_at_another_time(way: str) -> None:
 
 
 def keep_alive_timers(server: Server) -> list[float]:
-    """Tell in how many seconds the kernel will ask after each client of a server."""
+    """Return in how many seconds the kernel will probe each client of a server."""
     command = ["ss", "-tnoH", "state", "established", f"sport = :{server.port}"]
     sockets = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # It writes 4.992 s as 4.992ms.
+    # ss writes 4.992 s as 4.992ms.
     return [float(seconds) for seconds in re.findall(r"keepalive,([0-9.]+)(?:sec|ms)", sockets)]
 
 

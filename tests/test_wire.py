@@ -12,7 +12,7 @@ import pytest
 from tests.harness import GO, SLACK, Client, first_answers, serving
 
 
-def test_2000_waiters_are_released_one_a_window_in_order() -> None:
+def test_2000_waiters_are_released_one_per_window_in_order() -> None:
     window, released = 0.25, 60
     with serving(WINDOW_SECONDS=window) as server:
         clients = [server.connect() for _ in range(2000)]
@@ -25,7 +25,7 @@ def test_2000_waiters_are_released_one_a_window_in_order() -> None:
     assert sum(gaps) / len(gaps) < 1.1 * window
 
 
-def test_a_start_holds_everyone_for_one_window() -> None:
+def test_a_start_holds_all_tickets_for_one_window() -> None:
     before = time.monotonic()
     with serving(WINDOW_SECONDS=1.5) as server:
         assert server.connect().answer().at - before >= 1.5
@@ -46,7 +46,7 @@ def test_a_killed_server_that_comes_back_is_not_early() -> None:
 
 
 @pytest.mark.parametrize("leave", [Client.hang_up, Client.reset])
-def test_whoever_hangs_up_in_the_queue_gets_no_slot(leave: Callable[[Client], None]) -> None:
+def test_a_client_that_hangs_up_in_the_queue_gets_no_slot(leave: Callable[[Client], None]) -> None:
     window = 0.5
     with serving(WINDOW_SECONDS=window) as server:
         clients = [server.connect() for _ in range(6)]
@@ -60,10 +60,10 @@ def test_whoever_hangs_up_in_the_queue_gets_no_slot(leave: Callable[[Client], No
 
 
 @pytest.mark.parametrize("leave", [Client.hang_up, Client.reset])
-def test_whoever_hangs_up_when_chosen_leaves_the_slot_to_the_next(
+def test_a_client_that_hangs_up_when_chosen_leaves_the_slot_to_the_next(
     leave: Callable[[Client], None],
 ) -> None:
-    """The server is stopped while the window passes and the first in line goes."""
+    """The server is stopped while the window passes and the next client hangs up."""
     window = 0.6
     with serving(WINDOW_SECONDS=window) as server:
         for _ in range(5):
@@ -78,8 +78,8 @@ def test_whoever_hangs_up_when_chosen_leaves_the_slot_to_the_next(
             assert clients[2].answer().at - woken < window / 2
 
 
-def test_hundreds_who_hang_up_when_their_turn_comes_cost_no_slot() -> None:
-    """More than the server looks at in one step; the last of them goes first."""
+def test_hundreds_of_clients_that_hang_up_at_their_turn_cost_no_slot() -> None:
+    """More clients than the server looks at in one step, from the last to the first."""
     window = 1.0
     with serving(WINDOW_SECONDS=window) as server:
         clients = [server.connect() for _ in range(301)]

@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     names = f"{', '.join(_names(http=False))}; with --http {', '.join(_names(http=True))}"
     add("--only", nargs="+", default=[], metavar="RULE", help=f"check only these: {names}")
     add("--ignore", nargs="+", default=[], metavar="RULE", help="do not check these")
-    kinds = f"faults that must not happen: {', '.join(ALL_KINDS)}"
+    kinds = f"do not simulate these: {', '.join(ALL_KINDS)}"
     add("--without", nargs="+", choices=ALL_KINDS, default=[], metavar="FAULT", help=kinds)
     return parser
 

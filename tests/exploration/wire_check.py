@@ -37,7 +37,7 @@ def check(record: WireRecord) -> None:
     for ticket in record.refused:
         is_there = ticket.arrived_at < min(ticket.left_at, ticket.closed_at)
         if is_there and not ticket.is_suspect and ticket.last_at > ticket.arrived_at + TOLERANCE:
-            record.report("refusal", f"{ticket.name} came at {ticket.arrived_at}, answered later")
+            record.report("refusal", f"{ticket.name} came at {ticket.arrived_at}, refused later")
     for ticket in record.tickets:
         _check_open_response(record, ticket)
         gone_at = min(ticket.left_at, ticket.closed_at)
