@@ -47,6 +47,18 @@ def head_and_message(client: Client, message: bytes = GO) -> tuple[bytes, float]
     return client.received, at
 
 
+def test_without_windows_a_confirmed_ticket_counts_once() -> None:
+    with serving(MAX_CONCURRENCY=0, CONFIRM_SECONDS=CONFIRM) as server:
+        confirmed, expired = server.connect(asking(0)), server.connect(asking(1))
+        head_and_message(confirmed)
+        head_and_message(expired)
+        assert server.status()["released"] == 2
+        confirmed.hang_up()
+        while expired.socket.recv(65536):
+            pass  # until the server ends the response
+        assert server.status()["released"] == 2
+
+
 @pytest.fixture(params=["memory", "redis"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     settings: dict[str, object] = {

@@ -176,6 +176,7 @@ class UnpacedTicket:
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
+        self._has_answer = False
 
     async def __aenter__(self) -> Turn:
         return self
@@ -187,12 +188,15 @@ class UnpacedTicket:
         traceback: TracebackType | None,
     ) -> None:
         if error is None:
-            self._queue.released += 1
-            self._queue.report(ReleasedAtOnce())
+            self.answered()
 
     @property
     def confirm_seconds(self) -> float:
         return self._queue.store.rules.confirm_seconds
 
     def answered(self) -> None:
-        """Do nothing, because no window starts."""
+        """Count the ticket, once; no window starts."""
+        if not self._has_answer:
+            self._has_answer = True
+            self._queue.released += 1
+            self._queue.report(ReleasedAtOnce())

@@ -264,7 +264,8 @@ def _settings(settings: Settings) -> Iterator[str]:
     yield f"confirmations within {settings.confirm_seconds:g} s"
     places, starts = settings.place_seconds, settings.loop_free_starts
     yield f"places kept for {places:g} s" if places else "no places kept"
-    yield f"{starts} free starts per shard and hour" if starts else "crash loops not held"
+    free = "1 free start" if starts == 1 else f"{starts} free starts"
+    yield f"{free} per shard and hour" if starts else "crash loops not held"
     yield "AUTH_TOKEN set" if settings.auth_token else "no AUTH_TOKEN"
 
 
