@@ -492,13 +492,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.mutants",
         description="Applies small faults to copies of the package, and runs the simulation on "
-        "each until an invariant breaks. All of them take about 15 minutes on 2 cores. The exit "
+        "each until an invariant breaks. All of them take about 20 minutes on 2 cores. The exit "
         "status is 1 if a fault is not found.",
     )
     add = parser.add_argument
     add("--only", type=int, nargs="+", metavar="NUMBER", help="of the mutants in the list, from 0")
-    add("--seeds", type=int, default=400, metavar="N", help="seeds for each mutant (400)")
-    add("--seconds", type=float, default=90, metavar="S", help="time for each mutant (90)")
+    add("--seeds", type=int, default=4000, metavar="N", help="seeds for each mutant (4000)")
+    add("--seconds", type=float, default=250, metavar="S", help="time for each mutant (250)")
     return parser
 
 
