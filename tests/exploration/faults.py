@@ -66,6 +66,7 @@ class Faults:
             "unsteady-clock": self._set_clock_often,
             "sentinel-failover": self._fail_over_by_sentinels,
             "sentinels-down": self._take_sentinels_down,
+            "cluster-failover": self._fail_over_in_cluster,
             "max-concurrency": self._change_max_concurrency,
             "budget": self._grant_more,
             "discord-down": self._take_discord_down,
@@ -320,6 +321,22 @@ class Faults:
         if sorted(one.named for one in self._primaries.sentinels)[1] == number:
             await trio.sleep(OVERLAP_SECONDS)
             self._redis.lose("no replica uses the former server any more")
+
+    async def _fail_over_in_cluster(self) -> None:
+        """Let another node take over that lacks the last writes; the former one notices later."""
+        former = self._redis
+        copy = former.data.copy()
+        await self._last(0, 1)
+        if former is not self._redis:
+            return
+        self._primaries.take_over(copy)
+        try:
+            await self._last(0, 0.5)
+        finally:
+            self._primaries.isolated = None
+            self._redis.lose("the former node has noticed")
+            if self._random.random() < 0.5:
+                former.retire()
 
     async def _take_sentinels_down(self) -> None:
         down = self._random.sample(self._primaries.sentinels, self._random.choice((1, 1, 2, 3)))

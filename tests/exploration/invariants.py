@@ -477,7 +477,7 @@ def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None
     if process.hold_on_start:
         is_local = scenario.store == "memory"
         opens += scenario.unconfirmed_window if is_local else scenario.lease + _handshake(record)
-        opens += OVERLAP_SECONDS if scenario.sentinels else 0
+        opens += OVERLAP_SECONDS if scenario.has_standbys else 0
     if scenario.has_token:
         opens = max(opens, process.keys_told[0][0] if process.keys_told else at)
     told = process.keys_at(at, at - ADOPTION)

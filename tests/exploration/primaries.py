@@ -22,7 +22,7 @@ PRIMARY_PORT = 6379
 
 
 class Primaries:
-    """The servers of a run. Without sentinels, there is one.
+    """The servers of a run. Without sentinels and a cluster, there is one.
 
     Args:
       nursery: where their connections live.
@@ -41,7 +41,11 @@ class Primaries:
         self._history = history
         self._scenario = scenario
         self._random = random_source
-        self.servers = [SimulatedRedis(nursery, history, scenario, random_source)]
+        self._nursery = nursery
+        self.servers = [self._server(0)]
+        self._standby = self._server(1)
+        self.isolated: int | None = None
+        """The node of a cluster that takes itself for the primary, by its index, if any does."""
         self.sentinels = [SimulatedSentinel(self) for _ in range(SENTINELS)]
 
     @property
@@ -54,26 +58,40 @@ class Primaries:
         Args:
           data: what it knows.
         """
-        former = self.current
-        server = SimulatedRedis(former.nursery, self._history, self._scenario, self._random)
+        former, server = self.current, self._standby
         server.data = data
         server.follow_clock(former, self._random.choice((0.0, 0.01, -0.01, 1.0, -1.0)))
+        self.isolated = len(self.servers) - 1
         self.servers.append(server)
+        self._standby = self._server(len(self.servers))
         server.lose(f"server {len(self.servers)} takes over, without the last writes")
 
+    def _server(self, index: int) -> SimulatedRedis:
+        server = SimulatedRedis(self._nursery, self._history, self._scenario, self._random)
+        server.port = PRIMARY_PORT + index
+        if self._scenario.cluster:
+            server.owner = lambda: (
+                PRIMARY_PORT + (index if index == self.isolated else len(self.servers) - 1)
+            )
+        return server
+
     def mend(self) -> None:
-        """Let all sentinels name the primary, which can be reached, and end the others."""
+        """Let all sentinels and nodes name the primary, and end the former ones of sentinels."""
         for sentinel in self.sentinels:
             sentinel.is_up, sentinel.cut_off_from = True, None
             sentinel.named = len(self.servers) - 1
         for former in self.servers[:-1]:
-            former.retire()
+            former.is_up, former.is_retired = True, False
+            if self._scenario.sentinels:
+                former.retire()
         self.current.is_up = True
+        self.isolated = None
 
     def pool(self, location: TCPLocation, host: Host) -> SimulatedPool | SentinelPool:
         """Return what stands in for coredis's pool of connections to a server or a sentinel."""
         if location.host == "primary":
-            return SimulatedPool(self.servers[location.port - PRIMARY_PORT], host)
+            servers = (*self.servers, self._standby)
+            return SimulatedPool(servers[location.port - PRIMARY_PORT], host)
         return SentinelPool(self.sentinels[location.port - 1], host)
 
     def url(self, process: int) -> str:

@@ -282,9 +282,13 @@ def settings_of(scenario: Scenario, *, hold_on_start: bool) -> Settings:
     )
 
 
-def connections_to(processes: Callable[[int], Process]) -> Callable[[str, None], Any]:
+def connections_to(
+    processes: Callable[[int], Process],
+) -> Callable[[str, TCPLocation | None], Any]:
     """Return a replacement of :func:`gateway_queue.store.redis.servers.connections`."""
-    return lambda url, _: processes(int(url.removeprefix("redis://"))).pool(first_primary())
+    return lambda url, node: processes(int(url.removeprefix("redis://"))).pool(
+        node or first_primary()
+    )
 
 
 def sentinel_connections_to(processes: Callable[[int], Process]) -> Callable[..., Any]:

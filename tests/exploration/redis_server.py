@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from math import inf
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import trio
 from coredis.exceptions import ConnectionError as ConnectionLost
-from coredis.exceptions import RedisError
+from coredis.exceptions import MovedError, RedisError
 
 from tests.exploration.record import History, Loss
 from tests.exploration.redis_data import Database, Reply, Status, word
@@ -62,7 +62,11 @@ class SimulatedRedis:
         self.data = Database(random_source)
         self.policy = b"noeviction"
         self.is_up = True
-        self._is_retired = False
+        self.is_retired = False
+        """Whether it serves no client any more."""
+        self.owner: Callable[[], int] | None = None
+        """In a cluster: returns the port of the node that has the keys."""
+        self.port = 0
         self.loses_requests = self.loses_replies = 0.0
         """Probabilities."""
         self.stalls_until = 0.0
@@ -100,7 +104,7 @@ class SimulatedRedis:
 
     def retire(self) -> None:
         """Serve no client any more."""
-        self._is_retired = True
+        self.is_retired = True
         self.reset_connections("Connection closed by server")
 
     def lose(self, what: str, prefix: str | None = None) -> None:
@@ -147,7 +151,7 @@ class SimulatedRedis:
         await trio.sleep(2 * self.latency())
         await host.thawed()
         await host.reachable()
-        if not self.is_up or self._is_retired:
+        if not self.is_up or self.is_retired:
             raise ConnectionLost("Connection refused")
         connection = Connection(self, host)
         self._connections.append(connection)
@@ -164,6 +168,8 @@ class SimulatedRedis:
           RedisError: the server's answer is an error.
         """
         name = words[0].upper()
+        if name == b"EVALSHA" and self.owner is not None and self.owner() != self.port:
+            raise MovedError(f"0 primary:{self.owner()}")
         if name == b"EVALSHA":
             number = int(words[2])
             return self._scripts.run(words[1], words[3 : 3 + number], words[3 + number :])
@@ -179,6 +185,9 @@ class SimulatedRedis:
                 return [b"maxmemory-policy", self.policy]
             case [b"ROLE"]:
                 return [b"master", 0, []]
+            case [b"CLUSTER", b"SLOTS"] if self.owner is not None:
+                port = self.owner()
+                return [[0, 16383, [b"primary", port, b""], [b"primary", port + 1, b""]]]
             case [b"PING"]:
                 return Status(b"PONG")
         return self.data.execute(self.time(), words)
@@ -314,6 +323,8 @@ class _Request:
 
 class SimulatedPool:
     """What stands in for coredis's pool: a link takes one connection from it."""
+
+    location = None
 
     def __init__(self, server: SimulatedRedis, host: Host) -> None:
         self._server = server

@@ -202,7 +202,7 @@ class _BotRun:
         scenario = self._scenario
         lease = scenario.lease
         time = 3 * lease if scenario.store == "memory" else 4 * lease + 6
-        time += 2 * OVERLAP_SECONDS if scenario.sentinels else 0
+        time += 2 * OVERLAP_SECONDS if scenario.has_standbys else 0
         time += scenario.confirm_seconds if scenario.confirming else 0
         if scenario.has_token:
             # The next request to Discord comes after at most twice the time that it was down.

@@ -13,6 +13,7 @@ SLOW_WAY = ("slow-way",)
 PARTITION = ("partition",)
 UNSTEADY_CLOCK = ("unsteady-clock",)
 SENTINEL_FAILOVER = ("sentinel-failover",)
+CLUSTER_FAILOVER = ("cluster-failover",)
 SENTINEL_FAULTS = (*SENTINEL_FAILOVER, "sentinels-down")
 REDIS_FAULTS = (
     "reset",
@@ -41,6 +42,7 @@ CHOICES = (
     "confirm",
     "bots",
     "sentinels",
+    "cluster",
 )
 """What is no fault, but can be left out of the scenarios like one."""
 
@@ -52,6 +54,7 @@ ALL_KINDS = (
     *PARTITION,
     *UNSTEADY_CLOCK,
     *SENTINEL_FAULTS,
+    *CLUSTER_FAILOVER,
     *DISCORD_FAULTS,
     *CHOICES,
 )
@@ -68,6 +71,8 @@ class Scenario:
     replicas: int
     sentinels: bool
     """Whether sentinels say which server of Redis is the primary."""
+    cluster: bool
+    """Whether the nodes of a cluster say which of them is the primary."""
     has_token: bool
     keys: int
     """Discord's ``max_concurrency`` at the start; without a token also what is configured."""
@@ -103,6 +108,11 @@ class Scenario:
     def redis_prefix(self) -> str:
         """The first part of the bot's keys in Redis."""
         return f"gateway-queue:bot:{self.bot}" if self.bot else "gateway-queue"
+
+    @property
+    def has_standbys(self) -> bool:
+        """Whether another server of Redis can become the primary."""
+        return self.sentinels or self.cluster
 
     @property
     def unconfirmed_window(self) -> float:
@@ -141,6 +151,7 @@ def _draw_other(
         store=first.store,
         replicas=first.replicas,
         sentinels=first.sentinels,
+        cluster=first.cluster,
         hold_on_start=first.hold_on_start,
         latency=first.latency,
         clock_rate=first.clock_rate,
@@ -185,11 +196,16 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
     if store == "redis" and unsteady < 0.1 and not without.issuperset(UNSTEADY_CLOCK):
         faults, only = faults + UNSTEADY_CLOCK, UNSTEADY_CLOCK if unsteady < 0.05 else only
     naming = random.Random(f"sentinels {seed}")
-    sentinels = store == "redis" and naming.random() < 0.1 and "sentinels" not in without
+    kind = naming.random()
+    sentinels = store == "redis" and kind < 0.1 and "sentinels" not in without
+    cluster = store == "redis" and 0.1 < kind < 0.16 and "cluster" not in without
     if sentinels:
         chosen = tuple(kind for kind in SENTINEL_FAULTS if naming.random() < 0.7)
         faults += tuple(kind for kind in chosen if kind not in without)
         only = naming.choice((only, SENTINEL_FAULTS, SENTINEL_FAILOVER))
+    elif cluster:
+        faults += tuple(kind for kind in CLUSTER_FAILOVER if kind not in without)
+        only = naming.choice((only, CLUSTER_FAILOVER))
     confirming = own.choice((0.0, 0.5, 0.5, 1.0))
     place_seconds = source.choice((0.0, 2.0, 10.0, 30.0))
     loop_free_starts = source.choice((0, 1, 2, 5))
@@ -199,6 +215,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
         store=store,
         replicas=source.choice((1, 1, 2, 3)) if store == "redis" else 1,
         sentinels=sentinels,
+        cluster=cluster,
         has_token=has_token,
         keys=keys,
         max_concurrency=None if "cap" in without else cap,
