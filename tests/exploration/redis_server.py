@@ -21,6 +21,10 @@ EPOCH = 1_800_000_000_000_000
 """What the server's clock shows at the start, in microseconds."""
 
 
+SMALL_STEP = 1.0
+"""Seconds by which a clock may be set, so that its times still mean something."""
+
+
 class Host(Protocol):
     """Where a client of the server runs."""
 
@@ -85,8 +89,10 @@ class SimulatedRedis:
         return int(self._shown + passed * self._rate * 1e6)
 
     def set_clock(self, seconds: float) -> None:
-        """Set its clock forward or back, so that its times mean nothing any more."""
+        """Set its clock forward or back. After a long step, its times mean nothing any more."""
         self._step(seconds)
+        if abs(seconds) <= SMALL_STEP:
+            self.history.clock_steps.append(seconds)
         self.lose(f"clock set by {seconds:.3f} s")
 
     def adjust_clock(self, seconds: float) -> None:

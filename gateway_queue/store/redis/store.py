@@ -434,6 +434,9 @@ class RedisStore:
                 self._clock.agrees(answer.now, asked_at, answered_at)
         elif not is_same_clock:
             self._doubt_clock(connection)
+        if self._trusted_since != answer.since:
+            # An older copy of the data that was trusted may come back.
+            self._trusted_since = None
         if self._since != answer.since:
             connection.close("its data was lost")
         since, last = self._seen
