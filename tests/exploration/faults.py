@@ -258,18 +258,18 @@ class Faults:
     async def _set_clock_often(self) -> None:
         """Set the clock by small steps, again and again.
 
-        One at a time, because all steps of a second together are to be small.
+        Only one of these faults at a time: all steps within a second must be small together.
         """
         if self._clock_is_unsteady:
             return
         self._record.note("Redis: its clock is set often")
         self._clock_is_unsteady = True
-        way = self._random.choice((self._let_clock_run_off, self._let_clock_jump))
+        way = self._random.choice((self._let_clock_drift, self._let_clock_jump))
         with trio.move_on_after(self._random.uniform(2, 8) * self._window):
             await way(self._random.choice((0.001, 0.01, 0.1, 0.4)))
         self._clock_is_unsteady = False
 
-    async def _let_clock_run_off(self, far: float) -> NoReturn:
+    async def _let_clock_drift(self, far: float) -> NoReturn:
         step = self._random.uniform(-far, far) / 4
         while True:
             await self._last(0.2, 2)
@@ -286,14 +286,25 @@ class Faults:
             finally:
                 self._redis.adjust_clock(-step)
 
-    async def _fail_over_by_sentinels(self) -> None:
-        """Let another server take over that lacks the last writes, while the former one goes on."""
+    async def _take_over(self) -> SimulatedRedis | None:
+        """Let another server take over that lacks the last writes, while the former one goes on.
+
+        Returns:
+          The former one; None if another server has taken over meanwhile.
+        """
         former = self._redis
         copy = former.data.copy()
         await self._last(0, 1)
         if former is not self._redis:
-            return  # another bot's fault, or another one of this bot, was faster
+            return None
         self._primaries.take_over(copy)
+        return former
+
+    async def _fail_over_by_sentinels(self) -> None:
+        """Let another server take over, and sentinels learn of it at different times, or not."""
+        former = await self._take_over()
+        if former is None:
+            return
         aware = self._random.sample(self._primaries.sentinels, self._random.choice((2, 3)))
         if len(aware) == 2:
             self._cut_off_from(aware)
@@ -323,13 +334,10 @@ class Faults:
             self._redis.lose("no replica uses the former server any more")
 
     async def _fail_over_in_cluster(self) -> None:
-        """Let another node take over that lacks the last writes; the former one notices later."""
-        former = self._redis
-        copy = former.data.copy()
-        await self._last(0, 1)
-        if former is not self._redis:
+        """Let another node take over, and the former one notice later."""
+        former = await self._take_over()
+        if former is None:
             return
-        self._primaries.take_over(copy)
         try:
             await self._last(0, 0.5)
         finally:

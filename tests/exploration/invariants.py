@@ -10,7 +10,7 @@ from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, count
+from itertools import count
 from operator import itemgetter
 
 from gateway_queue.store.redis.link import LOOK_SECONDS
@@ -268,18 +268,18 @@ def _way_to_redis(record: Record) -> float:
 
 
 def _clock_range(record: Record) -> float:
-    """Return how far apart the clock of Redis was by the small steps that it was set by.
+    """Return by how many seconds small steps may have falsified a time that Redis measures.
 
-    What is measured by it may be so much longer or shorter, but for windows: they are not shorter.
+    Windows are never too short all the same.
     """
-    shown = list(accumulate(record.history.clock_steps, initial=0.0))
-    return max(shown) - min(shown)
+    least, _, most = record.history.clock_offsets
+    return most - least
 
 
 def _place_since(record: Record, call: Call) -> float:
     """Return since when a call has had its place, at the earliest.
 
-    It may have the place of an earlier call, which had exchanged it with another one before.
+    Its place may be that of an earlier call, which may have got it from another one in turn.
     """
     since = call.arrived_at or 0
     if call.shard is None or not record.scenario.place_seconds:
@@ -454,7 +454,7 @@ def _delay_of_redis(record: Record) -> float:
     glances = 2 * min(scenario.window / 20, 0.05)
     longest = scenario.confirm_seconds + scenario.lease
     waits = glances + scenario.window / 10 + 12 * scenario.latency
-    # A step back makes a window longer, and a step forth lets the next release wait as well.
+    # A step back makes a window longer, and after a step forward the next release waits.
     return waits + 4 * DRIFT * longest + 2 * _clock_range(record) + MOMENT
 
 

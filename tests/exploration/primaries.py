@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -10,7 +11,6 @@ import trio
 from coredis.connection import TCPLocation
 from coredis.exceptions import ConnectionError as ConnectionLost
 
-from tests.exploration.record import History
 from tests.exploration.redis_data import Database, Reply
 from tests.exploration.redis_server import Host, SimulatedPool, SimulatedRedis
 from tests.exploration.scenario import Scenario
@@ -25,25 +25,23 @@ class Primaries:
     """The servers of a run. Without sentinels and a cluster, there is one.
 
     Args:
-      nursery: where their connections live.
-      history: where to note what happens.
+      make_server: returns a new server, which is empty.
       scenario: of any bot.
-      random_source: chooses latencies and faults.
+      random_source: chooses the clocks.
     """
 
     def __init__(
         self,
-        nursery: trio.Nursery,
-        history: History,
+        make_server: Callable[[], SimulatedRedis],
         scenario: Scenario,
         random_source: random.Random,
     ) -> None:
-        self._history = history
+        self._make_server = make_server
         self._scenario = scenario
         self._random = random_source
-        self._nursery = nursery
-        self.servers = [self._server(0)]
-        self._standby = self._server(1)
+        self.servers: list[SimulatedRedis] = []
+        self.servers.append(self._next())
+        self._standby = self._next() if scenario.cluster else None
         self.isolated: int | None = None
         """The node of a cluster that takes itself for the primary, by its index, if any does."""
         self.sentinels = [SimulatedSentinel(self) for _ in range(SENTINELS)]
@@ -58,16 +56,16 @@ class Primaries:
         Args:
           data: what it knows.
         """
-        former, server = self.current, self._standby
+        former, server = self.current, self._standby or self._next()
         server.data = data
         server.follow_clock(former, self._random.choice((0.0, 0.01, -0.01, 1.0, -1.0)))
         self.isolated = len(self.servers) - 1
         self.servers.append(server)
-        self._standby = self._server(len(self.servers))
+        self._standby = self._next() if self._scenario.cluster else None
         server.lose(f"server {len(self.servers)} takes over, without the last writes")
 
-    def _server(self, index: int) -> SimulatedRedis:
-        server = SimulatedRedis(self._nursery, self._history, self._scenario, self._random)
+    def _next(self) -> SimulatedRedis:
+        server, index = self._make_server(), len(self.servers)
         server.port = PRIMARY_PORT + index
         if self._scenario.cluster:
             server.owner = lambda: (
@@ -76,7 +74,10 @@ class Primaries:
         return server
 
     def mend(self) -> None:
-        """Let all sentinels and nodes name the primary, and end the former ones of sentinels."""
+        """Let everything find the primary.
+
+        Former primaries of sentinels have ended. Those of a cluster are its nodes again.
+        """
         for sentinel in self.sentinels:
             sentinel.is_up, sentinel.cut_off_from = True, None
             sentinel.named = len(self.servers) - 1
@@ -90,12 +91,14 @@ class Primaries:
     def pool(self, location: TCPLocation, host: Host) -> SimulatedPool | SentinelPool:
         """Return what stands in for coredis's pool of connections to a server or a sentinel."""
         if location.host == "primary":
-            servers = (*self.servers, self._standby)
-            return SimulatedPool(servers[location.port - PRIMARY_PORT], host)
+            servers = [*self.servers, self._standby]
+            server = servers[location.port - PRIMARY_PORT]
+            assert server is not None
+            return SimulatedPool(server, host)
         return SentinelPool(self.sentinels[location.port - 1], host)
 
     def url(self, process: int) -> str:
-        """Return the URL of the primary for a process, by which the process can be told again."""
+        """Return the URL of Redis for a process, with its number in it, see :func:`process_of`."""
         if not self._scenario.sentinels:
             return f"redis://{process}"
         sentinels = ",".join(f"sentinel-{process}:{port + 1}" for port in range(SENTINELS))
@@ -103,7 +106,7 @@ class Primaries:
 
 
 def first_primary() -> TCPLocation:
-    """Return where the primary is that is there from the start."""
+    """Return the location of the first primary."""
     return TCPLocation("primary", PRIMARY_PORT)
 
 

@@ -106,14 +106,21 @@ class History:
     """Whether each request to Redis is noted, too."""
     lines: list[str] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
-    clock_steps: list[float] = field(default_factory=list)
-    """Seconds by which the clock of Redis was set in small steps, in order."""
+    clock_offsets: tuple[float, float, float] = 0.0, 0.0, 0.0
+    """By how many seconds all small steps together have set the clock of Redis forward: the least
+    that this was, what it is now, and the most."""
     records: list[Record] = field(default_factory=list)
     """One for each bot."""
 
     @property
     def ended_at(self) -> float:
         return max(record.ended_at for record in self.records)
+
+    def note_clock_step(self, seconds: float) -> None:
+        """Note by how many seconds the clock of Redis was set forward."""
+        least, offset, most = self.clock_offsets
+        offset += seconds
+        self.clock_offsets = min(least, offset), offset, max(most, offset)
 
     def note(self, line: str) -> None:
         self.lines.append(f"{trio.current_time():12.6f}  {line}")

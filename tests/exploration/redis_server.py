@@ -91,22 +91,21 @@ class SimulatedRedis:
     def set_clock(self, seconds: float) -> None:
         """Set its clock forward or back. After a long step, its times mean nothing any more."""
         self._step(seconds)
-        if abs(seconds) <= SMALL_STEP:
-            self.history.clock_steps.append(seconds)
         self.lose(f"clock set by {seconds:.3f} s")
 
     def adjust_clock(self, seconds: float) -> None:
         """Set its clock by a small step, as time daemons and virtual machines do."""
         self._step(seconds)
-        self.history.clock_steps.append(seconds)
         self.history.note(f"Redis: clock set by {seconds:.6f} s")
 
     def _step(self, seconds: float) -> None:
-        self._shown, self._shown_at = self.time() + seconds * 1e6, trio.current_time()
+        self.follow_clock(self, seconds)
+        if abs(seconds) <= SMALL_STEP:
+            self.history.note_clock_step(seconds)
 
-    def follow_clock(self, former: SimulatedRedis, seconds: float) -> None:
-        """Have a clock that differs from that of another server by some seconds."""
-        self._shown, self._shown_at = former.time() + seconds * 1e6, trio.current_time()
+    def follow_clock(self, other: SimulatedRedis, seconds: float) -> None:
+        """Have a clock that is some seconds ahead of that of another server."""
+        self._shown, self._shown_at = other.time() + seconds * 1e6, trio.current_time()
 
     def retire(self) -> None:
         """Serve no client any more."""
@@ -331,6 +330,7 @@ class SimulatedPool:
     """What stands in for coredis's pool: a link takes one connection from it."""
 
     location = None
+    """Where a real pool connects to; the host of a node that does not name its own."""
 
     def __init__(self, server: SimulatedRedis, host: Host) -> None:
         self._server = server

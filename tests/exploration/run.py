@@ -27,6 +27,7 @@ from tests.exploration.invariants import loop_delay
 from tests.exploration.primaries import Primaries
 from tests.exploration.process import Bot, Part, connections_to, sentinel_connections_to
 from tests.exploration.record import History, Record
+from tests.exploration.redis_server import SimulatedRedis
 from tests.exploration.scenario import Scenario, draw_all
 from tests.exploration.transitions import WatchedState
 
@@ -100,7 +101,9 @@ class _Run:
         for record in history.records:
             record.note(str(record.scenario))
         async with trio.open_nursery() as nursery:
-            self._primaries = Primaries(nursery, history, scenario, _source("redis", scenario))
+            source = _source("redis", scenario)
+            make_server = partial(SimulatedRedis, nursery, history, scenario, source)
+            self._primaries = Primaries(make_server, scenario, source)
             bots = [
                 Bot(record, SimulatedDiscord(record, _source("discord", record.scenario)))
                 for record in history.records
