@@ -717,9 +717,10 @@ def test_small_steps_are_waited_for_during_a_window(step: float) -> None:
             assert clock.agrees(round((EPOCH + second + off) * 1e6), second, second + 0.001)
             assert clock.was_set
             is_forward = off == max(0.0, step)
-            assert clock.longest_step() == pytest.approx(0.05 if is_forward else 0, abs=0.02)
+            # By the way to the server and back, and by the drift of a second, too long at most.
+            assert 0 <= clock.longest_step() - (0.05 if is_forward else 0) < 0.013
             if second > 2:
-                assert clock.set_back_by() == pytest.approx(0 if is_forward else 0.05, abs=0.02)
+                assert 0 <= clock.set_back_by() - (0 if is_forward else 0.05) < 0.013
         for second in range(12, 20):
             assert clock.agrees(round((EPOCH + second) * 1e6), second, second + 0.001)
         assert clock.longest_step() < 0.01

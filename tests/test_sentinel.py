@@ -119,7 +119,7 @@ def kill_with_lost_writes(watched: Watched) -> None:
 
 
 def keep_from_sentinels(primary: RedisServer) -> None:
-    """Let sentinels take a primary for down that clients can use, and not demote it."""
+    """Let sentinels find a primary down, and not demote it, though clients can still use it."""
     for command in ("ping", "replicaof", "slaveof", "config"):
         primary.command("ACL", "SETUSER", "default", f"-{command}")
 
@@ -190,10 +190,10 @@ def test_a_primary_that_sentinels_have_replaced_is_not_used(watched: Watched) ->
     assert min(b - a for a, b in pairwise(times)) >= WINDOW - SLACK
 
 
-def test_a_replica_that_was_frozen_during_a_failover_uses_the_former_primary_no_more(
+def test_a_replica_that_was_frozen_during_a_failover_does_not_use_the_former_primary(
     watched: Watched,
 ) -> None:
-    """Thawed, it knows what the sentinels said before, and the former primary would release."""
+    """It continues with old answers of the sentinels, and the former primary grants its claims."""
     with (
         replicas(2, watched.url, WINDOW_SECONDS=WINDOW) as (old, new),
         collecting([*ask_in_turn([old], 8), *ask_in_turn([new], 12)]) as collected,

@@ -45,8 +45,8 @@ class ServerClock:
         self._least, self._most = -math.inf, math.inf
         self._offset = 0.0
         self._seen_at = trio.current_time()
-        # The steps of the memory: when they were seen, and by how many seconds, at least, they set
-        # the clock forward.
+        # The steps of the last `memory` seconds: when they were seen, and by how many seconds, at
+        # least, each has set the clock forward.
         self._steps = deque[tuple[float, float]]()
         self.was_set = False
         """Whether there was a small step, until the store has dealt with it."""

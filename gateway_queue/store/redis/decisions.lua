@@ -43,7 +43,7 @@ local DAY = 24 * HOUR
 local KEPT = 2 * DAY
 local FIRST_DELAY, LONGEST_DELAY = 15 * 1000000, 600 * 1000000
 
--- A clock that is set back by no more stands still for these data until it has caught up.
+-- If the clock is set back by this at most, time stands still here until the clock has caught up.
 local SMALL_STEP = 1 * 1000000
 -- A replica that has sent no command for so long is taken for dead.
 local DEAD_AFTER = 3 * 1000000

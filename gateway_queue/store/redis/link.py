@@ -105,10 +105,10 @@ class Link:
         return self._servers.overlap
 
     def check_up_to_date(self) -> None:
-        """Check that another server would be known by now that had taken over before.
+        """Check that no other server has taken over, as far as this replica can know.
 
         Raises:
-          Unreachable: it would not.
+          Unreachable: one may have.
         """
         if not self._servers.is_up_to_date():
             raise Unreachable("another server may have taken over")

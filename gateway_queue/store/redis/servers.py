@@ -19,7 +19,7 @@ ASK_SECONDS = 0.5
 """How often each sentinel is asked, and the longest that its answer may take."""
 
 FRESH_SECONDS = 3 * ASK_SECONDS
-"""For how long an answer of a sentinel counts: a replica that was frozen knows former ones only."""
+"""How long an answer of a sentinel counts. A replica that was frozen has only old answers."""
 
 OVERLAP_SECONDS = 4 * ASK_SECONDS
 """After most sentinels have named another primary, a replica may use the former one for so long. In
@@ -47,7 +47,7 @@ class Servers(Protocol):
         """Close a connection when another server has taken over."""
 
     def is_up_to_date(self) -> bool:
-        """Return whether another server would be known by now that had taken over before."""
+        """Return whether no other server has taken over, as far as this replica can know."""
 
     def note_nodes(self, nodes: Iterable[TCPLocation]) -> None:
         """Take over the nodes of the cluster to which a connection has led."""
@@ -174,7 +174,7 @@ class Sentinels:
                     password = self._url.password if password is None else None
                 except (RedisError, OSError, trio.TooSlowError):
                     pass
-            self._note(sentinel, None, trio.current_time())
+            self._note(sentinel, None)
             await trio.sleep(ASK_SECONDS)
 
     async def _ask(self, sentinel: TCPLocation, pool: ConnectionPool[Any]) -> NoReturn:
@@ -186,15 +186,15 @@ class Sentinels:
                 named = await connection.create_request(
                     b"SENTINEL GET-MASTER-ADDR-BY-NAME", self._url.service, decode=False
                 )
-            primary = TCPLocation(named[0].decode(), int(named[1])) if named else None
-            self._note(sentinel, primary, asked_at)
+            primary = (TCPLocation(named[0].decode(), int(named[1])), asked_at) if named else None
+            self._note(sentinel, primary)
             await trio.sleep(ASK_SECONDS)
 
-    def _note(self, sentinel: TCPLocation, primary: TCPLocation | None, asked_at: float) -> None:
-        if primary is None:
+    def _note(self, sentinel: TCPLocation, named: tuple[TCPLocation, float] | None) -> None:
+        if named is None:
             self._named.pop(sentinel, None)
         else:
-            self._named[sentinel] = primary, asked_at
+            self._named[sentinel] = named
         self._changed.set()
         self._changed = trio.Event()
 

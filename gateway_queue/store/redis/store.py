@@ -310,8 +310,7 @@ class RedisStore:
             if lease.token not in self._identifying or not is_unknown:
                 continue  # its shard has identified meanwhile, or the server knows of the claim
             left = max(0.0, lease.until - trio.current_time())
-            lasts = longest_there(left) + self._clock.set_back_by()
-            await self._ask("restore_claim", *words(lease), microseconds(lasts))
+            await self._ask("restore_claim", *words(lease), self._closes_for(left))
         return is_identified
 
     async def _share_line(self) -> NoReturn:
@@ -528,9 +527,13 @@ class RedisStore:
         """Tell the server of a window that has started."""
         # No more than has passed by the server's clock.
         ago = math.floor((trio.current_time() - window.at) * (1 - DRIFT) * MICROSECONDS)
-        seconds = microseconds(longest_there(window.seconds) + self._clock.set_back_by())
+        seconds = self._closes_for(window.seconds)
         await self._ask("start_window", *words(window.claim), ago, seconds)
         self._untold.pop(window.claim.token, None)
+
+    def _closes_for(self, seconds: float) -> int:
+        """Return how long the server has to close a key for some seconds of ours."""
+        return microseconds(longest_there(seconds) + self._clock.set_back_by())
 
     async def give_back(self, claim: Claim) -> None:
         self._identifying.pop(claim.token, None)
