@@ -280,7 +280,7 @@ def _place(ticket: dict[str, Any], lane: dict[str, Any]) -> str:
     turn = "not known" if ticket["eta"] is None else f"in {duration(ticket['eta'])}"
     why = ", held because it starts too often" if ticket["state"] == "held" else ""
     return (
-        f"waits at position {ticket['position']} of {lane['waiting']}{why}; "
+        f"waits at place {ticket['position']} ({lane['waiting']} waiting){why}; "
         f"waited {duration(ticket['waited'])}, its turn is {turn}"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.harness import (
     arrival,
     eventually,
     free_port,
+    metric,
     serving,
 )
 from tests.redis_server import redis_server
@@ -121,6 +123,20 @@ def test_a_ticket_that_is_not_confirmed_has_the_margin_after_its_answer(server: 
     first, second = server.ask(0), server.ask(1)
     gap = -first.answer().at + second.answer().at
     assert WINDOW + MARGIN - SLACK <= gap < WINDOW + 2 * MARGIN
+
+
+def test_etas_include_the_usual_time_to_identify(server: Server) -> None:
+    first = server.connect(asking(0))
+    head_and_message(first)
+    others = [server.connect(asking(shard)) for shard in (1, 2, 3)]
+    eventually(lambda: server.status()["waiting"] == len(others))
+    first.hang_up()
+    eventually(lambda: b"gateway_queue_identify_seconds_count 1.0" in server.get("/metrics").body)
+    identify_seconds = metric(server, "gateway_queue_identify_seconds_sum")
+    (lane,) = server.status()["lanes"]
+    etas = [ticket["eta"] for ticket in lane["tickets"]]
+    gaps = [later - earlier for earlier, later in pairwise(etas)]
+    assert gaps == pytest.approx([WINDOW + identify_seconds] * 2, abs=0.002)
 
 
 def test_the_status_shows_which_shard_is_identifying(server: Server) -> None:

@@ -394,7 +394,7 @@ def test_a_shard_is_found(browser: Browser, busy: Server) -> None:
         page, found = watched.page, watched.page.locator("#found")
         expect(found).to_be_hidden()
         page.get_by_label("Find a shard").fill("117")
-        expect(found).to_contain_text("Shard 117 (key 5) waits at place 8 of 13; waited ")
+        expect(found).to_contain_text("Shard 117 (key 5) waits at place 8 (13 waiting); waited ")
         page.get_by_label("Find a shard").fill("3000")
         expect(found).to_contain_text("Shard 3000 (key 8) is not in the queue")
         page.get_by_label("Find a shard").fill("x")

@@ -116,7 +116,7 @@ def test_several_bots(tmp_path: Path) -> None:
     assert of_bot[0] == 0
     assert "1 waiting (0 of them held)" in of_bot[1]
     assert "customer" not in of_bot[1]
-    assert "Shard 7 (key 0) waits at position 1 of 1" in of_shard[1]
+    assert "Shard 7 (key 0) waits at place 1 (1 waiting)" in of_shard[1]
     assert unknown[0] == 1
     assert "bot must be the name of one bot that this server has" in unknown[1]
     with serving(BOTS_FILE=tmp_path / "bots.toml", **usual) as server:
@@ -133,7 +133,7 @@ def test_one_shard() -> None:
         server.ask(9)
         eventually(lambda: server.status()["waiting"] == 2)
         identified, waiting, unknown = (status(n, PORT=server.port) for n in (7, 9, 10))
-    assert "Shard 9 (key 0) waits at position 2 of 2; waited " in waiting[1]
+    assert "Shard 9 (key 0) waits at place 2 (2 waiting); waited " in waiting[1]
     assert "Shard 7 (key 0) is not in the queue" in identified[1]
     assert "; 1 session start in the last 24 hours" in identified[1]
     assert "no recent release by this server; 0 session starts" in unknown[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from statistics import median
 
 from gateway_queue.queue.events import Event, Identified, NotConfirmed, Released
 
@@ -24,6 +25,11 @@ class Recent:
                 self.releases.append(event)
             case Identified() | NotConfirmed():
                 self.identifies.append(event)
+
+    def identify_seconds(self) -> float:
+        """Return how long a shard usually takes from its answer to its confirmation, or 0."""
+        seconds = [one.seconds for one in self.identifies if isinstance(one, Identified)]
+        return median(seconds) if seconds else 0.0
 
     def last_release(self, shard: int) -> Released | None:
         """Return the last release of a shard, if it is remembered."""

@@ -62,7 +62,11 @@ class LaneStatus:
 
 
 async def lanes(
-    queue: Queue, most: int | None = None, *, everywhere: bool = True
+    queue: Queue,
+    most: int | None = None,
+    *,
+    everywhere: bool = True,
+    identify_seconds: float = 0.0,
 ) -> list[LaneStatus]:
     """List the lanes that have tickets or a shard that is identifying, by key.
 
@@ -74,13 +78,14 @@ async def lanes(
       most: how many tickets of a lane to list, from the front; None lists all. Tickets that are
         not listed are ignored when the day's session starts run out.
       everywhere: whether to list the tickets of other replicas, too.
+      identify_seconds: how long a shard usually takes from its answer to its confirmation.
     """
     starts = queue.store.session_starts()
     if queue.max_concurrency is None or queue.store.fault is not None:
         first_slot = math.inf
     else:
         first_slot = starts.resumes_in if starts.spent else 0.0
-    rules = queue.store.rules
+    turns = _Turns(first_slot, queue.store.rules, identify_seconds)
     statuses: list[LaneStatus] = []
     steps = Steps()
     line = await queue.store.line() if everywhere else None
@@ -98,8 +103,8 @@ async def lanes(
             if line is not None and key not in identifying:
                 lane.opens_at = line.opens_at.get(key, -math.inf)
         listed = _Listed(lane, distant[key], line)
-        statuses.append(await _lane(listed, first_slot, rules, most, steps))
-    await _delay_to_reset(starts, statuses, rules.unconfirmed_window, steps)
+        statuses.append(await _lane(listed, turns, most, steps))
+    await _delay_to_reset(starts, statuses, queue.store.rules.unconfirmed_window, steps)
     return statuses
 
 
@@ -120,6 +125,26 @@ class Steps:
         self._number += 1
         if self._number % ITEMS_PER_STEP == 0:
             await trio.lowlevel.checkpoint()
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """When releases may happen. Times are in seconds from now."""
+
+    first_slot: float
+    """Before it, no key is open."""
+    rules: Rules
+    identify_seconds: float
+
+    def after(self, place: Place | DistantPlace) -> float:
+        """Return for how long the release of a place closes its key."""
+        if place.confirm:
+            return self.identify_seconds + self.rules.window
+        return self.rules.unconfirmed_window
+
+    def after_identifying(self, seconds: float) -> float:
+        """Return when a key opens whose shard has been identifying for some time."""
+        return max(0.0, self.identify_seconds - seconds) + self.rules.window
 
 
 @dataclass(frozen=True)
@@ -164,16 +189,14 @@ class _Listed:
         )
 
 
-async def _lane(
-    listed: _Listed, first_slot: float, rules: Rules, most: int | None, steps: Steps
-) -> LaneStatus:
+async def _lane(listed: _Listed, turns: _Turns, most: int | None, steps: Steps) -> LaneStatus:
     lane, line = listed.lane, listed.line
     now = trio.current_time()
-    opens_in = max(first_slot, lane.opens_at - now)
+    opens_in = max(turns.first_slot, lane.opens_at - now)
     identifying, shard = None, listed.identifying()
     if shard is not None:
-        opens_in = max(opens_in, rules.window)  # if the confirmation comes now
         identifying = IdentifyingStatus(shard.shard, max(0.0, now - shard.since))
+        opens_in = max(opens_in, turns.after_identifying(identifying.seconds))
     turn = opens_in
     status = listed.status()
     status.opens_in, status.identifying = opens_in, identifying
@@ -188,7 +211,7 @@ async def _lane(
             state, eta = "held", max(opens_in, place.held_until - now)
         else:
             state, eta = "waiting", turn
-            turn += rules.window if place.confirm else rules.unconfirmed_window
+            turn += turns.after(place)
         position = len(status.tickets) + 1
         replica = line.replica if line and isinstance(place, Place) else None
         if isinstance(place, DistantPlace):

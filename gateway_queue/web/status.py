@@ -32,7 +32,8 @@ async def status_document(
       shard: if given, only its tickets are listed, and more is said of it.
       bots: to list beside it.
     """
-    lanes = await overview.lanes(service.queue)
+    identify_seconds = service.recent.identify_seconds()
+    lanes = await overview.lanes(service.queue, identify_seconds=identify_seconds)
     document = _summary(service, lanes)
     if shard is not None:
         document["shard"] = _shard(service, shard)

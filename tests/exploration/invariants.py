@@ -10,11 +10,12 @@ from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from operator import itemgetter
 
 from gateway_queue.store.redis.link import LOOK_SECONDS
 from gateway_queue.store.redis.servers import ASK_SECONDS, OVERLAP_SECONDS
+from gateway_queue.store.redis.store import RESTORE_SECONDS
 from tests.exploration.record import Call, History, ProcessRecord, Record
 from tests.exploration.scenario import CUTS, DISCORD_FAULTS, PROCESS_ENDS, SLOW_WAY, UNSTEADY_CLOCK
 
@@ -173,9 +174,10 @@ def oldest_replica_first(record: Record) -> str | None:
     if scenario.store == "memory":
         return None
     exchanging = _shards_of_several_clients(record) if scenario.place_seconds else set()
+    agreed_at = _agreed_at(record)
 
     def place_of(call: Call) -> tuple[float, float] | None:
-        if call.shard in exchanging or call.arrived_at is None:
+        if call.shard in exchanging or call.arrived_at is None or call.arrived_at <= agreed_at:
             return None
         known_at = _connected(record, call.process, call.arrived_at)
         return call.arrived_at + _give_or_take(record), known_at
@@ -187,6 +189,23 @@ def oldest_replica_first(record: Record) -> str | None:
         place_of,
         lambda call, other: call.process is not other.process,
     )
+
+
+def _agreed_at(record: Record) -> float:
+    """Return from when on the replicas agree on the times of new tickets.
+
+    If the clock is set and data is lost, and a replica has not told Redis all of its tickets in
+    between, it moves them to the time of the new clock, and the others do not.
+    """
+    agreed_at = -math.inf
+    for first, second in pairwise(record.losses):
+        if first.is_of_clock != second.is_of_clock and not all(
+            any(first.at < heard <= second.at - RESTORE_SECONDS for heard in process.heard_at)
+            for process in record.processes
+            if process.started_at < second.at < (process.ended_at or math.inf)
+        ):
+            agreed_at = second.at
+    return agreed_at
 
 
 def shared_place_kept(record: Record) -> str | None:
@@ -473,11 +492,7 @@ def _closed_until(record: Record, call: Call) -> float:
 def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None) -> float:
     """Return when the key of a call opens at the latest, by what was released before a time."""
     scenario, process = record.scenario, call.process
-    opens = process.started_at
-    if process.hold_on_start:
-        is_local = scenario.store == "memory"
-        opens += scenario.unconfirmed_window if is_local else scenario.lease + _handshake(record)
-        opens += OVERLAP_SECONDS if scenario.has_standbys else 0
+    opens = _holds_on_start_until(record, process)
     if scenario.has_token:
         opens = max(opens, process.keys_told[0][0] if process.keys_told else at)
     told = process.keys_at(at, at - ADOPTION)
@@ -531,7 +546,23 @@ def _queue_opens(record: Record, call: Call, at: float) -> float:
         if one is not call and one.chosen_at is not None and one.chosen_at <= at
     )
     cap = scenario.max_concurrency
-    return ends[-cap] if len(ends) >= cap else 0.0
+    opens = ends[-cap] if len(ends) >= cap else 0.0
+    if scenario.store == "redis" and cap < scenario.keys:
+        # An older ticket goes first, also one of a replica that has just started.
+        for one in record.calls:
+            if one.chosen_at is not None and one.chosen_at <= at:
+                opens = max(opens, min(one.chosen_at, _holds_on_start_until(record, one.process)))
+    return opens
+
+
+def _holds_on_start_until(record: Record, process: ProcessRecord) -> float:
+    """Return until when a process releases nothing after its start, at the latest."""
+    scenario, until = record.scenario, process.started_at
+    if process.hold_on_start:
+        is_local = scenario.store == "memory"
+        until += scenario.unconfirmed_window if is_local else scenario.lease + _handshake(record)
+        until += OVERLAP_SECONDS if scenario.has_standbys else 0
+    return until
 
 
 def _shard_is_free(record: Record, call: Call, at: float) -> float | None:

@@ -96,6 +96,7 @@ class Loss:
     what: str
     prefix: str | None = None
     """Of the keys that are concerned; None if all are."""
+    is_of_clock: bool = False
 
 
 @dataclass(eq=False)

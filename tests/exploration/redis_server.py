@@ -91,7 +91,7 @@ class SimulatedRedis:
     def set_clock(self, seconds: float) -> None:
         """Set its clock forward or back. After a long step, its times mean nothing any more."""
         self._step(seconds)
-        self.lose(f"clock set by {seconds:.3f} s")
+        self.lose(f"clock set by {seconds:.3f} s", is_of_clock=True)
 
     def adjust_clock(self, seconds: float) -> None:
         """Set its clock by a small step, as time daemons and virtual machines do."""
@@ -112,14 +112,15 @@ class SimulatedRedis:
         self.is_retired = True
         self.reset_connections("Connection closed by server")
 
-    def lose(self, what: str, prefix: str | None = None) -> None:
+    def lose(self, what: str, prefix: str | None = None, *, is_of_clock: bool = False) -> None:
         """Note that what it knows may be wrong or gone from now on.
 
         Args:
           what: has happened.
           prefix: of the keys that are concerned; None if all are.
+          is_of_clock: whether only its clock was set.
         """
-        self.history.losses.append(Loss(trio.current_time(), what, prefix))
+        self.history.losses.append(Loss(trio.current_time(), what, prefix, is_of_clock))
         self.history.note(f"Redis: {what}")
 
     async def works(self) -> None:

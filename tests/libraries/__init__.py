@@ -72,6 +72,17 @@ def all_are_confirmed(queue: Server) -> bool:
     return confirmed == queue.status()["released"] and confirmed > 0
 
 
+def slots_wasted(queue: Server, window: float) -> int:
+    """Return how many slots passed unused while a client waited that could have been released.
+
+    Args:
+      queue: the server.
+      window: in seconds, one of the buckets of the metric.
+    """
+    in_time = metric(queue, rf'gateway_queue_lateness_seconds_bucket\{{le="{window}"\}}')
+    return int(queue.status()["released"] - in_time)
+
+
 class Library(Protocol):
     """How to run a bot on a library. Environment variables contain the rest."""
 

@@ -19,6 +19,7 @@ from tests.libraries import (
     Library,
     all_are_confirmed,
     running_bots,
+    slots_wasted,
     waiting_shards,
 )
 
@@ -83,7 +84,8 @@ def fleet_after_chaos(library: Library, max_concurrency: int) -> Iterator[Fleet]
     """Kill the queue, a process whose shard waits, and all processes, and start them again.
 
     In the end no IDENTIFY may have been early, counted from READY: then none is early by the
-    arrival of IDENTIFY either.
+    arrival of IDENTIFY either. Each answer must have led to an IDENTIFY, and no slot may have been
+    wasted.
     """
     port = free_port()
     with (
@@ -112,6 +114,7 @@ def fleet_after_chaos(library: Library, max_concurrency: int) -> Iterator[Fleet]
             wait_until_all_are_up(gateway)
             eventually(lambda: all_are_confirmed(queue))
             assert metric(queue, "gateway_queue_unconfirmed_total") == 0
+            assert slots_wasted(queue, WINDOW) == 0
             yield Fleet(gateway, queue)
     assert gateway.early == []
 

@@ -653,7 +653,8 @@ local function decide(number, key, shard, came_at, caution)
   if wait > 0 then
     return KEY_CLOSED, wait
   end
-  wait = most_releases > 0 and wait_for_older('queue', came_at) or 0
+  -- If all keys may release in each window, no ticket takes the turn of another key's.
+  wait = most_releases > 0 and most_releases < tonumber(number) and wait_for_older('queue', came_at) or 0
   if wait > 0 then
     return QUEUE_CLOSED, wait
   end
@@ -675,7 +676,7 @@ function commands.claim(number, key, token, its_lease, came_at, useless_at, caut
   local verdict, wait = decide(number, key, shard_of(token), came_at, caution)
   local field = number .. ':' .. key
   local asks_at = asks_again_at(now + wait, caution)
-  if verdict == KEY_CLOSED then
+  if verdict == KEY_CLOSED or verdict == QUEUE_CLOSED then
     set_head(field, came_at, asks_at)
   elseif verdict == GRANTED then
     set_head(field, came_at, useless_at) -- until then this claim may be given back, see keep_head()

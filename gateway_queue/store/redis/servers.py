@@ -12,16 +12,23 @@ from coredis.connection import TCPLocation
 from coredis.exceptions import AuthenticationError, RedisError
 from coredis.pool import ConnectionPool
 
-from gateway_queue.store.redis.connection import Connection, Unreachable, connections
+from gateway_queue.store.redis.connection import (
+    CALL_SECONDS,
+    CONNECT_SECONDS,
+    Connection,
+    Unreachable,
+    connections,
+)
 from gateway_queue.store.sentinel_url import SentinelUrl
 
 ASK_SECONDS = 0.5
-"""How often each sentinel is asked, and the longest that its answer may take."""
+"""How often each sentinel is asked, if its answers do not take longer."""
 
-FRESH_SECONDS = 3 * ASK_SECONDS
-"""How long an answer of a sentinel counts. A replica that was frozen has only old answers."""
+FRESH_SECONDS = 2 * CALL_SECONDS
+"""How long an answer of a sentinel counts from its question: until the next answer, if both take as
+long as they may. A replica that was frozen has only old answers."""
 
-OVERLAP_SECONDS = 4 * ASK_SECONDS
+OVERLAP_SECONDS = FRESH_SECONDS + 0.5
 """After most sentinels have named another primary, a replica may use the former one for so long. In
 a cluster, it may connect to a node again that has lost the keys without knowing it."""
 
@@ -178,17 +185,17 @@ class Sentinels:
             await trio.sleep(ASK_SECONDS)
 
     async def _ask(self, sentinel: TCPLocation, pool: ConnectionPool[Any]) -> NoReturn:
-        with trio.fail_after(ASK_SECONDS):
+        with trio.fail_after(CONNECT_SECONDS):
             connection = await pool.get_connection()
         while True:
             asked_at = trio.current_time()
-            with trio.fail_after(ASK_SECONDS):
+            with trio.fail_after(CALL_SECONDS):
                 named = await connection.create_request(
                     b"SENTINEL GET-MASTER-ADDR-BY-NAME", self._url.service, decode=False
                 )
             primary = (TCPLocation(named[0].decode(), int(named[1])), asked_at) if named else None
             self._note(sentinel, primary)
-            await trio.sleep(ASK_SECONDS)
+            await trio.sleep_until(asked_at + ASK_SECONDS)
 
     def _note(self, sentinel: TCPLocation, named: tuple[TCPLocation, float] | None) -> None:
         if named is None:

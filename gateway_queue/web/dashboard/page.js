@@ -213,10 +213,11 @@ function whereabouts({ shard, lanes, max_concurrency: keys }) {
     for (const { state, position, waited, eta } of tickets) {
       const turn = eta === null ? "its turn is not known" : `its turn comes in ${duration(eta)}`;
       const held = state === "held" ? ", held because it starts too often" : "";
+      const place = `waits at place ${position} (${waiting} waiting)${held}`;
       parts.push(
         state === "away"
           ? `is away: its client left, place ${position} is kept`
-          : `waits at place ${position} of ${waiting}${held}; waited ${duration(waited)}, ${turn}`,
+          : `${place}; waited ${duration(waited)}, ${turn}`,
       );
     }
   }

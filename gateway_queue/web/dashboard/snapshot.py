@@ -135,7 +135,8 @@ async def take(service: Service) -> Snapshot:
     now, window = trio.current_time(), queue.store.rules.unconfirmed_window
     number = min(queue.max_concurrency or 1, KEYS_MAX)
     most = min(max(TICKETS_MAX // number, TICKETS_OF_KEY_MIN), TICKETS_OF_KEY_MAX)
-    all_lanes = await lanes(queue, most)
+    identify_seconds = service.recent.identify_seconds()
+    all_lanes = await lanes(queue, most, identify_seconds=identify_seconds)
     shown = [lane for lane in all_lanes if lane.rate_limit_key < number]
     starts = queue.store.session_starts()
     recent = [one for one in service.recent.releases if one.at > now - WINDOWS_BEHIND * window]
