@@ -295,6 +295,22 @@ def _clock_range(record: Record) -> float:
     return most - least
 
 
+def _may_be_forgotten(record: Record, call: Call) -> bool:
+    """Return whether Redis did not hear of the process of a call for longer than it keeps places.
+
+    If the client has come again meanwhile, it then has a new place.
+    """
+    if record.scenario.store == "memory":
+        return False
+    heard = [at for at in call.process.heard_at if at >= _place_since(record, call)]
+    until = call.ended_at or record.ended_at
+    return any(
+        later - former > record.scenario.place_seconds
+        for former, later in pairwise(heard)
+        if former < until
+    )
+
+
 def _place_since(record: Record, call: Call) -> float:
     """Return since when a call has had its place, at the earliest.
 
@@ -732,7 +748,7 @@ def _is_before(
     if _was_elsewhere(record, mine.call):
         # Each replica knows the time of Redis by a way there and back.
         rank = min(rank, _place_since(record, mine.call) - _way_to_redis(record))
-    if _was_elsewhere(record, other.call):
+    if _was_elsewhere(record, other.call) or _may_be_forgotten(record, other.call):
         # If its replica did not answer for a while, another client of its shard may have its place.
         is_sole = all(
             one.client == other.call.client for one in record.calls if one.shard == other.call.shard
