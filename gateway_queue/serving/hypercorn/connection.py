@@ -71,7 +71,6 @@ class Connection(TCPServer):
     ) -> None:
         super().__init__(app, config, context, state, stream)
         self.idle_task: _Idle = _Idle(config.keep_alive_timeout)
-        self._scope = trio.CancelScope()
         self._turn: trio.CancelScope | None = None
         """Set while data that can be read waits for its turn."""
         # Hypercorn's type says that there always is TLS.
@@ -81,8 +80,9 @@ class Connection(TCPServer):
         keep_alive(self._transport)
         descriptors().add(self)
         try:
-            with self._scope:
-                await super().run()
+            await super().run()
+        except* trio.ClosedResourceError:
+            pass  # closed during the handshake of TLS
         except* Exception as errors:  # noqa: BLE001
             # Only the kinds: what an exception says may hold a header with a token.
             kinds = ", ".join(sorted({type(error).__name__ for error in _leaves(errors)}))
@@ -105,29 +105,26 @@ class Connection(TCPServer):
 
     def close(self) -> None:
         """End it at once, without an answer."""
-        self._scope.cancel()
+        self._transport.socket.close()
+        self.idle_task.end_connection()
 
     async def _close(self) -> None:
         """Close at once when the server stops: two more waits take a third of the time."""
         if trio.current_effective_deadline() == -math.inf:
             self._transport.socket.close()
-        else:
+        elif self._transport.socket.fileno() >= 0:
             await super()._close()
 
     async def _read_data(self) -> None:
         """Read until the client leaves, however long it stalls: without a timeout for each read."""
         try:
-            while await self._handle_next():
-                pass
+            while data := await self._receive():
+                await self.protocol.handle(RawData(bytes(data)))
+                del data  # none of it is kept while the client is silent
+            await self.protocol.handle(RawData(b""))
         except (trio.ClosedResourceError, trio.BrokenResourceError):
             pass
         await self.protocol.handle(Closed())
-
-    async def _handle_next(self) -> bool:
-        """Handle what is read next, and keep none of it here while the client is silent."""
-        data = await self._receive()
-        await self.protocol.handle(RawData(bytes(data)))
-        return bool(data)
 
     def _receive(self) -> Awaitable[bytes | bytearray]:
         if isinstance(self.stream, trio.SocketStream):
@@ -267,7 +264,7 @@ class _Idle(TrioSingleTask):
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._connection: trio.CancelScope
+        self._connection = trio.CancelScope()  # replaced when the connection has its tasks
 
     async def restart(self, task_group: Any, action: object) -> None:  # noqa: ARG002
         self._connection = task_group.cancel_scope
@@ -275,6 +272,10 @@ class _Idle(TrioSingleTask):
 
     async def stop(self) -> None:
         self._connection.deadline = math.inf
+
+    def end_connection(self) -> None:
+        """End all tasks of the connection."""
+        self._connection.cancel()
 
     def extend(self, seconds: float) -> None:
         """Do not count the time in which the client waits for the server."""
