@@ -138,11 +138,14 @@ def test_a_number_that_measures_nothing_is_refused(
 
 
 def test_a_waiter_takes_little_memory() -> None:
-    """The limits allow for another version of Python, but not for one more task per waiter."""
+    """The limits allow for another version of Python, but not for one more task per waiter.
+
+    Here it is 0.87 of the floor, and 0.95 with one cancel scope and one event more.
+    """
 
     def kilobytes(subject: Subject) -> float:
         return scenarios.hold(subject, 1000)["kB a waiter"]
 
     of_ours = kilobytes(ours)
     assert of_ours < 22
-    assert of_ours < 1.15 * kilobytes(floor)
+    assert of_ours < 0.93 * kilobytes(floor)
