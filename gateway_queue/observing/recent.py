@@ -26,10 +26,14 @@ class Recent:
             case Identified() | NotConfirmed():
                 self.identifies.append(event)
 
-    def identify_seconds(self) -> float:
-        """Return how long a shard usually takes from its answer to its confirmation, or 0."""
-        seconds = [one.seconds for one in self.identifies if isinstance(one, Identified)]
-        return median(seconds) if seconds else 0.0
+    def identify_times(self) -> list[float]:
+        """Return how many seconds shards took from their answers to their confirmations."""
+        return [one.seconds for one in self.identifies if isinstance(one, Identified)]
+
+    def usual_identify_seconds(self) -> float:
+        """Return the median of these times, or 0 if there are none."""
+        times = self.identify_times()
+        return median(times) if times else 0.0
 
     def last_release(self, shard: int) -> Released | None:
         """Return the last release of a shard, if it is remembered."""

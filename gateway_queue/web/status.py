@@ -32,7 +32,7 @@ async def status_document(
       shard: if given, only its tickets are listed, and more is said of it.
       bots: to list beside it.
     """
-    identify_seconds = service.recent.identify_seconds()
+    identify_seconds = service.recent.usual_identify_seconds()
     lanes = await overview.lanes(service.queue, identify_seconds=identify_seconds)
     document = _summary(service, lanes)
     if shard is not None:

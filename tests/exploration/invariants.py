@@ -300,7 +300,7 @@ def _may_be_forgotten(record: Record, call: Call) -> bool:
 
     If the client has come again meanwhile, it then has a new place.
     """
-    if record.scenario.store == "memory":
+    if record.scenario.store == "memory" or call.shard is None or not record.scenario.place_seconds:
         return False
     heard = [at for at in call.process.heard_at if at >= _place_since(record, call)]
     until = call.ended_at or record.ended_at
@@ -564,10 +564,14 @@ def _queue_opens(record: Record, call: Call, at: float) -> float:
     cap = scenario.max_concurrency
     opens = ends[-cap] if len(ends) >= cap else 0.0
     if scenario.store == "redis" and cap < scenario.keys:
-        # An older ticket goes first, also one of a replica that has just started.
+        # An older ticket goes first, also one of another replica that has just started.
+        latest = (call.arrived_at or 0) + _way_to_redis(record)
         for one in record.calls:
-            if one.chosen_at is not None and one.chosen_at <= at:
-                opens = max(opens, min(one.chosen_at, _holds_on_start_until(record, one.process)))
+            if one.process is call.process or one.chosen_at is None or one.chosen_at > at:
+                continue
+            until = min(one.chosen_at, _holds_on_start_until(record, one.process))
+            if until > opens and _place_since(record, one) < latest:
+                opens = until
     return opens
 
 

@@ -97,6 +97,7 @@ class Loss:
     prefix: str | None = None
     """Of the keys that are concerned; None if all are."""
     is_of_clock: bool = False
+    """Whether only the clock was set."""
 
 
 @dataclass(eq=False)

@@ -653,7 +653,7 @@ local function decide(number, key, shard, came_at, caution)
   if wait > 0 then
     return KEY_CLOSED, wait
   end
-  -- If all keys may release in each window, no ticket takes the turn of another key's.
+  -- If all keys may release in each window, the tickets of one key need not wait for another key.
   wait = most_releases > 0 and most_releases < tonumber(number) and wait_for_older('queue', came_at) or 0
   if wait > 0 then
     return QUEUE_CLOSED, wait

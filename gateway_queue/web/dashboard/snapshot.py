@@ -15,7 +15,7 @@ import trio
 
 from gateway_queue.faults import Fault
 from gateway_queue.queue import Queue
-from gateway_queue.queue.events import Identified, NotConfirmed, Released
+from gateway_queue.queue.events import NotConfirmed, Released
 from gateway_queue.queue.lane import Place
 from gateway_queue.queue.overview import IdentifyingStatus, LaneStatus, Steps, lanes, next_release
 from gateway_queue.service import Service
@@ -135,7 +135,8 @@ async def take(service: Service) -> Snapshot:
     now, window = trio.current_time(), queue.store.rules.unconfirmed_window
     number = min(queue.max_concurrency or 1, KEYS_MAX)
     most = min(max(TICKETS_MAX // number, TICKETS_OF_KEY_MIN), TICKETS_OF_KEY_MAX)
-    identify_seconds = service.recent.identify_seconds()
+    identify = _spread(service.recent.identify_times())
+    identify_seconds = identify.median if identify else 0.0
     all_lanes = await lanes(queue, most, identify_seconds=identify_seconds)
     shown = [lane for lane in all_lanes if lane.rate_limit_key < number]
     starts = queue.store.session_starts()
@@ -161,9 +162,7 @@ async def take(service: Service) -> Snapshot:
         identifying=[
             (lane.rate_limit_key, lane.identifying) for lane in all_lanes if lane.identifying
         ][:IDENTIFYING_MAX],
-        identify=_spread(
-            [one.seconds for one in service.recent.identifies if isinstance(one, Identified)]
-        ),
+        identify=identify,
         not_confirmed=[
             (now - one.at, one.shard)
             for one in reversed(service.recent.identifies)
