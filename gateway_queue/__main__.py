@@ -105,7 +105,7 @@ async def _serve(config: Config) -> None:
 async def _until_stopped(signals: AsyncIterator[int]) -> None:
     """Wait for a signal, and for the answers that are being written then."""
     await anext(signals)
-    log.info("stopping", waiting=len(app.bots))
+    log.info("stopping", waiting=app.room.waiting)
     with trio.move_on_after(GRACE_SECONDS):
         await app.bots.close()
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))

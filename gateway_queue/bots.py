@@ -48,10 +48,6 @@ class Bots:
         # Those that have left the file, until a bot of that name would not be early any more.
         self._removed: dict[str, tuple[Service, trio.CancelScope]] = {}
 
-    def __len__(self) -> int:
-        """Count the clients that wait."""
-        return sum(len(service.queue) for service in self.services().values())
-
     def get(self, name: str) -> Service | None:
         """Return the service of a bot, None if there is no such bot."""
         return self.default if name == DEFAULT_BOT else self._named.get(name)

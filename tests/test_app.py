@@ -16,7 +16,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from gateway_queue.queue import Queue
 from gateway_queue.settings import Settings
 from gateway_queue.web.app import GatewayQueue
-from gateway_queue.web.tickets import ANSWER_SECONDS, TicketRequest
+from gateway_queue.web.tickets import ANSWER_SECONDS, Room, TicketRequest
 from tests.harness import GO
 
 
@@ -124,7 +124,8 @@ async def test_after_an_internal_error_a_request_is_held_until_its_client_leaves
     if what == "send":
         await trio.sleep(1)
     send = never_sent if what == "send" else wire.send
-    request = TicketRequest(SCOPE, wire.receive, send, lambda _: failing_turn)
+    room = Room(10)
+    request = TicketRequest(SCOPE, wire.receive, send, lambda _: failing_turn, room)
     async with trio.open_nursery() as nursery:
         ended = trio.Event()
 
@@ -135,9 +136,11 @@ async def test_after_an_internal_error_a_request_is_held_until_its_client_leaves
         nursery.start_soon(run)
         await wait_all_tasks_blocked()
         assert not ended.is_set()
+        assert room.waiting == 1
         wire.hang_up()
         await ended.wait()
     assert wire.sent == []
+    assert room.waiting == 0
 
 
 async def test_a_client_that_does_not_read_its_answer_does_not_delay_the_next_one(
@@ -152,9 +155,11 @@ async def test_a_client_that_does_not_read_its_answer_does_not_delay_the_next_on
     settings = Settings(window_seconds=5, margin_seconds=0, hold_on_start=False)
     async with started(settings) as app, trio.open_nursery() as nursery:
         turn = app.bots.default.queue.turn
-        nursery.start_soon(TicketRequest(SCOPE, slow.receive, never, lambda _: turn).run)
+        nursery.start_soon(TicketRequest(SCOPE, slow.receive, never, lambda _: turn, Room(10)).run)
         await wait_all_tasks_blocked()
-        await TicketRequest(SCOPE, next_in_line.receive, next_in_line.send, lambda _: turn).run()
+        await TicketRequest(
+            SCOPE, next_in_line.receive, next_in_line.send, lambda _: turn, Room(10)
+        ).run()
         assert trio.current_time() == pytest.approx(5 + ANSWER_SECONDS)
         slow.hang_up()
     assert [event["type"] for event in next_in_line.sent] == [
@@ -180,7 +185,9 @@ async def test_no_client_is_answered_with_an_expired_slot(
         sent_at.append(trio.current_time())
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(TicketRequest(SCOPE, wire.receive, slow_send, lambda _: turn).run)
+        nursery.start_soon(
+            TicketRequest(SCOPE, wire.receive, slow_send, lambda _: turn, Room(10)).run
+        )
         await trio.sleep(10)
         wire.hang_up()
     assert sent_at == []

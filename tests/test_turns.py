@@ -70,6 +70,26 @@ async def test_a_cancelled_wait_passes_the_turn_on() -> None:
         await turns.wait()
 
 
+async def test_a_task_that_waits_can_take_its_step_at_once() -> None:
+    turns, tasks, steps = Turns(), list[trio.lowlevel.Task](), list[trio.lowlevel.Task]()
+
+    async def connection() -> None:
+        task = trio.lowlevel.current_task()
+        tasks.append(task)
+        await turns.wait()
+        steps.append(task)
+        if task is tasks[0]:
+            for other in (tasks[-1], tasks[-1], tasks[0]):  # the others do not wait
+                turns.skip(other)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3 * STEPS_MAX):
+            nursery.start_soon(connection)
+    assert set(steps) == set(tasks)
+    assert len(steps) == len(tasks)
+    assert steps.index(tasks[-1]) <= STEPS_MAX + 1
+
+
 async def test_frames_come_in_steps() -> None:
     cut = Frames()
     cut.add(PREFACE[:10])

@@ -33,7 +33,7 @@ from gateway_queue.web.query import BadParameter, shard_in
 from gateway_queue.web.shared import Shared, parts
 from gateway_queue.web.status import status_document
 from gateway_queue.web.summary import BotSummary, summaries
-from gateway_queue.web.tickets import NoRoom, TicketRequest, Turns
+from gateway_queue.web.tickets import Room, TicketRequest, Turns
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -58,6 +58,7 @@ class GatewayQueue(QuartTrio):
     """
 
     bots: Bots
+    room: Room
     addresses: tuple[str, ...] = ()
     """Where the command listens; for the log."""
 
@@ -87,7 +88,7 @@ class GatewayQueue(QuartTrio):
         log.info("gateway-queue starts", version=__version__, **addresses, **in_log(settings))
         self.bots = Bots(settings, self._refuse_token)
         self._access = Access(self.bots, settings.auth_token)
-        self._max_waiting, self._was_full = settings.max_waiting, False
+        self.room = Room(settings.max_waiting)
         self._is_open_to_all = settings.auth_token is None
         self._page = Page()
         self._documents = Shared()
@@ -175,20 +176,14 @@ class GatewayQueue(QuartTrio):
         if scope["type"] != "http":
             return super().asgi_app(scope, receive, send)
         if (path := _path(scope["path"])) not in ENDPOINTS:
-            return TicketRequest(scope, receive, send, self._admit).run()
+            return TicketRequest(scope, receive, send, self._admit, self.room).run()
         if path not in PUBLIC and (refusal := self._refusal(path, scope)):
-            return TicketRequest(scope, receive, send, partial(_refuse, refusal)).run()
+            refuse = partial(_refuse, refusal)
+            return TicketRequest(scope, receive, send, refuse, self.room).run()
         return super().asgi_app({**scope, "path": path}, receive, send)
 
     def _admit(self, scope: HTTPScope) -> Turns:
-        turns = self._access.service(scope).queue.turn
-        is_full = len(self.bots) >= self._max_waiting
-        if is_full and not self._was_full:
-            log.warning("MAX_WAITING is reached: further connections are closed")
-        self._was_full = is_full
-        if is_full:
-            raise NoRoom
-        return turns
+        return self._access.service(scope).queue.turn
 
     def _refusal(self, path: str, scope: HTTPScope) -> RequestError | None:
         """Return why a request may not have the answer of an endpoint; None if it may."""

@@ -15,6 +15,10 @@ PARAMETERS_MAX = 100
 """Parameters of a request. To read thousands of them takes long."""
 
 
+SHARD_ALONE = re.compile(rb"shard=[0-9]{1,9}")
+"""What nearly all clients send. To read it as any query takes ten times as long."""
+
+
 class BadParameter(RequestError):
     """A parameter of a ticket request is not valid."""
 
@@ -30,6 +34,8 @@ def asked_for(query: bytes) -> tuple[int | None, bool]:
     """
     if b"shard" not in query and b"confirm" not in query and b"%" not in query:
         return None, False
+    if SHARD_ALONE.fullmatch(query):
+        return int(query[6:]), False
     parameters = _parameters(query)
     shard = _shard(parameters)
     confirm = _one("confirm", {_switch(value) for name, value in parameters if name == "confirm"})

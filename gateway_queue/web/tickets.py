@@ -47,6 +47,32 @@ class NoRoom(Exception):
     """``MAX_WAITING`` tickets wait already."""
 
 
+class Room:
+    """Counts the tickets that wait, of all bots, and those whose clients identify.
+
+    Args:
+      most: how many may wait at a time.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._was_full = False
+        self.waiting = 0
+
+    def check(self) -> None:
+        """Check that one more ticket may wait.
+
+        Raises:
+          NoRoom: it may not.
+        """
+        is_full = self.waiting >= self._most
+        if is_full and not self._was_full:
+            log.warning("MAX_WAITING is reached: further connections are closed")
+        self._was_full = is_full
+        if is_full:
+            raise NoRoom
+
+
 class Turns(Protocol):
     """Makes the context in which a shard is answered, see :meth:`Queue.turn`."""
 
@@ -59,10 +85,11 @@ class TicketRequest:
     """One request, from its arrival to its answer; its client's leaving cancels it.
 
     Args:
-      admit: lets the request in, or raises :class:`RequestError` or :class:`NoRoom`.
+      admit: lets the request in, or raises :class:`RequestError`.
+      room: where it waits.
     """
 
-    __slots__ = ("_admit", "_is_http_1", "_receive", "_scope", "_send")
+    __slots__ = ("_admit", "_is_http_1", "_receive", "_room", "_scope", "_send")
 
     def __init__(
         self,
@@ -70,17 +97,20 @@ class TicketRequest:
         receive: ASGIReceiveCallable,
         send: ASGISendCallable,
         admit: Callable[[HTTPScope], Turns],
+        room: Room,
     ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._admit = admit
+        self._room = room
         self._is_http_1 = scope["http_version"] != "2"
 
     def run(self) -> Coroutine[Any, Any, None]:
         """Refuse the request, or let it stall until it is answered."""
         try:
             turns = self._admit(self._scope)
+            self._room.check()
             shard, confirm = asked_for(self._scope["query_string"])
         except RequestError as refused:
             return self._refuse(refused)
@@ -102,6 +132,7 @@ class TicketRequest:
     async def _stall(self, turns: Turns, shard: int | None, *, confirm: bool) -> None:
         """Wait for the turn, answer, and end the exchange."""
         came_at, is_answered = trio.current_time(), False
+        self._room.waiting += 1
         try:
             await self._note_stall()
             async with turns(shard, confirm=confirm) as turn:
@@ -128,6 +159,8 @@ class TicketRequest:
             log.exception("ticket failed, its request is held")
             while (await self._receive())["type"] == "http.request":
                 pass
+        finally:
+            self._room.waiting -= 1
 
     async def _note_stall(self) -> None:
         """Let the server know that this is a ticket; other servers than ours do not ask."""

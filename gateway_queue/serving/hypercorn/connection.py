@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import select
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,9 @@ the next ticket waits until an answer is written."""
 
 READ_BYTES = 2**15
 """How much is read in one step."""
+
+SHORT_WAIT_SECONDS = 0.01
+"""How long a turn may take to come without the idle time being extended."""
 
 GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 """What the kernel tells of a connection whose client neither sends nor reads any more."""
@@ -71,7 +74,7 @@ class Connection(TCPServer):
     ) -> None:
         super().__init__(app, config, context, state, stream)
         self.idle_task: _Idle = _Idle(config.keep_alive_timeout)
-        self._turn: trio.CancelScope | None = None
+        self._reader: trio.lowlevel.Task | None = None
         """Set while data that can be read waits for its turn."""
         # Hypercorn's type says that there always is TLS.
         self._transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
@@ -128,28 +131,46 @@ class Connection(TCPServer):
 
     def _receive(self) -> Awaitable[bytes | bytearray]:
         if isinstance(self.stream, trio.SocketStream):
-            return _read(self.stream.socket, self._take_turn)
+            return self._read(self.stream.socket)
         return self._receive_tls(self.stream)
+
+    async def _read(self, socket: trio.socket.SocketType) -> bytes:
+        """Receive as trio's stream does, which takes 1 kB more for each client that stalls.
+
+        Raises:
+          trio.ClosedResourceError, trio.BrokenResourceError: as that does.
+        """
+        while True:
+            # Most clients have sent their request before they are accepted.
+            state = self._state_in_kernel()
+            if state != select.POLLIN and socket.fileno() >= 0:
+                await trio.lowlevel.wait_readable(socket)
+                state = self._state_in_kernel()
+            if state == select.POLLIN:  # a client that hangs up does not wait
+                await self._wait_for_turn()
+            if socket.fileno() < 0:
+                raise trio.ClosedResourceError
+            try:
+                return os.read(socket.fileno(), READ_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise trio.BrokenResourceError from error
 
     async def _receive_tls(self, stream: trio.SSLStream[trio.SocketStream]) -> bytes | bytearray:
         data = await stream.receive_some(READ_BYTES)
-        await self._take_turn()
-        return data
-
-    async def _take_turn(self) -> None:
-        """Wait for a turn to read; a probe of the client ends the wait.
-
-        A client that hangs up leaves at once.
-        """
         if not self._state_in_kernel() & ~select.POLLIN:
             await self._wait_for_turn()
+        return data
 
     async def _wait_for_turn(self) -> None:
+        """Wait for a turn to handle data; a probe of the client ends the wait."""
         came_at = trio.current_time()
-        with trio.CancelScope() as self._turn:
-            await turns().wait()
-        self._turn = None
-        self.idle_task.extend(trio.current_time() - came_at)
+        self._reader = trio.lowlevel.current_task()
+        await turns().wait()
+        self._reader = None
+        if (waited := trio.current_time() - came_at) > SHORT_WAIT_SECONDS:
+            self.idle_task.extend(waited)
 
     async def protocol_send(self, event: Event) -> None:
         """Close on a client that does not read, where Hypercorn would wait for it.
@@ -157,29 +178,29 @@ class Connection(TCPServer):
         What comes while the connection is being closed is dropped; trio has an error for that.
         """
         with suppress(trio.BusyResourceError):
-            if isinstance(event, RawData):
+            # Not isinstance(), which takes long where a class of Hypercorn is not the one.
+            if type(event) is HoldsTicket:
+                if not descriptors().hold(self):
+                    self.close()
+            elif type(event) is Updated:
+                if event.idle:
+                    descriptors().let_go(self)
+                    self.idle_task.begin()
+                else:
+                    descriptors().note_request(self)
+                    self.idle_task.end()
+            elif type(event) is RawData:
                 if event.data:
                     await self._write(event.data)
-            elif isinstance(event, ProbeClient):
+            elif type(event) is ProbeClient:
                 await self._probe_client(event.times)
-            elif isinstance(event, WaitForTurn):
+            elif type(event) is WaitForTurn:
                 if self._state_in_kernel() & GONE:
                     await self.protocol.handle(Closed())
                 else:
                     await self._wait_for_turn()
-            elif isinstance(event, HoldsTicket):
-                if not descriptors().hold(self):
-                    self.close()
             else:
-                self._note(event)
                 await super().protocol_send(event)
-
-    def _note(self, event: Event) -> None:
-        if isinstance(event, Updated):
-            if event.idle:
-                descriptors().let_go(self)
-            else:
-                descriptors().note_request(self)
 
     async def _probe_client(self, times: int) -> None:
         """Wait for pending writes, then check whether the client has disconnected."""
@@ -188,8 +209,8 @@ class Connection(TCPServer):
             async with self.send_lock:
                 pass
             state = self._state_in_kernel()
-            if self._turn is not None:
-                self._turn.cancel()
+            if self._reader is not None:
+                turns().skip(self._reader)
                 state |= select.POLLIN
             if state & ~select.POLLIN:
                 await self.protocol.handle(Closed())
@@ -205,7 +226,7 @@ class Connection(TCPServer):
             return select.POLLNVAL
         poll = select.poll()
         poll.register(descriptor, select.POLLIN | select.POLLRDHUP)
-        return sum(state for _, state in poll.poll(0))
+        return next((state for _, state in poll.poll(0)), 0)
 
     async def _write(self, data: bytes) -> None:
         try:
@@ -235,27 +256,6 @@ def _leaves(errors: BaseExceptionGroup[Exception]) -> Iterator[Exception]:
             yield error
 
 
-async def _read(socket: trio.socket.SocketType, take_turn: Callable[[], Awaitable[None]]) -> bytes:
-    """Receive as trio's stream does, which takes 1 kB more for each client that stalls.
-
-    Raises:
-      trio.ClosedResourceError, trio.BrokenResourceError: as that does.
-    """
-    while True:
-        if socket.fileno() < 0:
-            raise trio.ClosedResourceError
-        await trio.lowlevel.wait_readable(socket)
-        await take_turn()
-        if socket.fileno() < 0:
-            raise trio.ClosedResourceError
-        try:
-            return os.read(socket.fileno(), READ_BYTES)
-        except BlockingIOError:
-            continue
-        except OSError as error:
-            raise trio.BrokenResourceError from error
-
-
 class _Idle(TrioSingleTask):
     """Sets a deadline on a connection that asks for nothing, where Hypercorn starts a task.
 
@@ -267,10 +267,16 @@ class _Idle(TrioSingleTask):
         self._connection = trio.CancelScope()  # replaced when the connection has its tasks
 
     async def restart(self, task_group: Any, action: object) -> None:  # noqa: ARG002
+        """Take over the connection: Hypercorn calls this once it has its tasks."""
         self._connection = task_group.cancel_scope
+        self.begin()
+
+    def begin(self) -> None:
+        """Let the idle time begin."""
         self._connection.deadline = trio.current_time() + self._seconds
 
-    async def stop(self) -> None:
+    def end(self) -> None:
+        """Let the connection live while it has a request."""
         self._connection.deadline = math.inf
 
     def end_connection(self) -> None:

@@ -68,11 +68,12 @@ class HTTP1(H11Protocol):
 
         A client that only closed its sending side gets its answer, except to a ticket.
         """
-        self._is_closed |= isinstance(event, Closed)
+        is_closed = type(event) is Closed
+        self._is_closed |= is_closed
         await super().handle(event)
-        if isinstance(event, Closed):
+        if is_closed:
             self._tell_news()
-        elif event == RawData(b""):
+        elif isinstance(event, RawData) and not event.data:
             self._news = ParkingLot()
             while self._will_answer():
                 await self._news.park()
@@ -109,6 +110,8 @@ class HTTP1(H11Protocol):
         if self.connection.their_state is not h11.IDLE:
             return False
         head = self.connection.trailing_data[0].lstrip(b"\r\n")
+        if head.count(b"\n") <= HEADERS_MAX:
+            return False
         end = HEAD_END.search(head)
         return head.count(b"\n", 0, end.start() if end else len(head)) > HEADERS_MAX
 
@@ -141,15 +144,14 @@ class HTTP1(H11Protocol):
 
         A request with two lengths is the last one of its connection (RFC 9112, 6.1).
         """
-        names = {name for name, _ in request.headers}
-        if {b"content-length", b"transfer-encoding"} <= names:
+        headers = dict(request.headers)
+        if b"transfer-encoding" in headers and b"content-length" in headers:
             self.keep_alive_requests = self.config.keep_alive_max_requests
-        headers = [(name, value) for name, value in request.headers if name != b"upgrade"]
-        if len(headers) != len(request.headers):
+        if b"upgrade" in headers:
             request = h11.Request(
                 method=request.method,
                 target=request.target,
-                headers=headers,
+                headers=[field for field in request.headers if field[0] != b"upgrade"],
                 http_version=request.http_version,
             )
         await super()._create_stream(request)

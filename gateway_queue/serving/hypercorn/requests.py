@@ -93,6 +93,8 @@ class _ClientSide:
         """Handle what the connection has read of the request."""
         if event["type"] == "http.disconnect":
             self._here.cancel()
+            # The request's task ends before its connection does.
+            await trio.lowlevel.checkpoint()
         elif event["type"] == "http.request" and not event["more_body"]:
             self._is_whole = True
             if self._has_ended is not None:
@@ -101,9 +103,6 @@ class _ClientSide:
             self._parts += 1
             if self._parts % PARTS_PER_STEP == 0:
                 await turns().wait()
-            return
-        # The request's task goes on before the next request of its connection is looked at.
-        await trio.lowlevel.checkpoint()
 
     async def _receive(self) -> ASGIReceiveEvent:
         """Return an empty body once the request's body has ended; a second call never returns."""

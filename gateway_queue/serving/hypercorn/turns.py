@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import trio
-from trio.lowlevel import ParkingLot, RunVar
+from trio.lowlevel import Abort, RaiseCancelT, RunVar, Task
 
 STEPS_MAX, SHORT_SECONDS = 4, 0.0004
 """How many connections take a step in a turn if the last turn was short, otherwise one does."""
@@ -17,7 +19,8 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._line = ParkingLot()
+        self._waiting: dict[Task, None] = {}
+        """The tasks that wait, in their order."""
         self._given = 0
         """How many may take a step now."""
         self._given_at = 0.0
@@ -25,7 +28,7 @@ class Turns:
     async def wait(self) -> None:
         """Wait until this task may do one more step."""
         if self._given:
-            await self._line.park()
+            await self._park()
             self._begin_step()
         else:
             self._given = 1
@@ -33,6 +36,26 @@ class Turns:
                 await trio.lowlevel.checkpoint()
             finally:
                 self._begin_step()
+
+    def skip(self, task: Task) -> None:
+        """Let a task take its step now, if it waits."""
+        if task in self._waiting:
+            self._let_go(task)
+            self._given += 1
+
+    def _let_go(self, task: Task) -> None:
+        del self._waiting[task]
+        trio.lowlevel.reschedule(task)
+
+    async def _park(self) -> None:
+        task = trio.lowlevel.current_task()
+        self._waiting[task] = None
+
+        def leave(_: RaiseCancelT) -> Abort:
+            del self._waiting[task]
+            return Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(leave)
 
     def _begin_step(self) -> None:
         """Let the next ones take their steps in the next turn of the loop, if this is the last."""
@@ -42,8 +65,9 @@ class Turns:
         now = trio.current_time()
         is_short = now - self._given_at < SHORT_SECONDS
         self._given_at = now
-        self._given = min(len(self._line), STEPS_MAX if is_short else 1)
-        self._line.unpark(count=self._given)
+        self._given = min(len(self._waiting), STEPS_MAX if is_short else 1)
+        for task in list(islice(self._waiting, self._given)):
+            self._let_go(task)
 
 
 _turns = RunVar[Turns]("turns")
