@@ -225,9 +225,9 @@ class Faults:
         await self._fail_over(keeps_connections=True)
 
     async def _reload(self) -> None:
-        copy = self._redis.data.copy()
+        copy, copied_at = self._redis.data.copy(), trio.current_time()
         await self._last(0, 2 * self._window)
-        self._redis.lose("reloads an older snapshot")
+        self._redis.lose("reloads an older snapshot", copied_at=copied_at)
         self._redis.data = copy
 
     async def _delete_key(self) -> None:

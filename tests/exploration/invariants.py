@@ -16,7 +16,7 @@ from operator import itemgetter
 from gateway_queue.store.redis.link import LOOK_SECONDS
 from gateway_queue.store.redis.servers import ASK_SECONDS, OVERLAP_SECONDS
 from gateway_queue.store.redis.store import RESTORE_SECONDS
-from tests.exploration.record import Call, History, ProcessRecord, Record
+from tests.exploration.record import Call, History, Loss, ProcessRecord, Record
 from tests.exploration.scenario import CUTS, DISCORD_FAULTS, PROCESS_ENDS, SLOW_WAY, UNSTEADY_CLOCK
 
 TOLERANCE = 1e-6
@@ -91,6 +91,32 @@ def is_claim_lost(record: Record, call: Call) -> bool:
     )
 
 
+def is_copy_taken_for_whole(record: Record, earlier: Call, later: Call) -> bool:
+    """Tell whether a process could not notice that a claim is not in Redis: the third exemption.
+
+    Redis has loaded a copy from before the claim, without a restart. The last command of the
+    process is in the copy, and no process that has sent one since has reached Redis again.
+    """
+    answered_at = earlier.answered_at or 0
+    claimed_at = (later.chosen_at or 0) - _way_to_redis(record)
+
+    def is_in_copy(loss: Loss, process: ProcessRecord) -> bool:
+        return not any((loss.copied_at or 0) < heard <= loss.at for heard in process.heard_at)
+
+    def knows(loss: Loss, process: ProcessRecord) -> bool:
+        has_reached = any(loss.at < heard < claimed_at for heard in process.heard_at)
+        return not is_in_copy(loss, process) and has_reached
+
+    return any(
+        is_in_copy(loss, later.process)
+        and not any(knows(loss, process) for process in record.processes)
+        for loss in record.losses
+        if loss.copied_at is not None
+        and loss.copied_at < answered_at + CLAIM_SECONDS
+        and answered_at - CLAIM_SECONDS < loss.at < (later.answered_at or 0)
+    )
+
+
 def next_release(record: Record, call: Call) -> float:
     """Return the earliest time at which the key of an answered call may have its next release."""
     scenario, at = record.scenario, call.answered_at or 0
@@ -116,6 +142,8 @@ def never_early(record: Record) -> str | None:
                 break
             if not _share_a_key(earlier, later, told):
                 continue
+            if is_copy_taken_for_whole(record, earlier, later):
+                continue
             both = f"{earlier} and {later} have the same key of {told}"
             if at < next_release(record, earlier) - TOLERANCE:
                 return (
@@ -139,7 +167,12 @@ def within_cap(record: Record) -> str | None:
         return None
     for index, beyond in enumerate(answers):
         at = beyond.answered_at or 0
-        under_way = [one for one in answers[:index] if at < next_release(record, one) - TOLERANCE]
+        under_way = [
+            one
+            for one in answers[:index]
+            if at < next_release(record, one) - TOLERANCE
+            and not is_copy_taken_for_whole(record, one, beyond)
+        ]
         if len(under_way) >= cap:
             return f"{beyond} was answered at {at:.6f}, within the windows of {under_way}"
     return None

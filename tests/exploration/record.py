@@ -98,6 +98,8 @@ class Loss:
     """Of the keys that are concerned; None if all are."""
     is_of_clock: bool = False
     """Whether only the clock was set."""
+    copied_at: float | None = None
+    """From when a copy is, if it was loaded without any other change of the server."""
 
 
 @dataclass(eq=False)

@@ -112,15 +112,24 @@ class SimulatedRedis:
         self.is_retired = True
         self.reset_connections("Connection closed by server")
 
-    def lose(self, what: str, prefix: str | None = None, *, is_of_clock: bool = False) -> None:
+    def lose(
+        self,
+        what: str,
+        prefix: str | None = None,
+        *,
+        is_of_clock: bool = False,
+        copied_at: float | None = None,
+    ) -> None:
         """Note that what it knows may be wrong or gone from now on.
 
         Args:
           what: has happened.
           prefix: of the keys that are concerned; None if all are.
           is_of_clock: whether only its clock was set.
+          copied_at: from when a copy is, if it was loaded without any other change of the server.
         """
-        self.history.losses.append(Loss(trio.current_time(), what, prefix, is_of_clock))
+        loss = Loss(trio.current_time(), what, prefix, is_of_clock, copied_at)
+        self.history.losses.append(loss)
         self.history.note(f"Redis: {what}")
 
     async def works(self) -> None:
