@@ -66,9 +66,17 @@ async def running(
     session_start_limit: int | None = None,
     loop_free_starts: int = 0,
     place_seconds: float = 0,
+    releases_per_window: int | None = None,
 ) -> AsyncIterator[Queue]:
     """Run a queue until the end of the context, and close it then."""
-    rules = Rules(WINDOW, hold, session_start_limit, loop_free_starts, place_seconds=place_seconds)
+    rules = Rules(
+        WINDOW,
+        hold,
+        session_start_limit,
+        loop_free_starts,
+        place_seconds=place_seconds,
+        releases_per_window=releases_per_window,
+    )
     queue = Queue(store_type(rules), max_concurrency=keys, observers=[EventLog().observe])
     async with trio.open_nursery() as nursery:
         await nursery.start(queue.run)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway_queue.queue import Queue
-from gateway_queue.store import Rules
+from gateway_queue.store import Claim, Refusal, Rules
 from gateway_queue.store.memory import MemoryStore
 from tests.running import TOLERANCE, WINDOW, SlowStore, on_mock_clock, running, stopwatch
 
@@ -280,3 +280,45 @@ async def test_an_idle_queue_has_no_tasks_and_keeps_no_lanes(autojump_clock: Moc
         await wait_all_tasks_blocked()
         assert trio.lowlevel.current_statistics().tasks_living <= 6
         assert not queue.lanes
+
+
+class Stalls(trio.abc.Instrument):
+    """Stalls the process after the step in which a claim is refused, until that is out of date."""
+
+    seconds = 0.0
+
+    def __init__(self, clock: MockClock) -> None:
+        self._clock = clock
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002
+        self._clock.jump(self.seconds)
+        self.seconds = 0.0
+
+
+async def test_the_oldest_ticket_of_all_keys_goes_first_after_a_stall(
+    autojump_clock: MockClock,
+) -> None:
+    stalls, order = Stalls(autojump_clock), list[int]()
+
+    class StallingStore(MemoryStore):
+        async def claim(
+            self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
+        ) -> Claim | Refusal:
+            outcome = await super().claim(key, shard, came_at, confirm=confirm)
+            if isinstance(outcome, Refusal) and outcome.concerns == "queue":
+                stalls.seconds = outcome.seconds
+            return outcome
+
+    async def ask(queue: Queue, shard: int) -> None:
+        async with queue.turn(shard):
+            order.append(shard)
+
+    async with (
+        running(store_type=StallingStore, keys=32, releases_per_window=1) as queue,
+        trio.open_nursery() as nursery,
+    ):
+        trio.lowlevel.add_instrument(stalls)
+        for shard in range(32):
+            nursery.start_soon(ask, queue, shard)
+            await trio.testing.wait_all_tasks_blocked(0.0)
+    assert order == list(range(32))

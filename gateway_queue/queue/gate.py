@@ -13,12 +13,18 @@ SETTLE_SECONDS = 0.001
 """Keys that open in the same moment reach the gate within this time."""
 
 
+RETURN_TURNS = 3
+"""Turns of the event loop in which a lane that the store refuses is here again. In seconds it may
+take any time, if the process stalls."""
+
+
 class Gate:
     """Lets one lane at a time claim its key: the lane with the oldest ticket first."""
 
     def __init__(self) -> None:
         self._waiting: dict[Lane, trio.Event] = {}
         self._opens_at = -math.inf
+        self._refused: Order = (math.inf, 0)
         self._changed = trio.Event()
         self._admits_next = trio.Event()
 
@@ -30,6 +36,8 @@ class Gate:
             self._admits_next = trio.Event()
             self._waiting.pop(lane).set()
             await self._admits_next.wait()
+            for _ in range(RETURN_TURNS):
+                await trio.lowlevel.checkpoint()
 
     async def _until_open(self) -> None:
         """Wait until some lane is here and the store may grant a claim."""
@@ -40,8 +48,14 @@ class Gate:
             await trio.sleep(SETTLE_SECONDS)
 
     async def enter(self, lane: Lane) -> None:
-        """Wait until it is the lane's turn to claim. The caller calls admit_next() afterwards."""
+        """Wait until it is the lane's turn to claim. The caller calls admit_next() afterwards.
+
+        The store has to know the oldest ticket, so an older one than that of the lane that was
+        refused may ask at once.
+        """
         self._waiting[lane] = admitted = trio.Event()
+        if _oldest(lane) < self._refused:
+            self._opens_at = -math.inf
         self._changed.set()
         await admitted.wait()
 
@@ -49,8 +63,9 @@ class Gate:
         """Let the next lane in."""
         self._admits_next.set()
 
-    def close(self, seconds: float) -> None:
-        """Let no lane in for some time, and not before the refused lane is here again."""
+    def close(self, refused: Order, seconds: float) -> None:
+        """Let no lane in for some time, except those with older tickets than a refused one."""
+        self._refused = refused
         self._opens_at = trio.current_time() + max(seconds, SETTLE_SECONDS)
 
     def open(self) -> None:

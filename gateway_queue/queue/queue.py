@@ -337,7 +337,7 @@ class Queue:
             return
         lane.opens_at = now + refusal.seconds
         if refusal.concerns == "queue" and self._gate is not None:
-            self._gate.close(refusal.seconds)
+            self._gate.close(place.order, refusal.seconds)
             lane.retry_claim()
         elif lane.claim_at == math.inf:
             lane.claim_at = lane.opens_at

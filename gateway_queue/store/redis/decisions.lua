@@ -631,17 +631,18 @@ local function decide(number, key, shard, came_at, caution)
     return SHARD_HELD, held
   end
 
-  local queue_opens, may_end_in = queue_opens_at()
-  local wait = wait_for(queue_opens, caution)
-  if wait > 0 then
-    return QUEUE_CLOSED, math.min(wait, may_end_in)
-  end
-
-  local key_opens
-  key_opens, may_end_in = opens_at(number, key)
-  wait = wait_for(key_opens, caution)
+  -- The key first: of a replica's tickets whose key is open, the oldest one is to be known as waiting.
+  local key_opens, may_end_in = opens_at(number, key)
+  local wait = wait_for(key_opens, caution)
   if wait > 0 then
     return KEY_CLOSED, math.min(wait, may_end_in)
+  end
+
+  local queue_opens
+  queue_opens, may_end_in = queue_opens_at()
+  wait = wait_for(queue_opens, caution)
+  if wait > 0 then
+    return QUEUE_CLOSED, math.min(wait, may_end_in)
   end
 
   local used, total, _, resumes_at = budget()
