@@ -26,7 +26,7 @@ import psutil
 
 from gateway_queue.settings import Settings
 
-PATIENCE = 20.0
+PATIENCE = 40.0
 """Seconds after which a waiting test fails. Nothing that a test waits for takes nearly as long."""
 
 GO = b"""{"message": "You're free to connect now! :)"}"""

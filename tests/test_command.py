@@ -503,7 +503,7 @@ def test_idle_it_neither_wakes_up_nor_grows() -> None:
     """An idle server has no voluntary context switch in 2 s, and its memory stays small.
 
     The command runs without pygments, as where only the server is installed: with pygments, httpx
-    imports rich. The limit is relative to the imports, whose memory differs by 2 MiB between
+    imports rich. The limit is relative to the imports, whose memory differs by 9 MiB between
     versions of Python.
     """
     imports = peak_memory_of(WITHOUT_PYGMENTS + LIBRARIES)
@@ -514,7 +514,7 @@ def test_idle_it_neither_wakes_up_nor_grows() -> None:
         before = server.voluntary_switches()
         time.sleep(2)
         assert server.voluntary_switches() == before
-        assert server.peak_memory() < imports + 8.2 * 2**20
+        assert server.peak_memory() < 1.19 * imports
 
 
 def peak_memory_of(program: str) -> int:

@@ -204,6 +204,7 @@ def test_an_upload_that_outlasts_its_answer_disturbs_no_other_client(server: Ser
     client.assert_go(*uploads, client.ask())
 
 
+@pytest.mark.timeout(400)
 def test_gigabytes_leave_no_trace_in_memory() -> None:
     with serving(WINDOW_SECONDS=3600) as server:
         client = H2Client.with_prior_knowledge(connect(server))

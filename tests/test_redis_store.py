@@ -237,8 +237,8 @@ async def test_the_starts_of_a_replica_that_died_are_known_to_the_others(
         refusal = await other.claim(0, 7, trio.current_time())
         assert isinstance(refusal, Refusal)
         assert refusal.concerns == "shard"
-        # The replicas compare their clocks through the server's, to less than 10 ms.
-        assert started_at + 15 - trio.current_time() - 0.01 <= refusal.seconds <= 15
+        # The replicas compare their clocks through the server's, as well as round trips allow.
+        assert started_at + 15 - trio.current_time() - 0.1 <= refusal.seconds <= 15
 
 
 async def test_a_failover_behind_a_proxy_that_keeps_connections_makes_no_release_early(
@@ -550,17 +550,19 @@ async def test_releases_of_all_keys_are_no_more_than_set(redis: RedisServer) -> 
         assert refusal.seconds < 0.1  # a claim that is out may end at any time
         await one.start_window(claims[0], trio.current_time())
         await other.give_back(claims[1])
-        await other.start_window(await claimed(other, key=2), trio.current_time())
+        claim = await claimed(other, key=2)
+        released = [began, trio.current_time()]
+        await other.start_window(claim, released[-1])
         assert trio.current_time() - began < 0.5
         refusal = await other.claim(3, None, trio.current_time())
         assert isinstance(refusal, Refusal)
         assert refusal.concerns == "queue"
         assert 0.5 < refusal.seconds <= 1.01
-        released = [began, trio.current_time()]
         for key in range(3, 7):
             store = (one, other)[key % 2]
-            await store.start_window(await claimed(store, key), trio.current_time())
+            claim = await claimed(store, key)
             released.append(trio.current_time())
+            await store.start_window(claim, released[-1])
         assert min(b - a for a, b in zip(released, released[2:], strict=False)) >= 1.0
 
 

@@ -85,7 +85,7 @@ def is_ready(server: Server) -> bool:
 
 
 def test_600_waiters_of_3_replicas_are_released_one_per_window_and_key(redis: RedisServer) -> None:
-    window, keys, number = 0.25, 16, 600
+    window, keys, number = 0.5, 16, 600
     with replicas(3, redis.url, WINDOW_SECONDS=window, MAX_CONCURRENCY=keys) as servers:
         calls_before, started_at = redis.calls(), time.monotonic()
         answers = first_answers(ask_in_turn(servers, number, keys), number)
@@ -148,12 +148,12 @@ def shards_waiting(server: Server) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("end", "window"), [(leave, 6), (leave_and_flush, 6), (stop, 6), (die, 12)]
+    ("end", "window"), [(leave, 6), (leave_and_flush, 12), (stop, 6), (die, 12)]
 )
 def test_a_shard_has_its_old_place_at_another_replica(
     redis: RedisServer, end: Callable[[Server, Client, RedisServer], None], window: int
 ) -> None:
-    """The first window opens later than a dead replica is noticed, also on a busy machine."""
+    """The first window opens later than the end is noticed by all, also on a busy machine."""
     with replicas(2, redis.url, WINDOW_SECONDS=window) as (former, other):
         client = former.ask(1)
         eventually(lambda: known_places(redis) == ":1")
@@ -166,7 +166,7 @@ def test_a_shard_has_its_old_place_at_another_replica(
 
 
 def test_each_replica_shows_the_tickets_of_all(redis: RedisServer) -> None:
-    with replicas(2, redis.url, WINDOW_SECONDS=6, MAX_CONCURRENCY=2) as servers:
+    with replicas(2, redis.url, WINDOW_SECONDS=60, MAX_CONCURRENCY=2) as servers:
         one, other = servers
         clients = []
         for server, shard in ((one, 0), (other, 2), (one, 4), (other, 1)):
@@ -319,14 +319,15 @@ class Fleet:
 
 
 def test_restarts_one_after_the_other_lose_no_shard(redis: RedisServer) -> None:
-    window = 0.25
+    """More shards wait than are released while the replicas start, also on a busy machine."""
+    window = 0.5
     with ExitStack() as stack:
 
         def start() -> Server:
             return stack.enter_context(serving(REDIS_URL=redis.url, WINDOW_SECONDS=window))
 
         servers = [start(), start()]
-        fleet = Fleet(20, [server.port for server in servers])
+        fleet = Fleet(50, [server.port for server in servers])
         for place, server in enumerate(servers):
             fleet.wait_for(5)
             server.signal(signal.SIGTERM)
@@ -404,7 +405,8 @@ def test_no_failure_of_redis_makes_a_release_early_or_loses_a_ticket(
         fault(redis)
         answers += answers_to_come(clients, answers)
         assert all(map(is_ready, servers))
-        assert all(server.status()["waiting"] == 0 for server in servers)
+        # A replica looks for the releases of others once per second.
+        eventually(lambda: all(server.status()["waiting"] == 0 for server in servers))
 
     assert min(gaps(answers)[0]) >= window - SLACK
 
@@ -483,7 +485,7 @@ def test_a_promoted_replica_that_missed_the_last_write_causes_no_early_release(
 
 
 def test_a_slow_redis_causes_no_early_release(redis: RedisServer) -> None:
-    window = 1.0
+    window = 2.0  # so that answers which take 0.4 s come in time on a busy machine, too
     with (
         Proxy(redis.port, delay=0.2) as proxy,
         replicas(1, proxy.url, WINDOW_SECONDS=window) as (slow,),
@@ -498,14 +500,22 @@ def test_a_slow_redis_causes_no_early_release(redis: RedisServer) -> None:
 
 def test_a_redis_that_is_too_slow_is_reported_and_stops_releases(redis: RedisServer) -> None:
     with (
-        Proxy(redis.port, delay=0.35) as proxy,
-        replicas(1, proxy.url, WINDOW_SECONDS=1, HOLD_ON_START="false") as (server,),
+        Proxy(redis.port, delay=0.15) as proxy,
+        replicas(1, proxy.url, WINDOW_SECONDS=0.5, HOLD_ON_START="false") as (server,),
     ):
         client = server.ask(0)
         eventually(lambda: any("too slow" in line for line in server.lines))
         proxy.delay = 0.0
         client.answer()
         assert redis.command("ZCARD", "{gateway-queue}:starts") == ":1"
+
+
+def test_a_redis_that_is_too_slow_to_connect_to_is_reported(redis: RedisServer) -> None:
+    with (
+        Proxy(redis.port, delay=1.2) as proxy,
+        replicas(1, proxy.url) as (server,),
+    ):
+        eventually(lambda: "no connection within 2 s" in readiness(server)[1])
 
 
 def store_errors(server: Server) -> float:
@@ -516,10 +526,11 @@ def test_clients_of_a_replica_that_is_too_slow_ask_another_one(
     redis: RedisServer, tmp_path: Path
 ) -> None:
     """A round trip from one replica to Redis takes 0.6 s, and from the other one less."""
+    settings = {"WINDOW_SECONDS": 1, "MARGIN_SECONDS": 0.1}  # for the balancer's delays
     with (
         Proxy(redis.port) as proxy,
-        replicas(1, proxy.url, WINDOW_SECONDS=1) as (slow,),
-        replicas(1, redis.url, WINDOW_SECONDS=1) as (fast,),
+        replicas(1, proxy.url, **settings) as (slow,),
+        replicas(1, redis.url, **settings) as (fast,),
         balancing(addresses([slow, fast]), tmp_path) as port,
     ):
         eventually(lambda: is_ready(slow) and is_ready(fast))

@@ -166,8 +166,9 @@ def test_a_failover_makes_no_shard_early_and_loses_none(
 
     assert min(gaps(answers)[0]) >= WINDOW - SLACK
     released_at = min(answer.at for _, answer in answers if answer.at > failed_over_at)
-    # A retry of the connection, and the polls of the sentinels, take a second each.
-    assert released_at - failed_over_at < LEASE + OVERLAP_SECONDS + 3
+    # A retry of the connection, and the polls of the sentinels, take a second each; and there are
+    # seconds to spare for a busy machine.
+    assert released_at - failed_over_at < LEASE + OVERLAP_SECONDS + 6
 
 
 def test_a_primary_that_sentinels_have_replaced_is_not_used(watched: Watched) -> None:
@@ -196,7 +197,8 @@ def test_a_replica_that_was_frozen_during_a_failover_does_not_use_the_former_pri
     """It continues with old answers of the sentinels, and the former primary grants its claims."""
     with (
         replicas(2, watched.url, WINDOW_SECONDS=WINDOW) as (old, new),
-        collecting([*ask_in_turn([old], 8), *ask_in_turn([new], 12)]) as collected,
+        # More than are released until the failover.
+        collecting([*ask_in_turn([old], 4), *ask_in_turn([new], 20)]) as collected,
     ):
         wait_for_releases([old], 2)
         old.process.send_signal(signal.SIGSTOP)

@@ -40,19 +40,19 @@ class Target:
 
     def cpu(self) -> float:
         """Return the CPU time that it has used, in seconds."""
-        return sum(map(_nanoseconds, self._living())) / 1e9
+        return self._total(_nanoseconds) / 1e9
 
     def memory(self) -> int:
         """Return its resident memory, in bytes."""
-        return sum(process.memory_info().rss for process in self._living())
+        return self._total(lambda process: process.memory_info().rss)
 
     def wake_ups(self) -> int:
         """Return how often it has gone to sleep."""
-        return sum(process.num_ctx_switches().voluntary for process in self._living())
+        return self._total(lambda process: process.num_ctx_switches().voluntary)
 
     def open_files(self) -> int:
         """Return how many descriptors it holds: one for each client that it has accepted."""
-        return sum(process.num_fds() for process in self._living())
+        return self._total(psutil.Process.num_fds)
 
     def becomes_quiet(self) -> Callable[[], bool]:
         """Return a function that tells whether the server has been quiet for a while."""
@@ -69,16 +69,17 @@ class Target:
 
         return is_quiet
 
-    def _living(self) -> Iterator[psutil.Process]:
+    def _total(self, read: Callable[[psutil.Process], int]) -> int:
+        total = 0
         for pid in self.pids:
             try:
                 process = psutil.Process(pid)
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    yield process
-                    continue
-            except psutil.NoSuchProcess:
-                pass
-            raise Died
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    raise Died
+                total += read(process)
+            except (psutil.Error, OSError) as error:  # a process that ends may not be read, either
+                raise Died from error
+        return total
 
 
 def _nanoseconds(process: psutil.Process) -> int:

@@ -225,19 +225,21 @@ def oldest_replica_first(record: Record) -> str | None:
 
 
 def _agreed_at(record: Record) -> float:
-    """Return from when on the replicas agree on the times of new tickets.
+    """Return from when on the times of new tickets can be compared.
 
     If the clock is set and data is lost, and a replica has not told Redis all of its tickets in
-    between, it moves them to the time of the new clock, and the others do not.
+    between, it moves those that Redis does not know to the time of the new clock.
     """
+    changes = [(loss.at, loss.is_of_clock) for loss in record.losses]
+    changes += [(at, True) for at in record.history.clock_steps]
     agreed_at = -math.inf
-    for first, second in pairwise(record.losses):
-        if first.is_of_clock != second.is_of_clock and not all(
-            any(first.at < heard <= second.at - RESTORE_SECONDS for heard in process.heard_at)
+    for (first, was_of_clock), (second, is_of_clock) in pairwise(sorted(changes)):
+        if was_of_clock != is_of_clock and not all(
+            any(first < heard <= second - RESTORE_SECONDS for heard in process.heard_at)
             for process in record.processes
-            if process.started_at < second.at < (process.ended_at or math.inf)
+            if process.started_at < second < (process.ended_at or math.inf)
         ):
-            agreed_at = second.at
+            agreed_at = second
     return agreed_at
 
 
@@ -798,6 +800,7 @@ def _is_before(
         and other.since < now - flight - TOLERANCE
         and _share_a_key(other.call, mine.call, told)
         and not _may_be_held(record, other.call, now)
+        and mine.rank > _agreed_at(record)
     )
 
 

@@ -113,6 +113,8 @@ class History:
     clock_offsets: tuple[float, float, float] = 0.0, 0.0, 0.0
     """By how many seconds all small steps together have set the clock of Redis forward: the least
     that this was, what it is now, and the most."""
+    clock_steps: list[float] = field(default_factory=list)
+    """When there was a small step."""
     records: list[Record] = field(default_factory=list)
     """One for each bot."""
 
@@ -122,6 +124,7 @@ class History:
 
     def note_clock_step(self, seconds: float) -> None:
         """Note by how many seconds the clock of Redis was set forward."""
+        self.clock_steps.append(trio.current_time())
         least, offset, most = self.clock_offsets
         offset += seconds
         self.clock_offsets = min(least, offset), offset, max(most, offset)

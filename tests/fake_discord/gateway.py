@@ -10,12 +10,13 @@ import math
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
+from importlib import import_module
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -153,7 +154,7 @@ class Gateway:
 
     async def _accept(self, request: WebSocketRequest) -> None:
         query = parse_qs(urlsplit(request.path).query)
-        link = _Link(await request.accept(), compressed=query.get("compress") == ["zlib-stream"])
+        link = _Link(await request.accept(), _compressor(*query.get("compress", [])))
         try:
             await link.send(Op.HELLO, {"heartbeat_interval": round(1000 * self.heartbeat_interval)})
             self._links.add(link)
@@ -249,24 +250,40 @@ class _Session:
     shard: int
 
 
+def _compressor(stream: str = "") -> Callable[[bytes], bytes] | None:
+    """Return what makes a part of a compressed stream of each message."""
+    match stream:
+        case "zlib-stream":
+            zlib_stream = zlib.compressobj()
+            return lambda message: (
+                zlib_stream.compress(message) + zlib_stream.flush(zlib.Z_SYNC_FLUSH)
+            )
+        case "zstd-stream":  # hikari takes it from Python 3.14 on
+            zstd_stream = import_module("compression.zstd").ZstdCompressor()
+            return partial(zstd_stream.compress, mode=zstd_stream.FLUSH_BLOCK)
+        case _:
+            return None
+
+
 class _Link:
     """A connection of one client."""
 
-    def __init__(self, socket: WebSocketConnection, *, compressed: bool) -> None:
+    def __init__(
+        self, socket: WebSocketConnection, compress: Callable[[bytes], bytes] | None
+    ) -> None:
         self.socket = socket
         self.session: _Session | None = None
-        self._deflate = zlib.compressobj() if compressed else None
+        self._compress = compress
         self._sequence = 0
 
     async def send(
         self, op: Op, data: Any = None, event: str | None = None, sequence: int | None = None
     ) -> None:
         message = json.dumps({"op": op, "d": data, "t": event, "s": sequence})
-        if self._deflate is None:
+        if self._compress is None:
             await self.socket.send_message(message)
         else:
-            start = self._deflate.compress(message.encode())
-            await self.socket.send_message(start + self._deflate.flush(zlib.Z_SYNC_FLUSH))
+            await self.socket.send_message(self._compress(message.encode()))
 
     async def dispatch(self, event: str, data: Any) -> None:
         """Send an event."""
