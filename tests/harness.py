@@ -258,7 +258,11 @@ def reset(sock: socket.socket) -> None:
 
 
 def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]:
-    """Wait for the first answers to many clients. Return each with the number of its client."""
+    """Wait for the first answers to many clients.
+
+    Returns:
+      Each with the number of its client, in the order in which they came.
+    """
     answers: list[tuple[int, Answer]] = []
     with selectors.DefaultSelector() as selector:
         for number, client in enumerate(clients):
@@ -269,7 +273,7 @@ def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]
             for key, _ in ready[: count - len(answers)]:
                 answers.append((key.data, clients[key.data].answer()))
                 selector.unregister(key.fileobj)
-    return answers
+    return sorted(answers, key=lambda answer: answer[1].at)
 
 
 def eventually(condition: Callable[[], bool], patience: float = PATIENCE) -> None:

@@ -191,7 +191,7 @@ def test_each_replica_shows_the_tickets_of_all(redis: RedisServer) -> None:
         etas = [[t["eta"] for t in s["lanes"][0]["tickets"]] for s in (first, second)]
         for eta in etas:
             assert eta[0] is None
-            assert eta[2] - eta[1] == pytest.approx(6, abs=0.01)
+            assert eta[2] - eta[1] == pytest.approx(60, abs=0.01)
 
 
 def test_each_replica_shows_the_shards_that_are_identifying(redis: RedisServer) -> None:
