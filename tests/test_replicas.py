@@ -148,7 +148,7 @@ def shards_waiting(server: Server) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("end", "window"), [(leave, 6), (leave_and_flush, 12), (stop, 6), (die, 12)]
+    ("end", "window"), [(leave, 12), (leave_and_flush, 12), (stop, 12), (die, 12)]
 )
 def test_a_shard_has_its_old_place_at_another_replica(
     redis: RedisServer, end: Callable[[Server, Client, RedisServer], None], window: int
