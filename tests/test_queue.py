@@ -320,5 +320,5 @@ async def test_the_oldest_ticket_of_all_keys_goes_first_after_a_stall(
         trio.lowlevel.add_instrument(stalls)
         for shard in range(32):
             nursery.start_soon(ask, queue, shard)
-            await trio.testing.wait_all_tasks_blocked(0.0)
+            await wait_all_tasks_blocked()
     assert order == list(range(32))

@@ -12,10 +12,9 @@ from gateway_queue.queue.lane import Lane, Order
 SETTLE_SECONDS = 0.001
 """Keys that open in the same moment reach the gate within this time."""
 
-
 RETURN_TURNS = 3
-"""Turns of the event loop in which a lane that the store refuses is here again. In seconds it may
-take any time, if the process stalls."""
+"""A lane that the store has refused is back at the gate within so many turns of the event loop. How
+many seconds they take depends on how busy the machine is."""
 
 
 class Gate:
@@ -25,6 +24,7 @@ class Gate:
         self._waiting: dict[Lane, trio.Event] = {}
         self._opens_at = -math.inf
         self._refused: Order = (math.inf, 0)
+        """Of the ticket that was refused last."""
         self._changed = trio.Event()
         self._admits_next = trio.Event()
 
@@ -50,8 +50,8 @@ class Gate:
     async def enter(self, lane: Lane) -> None:
         """Wait until it is the lane's turn to claim. The caller calls admit_next() afterwards.
 
-        The store has to know the oldest ticket, so an older one than that of the lane that was
-        refused may ask at once.
+        A lane whose ticket is older than the refused one claims at once, so that the store knows
+        the oldest ticket that waits.
         """
         self._waiting[lane] = admitted = trio.Event()
         if _oldest(lane) < self._refused:
@@ -64,7 +64,7 @@ class Gate:
         self._admits_next.set()
 
     def close(self, refused: Order, seconds: float) -> None:
-        """Let no lane in for some time, except those with older tickets than a refused one."""
+        """Let no lane in for some time, except one with an older ticket than the refused one."""
         self._refused = refused
         self._opens_at = trio.current_time() + max(seconds, SETTLE_SECONDS)
 

@@ -14,9 +14,8 @@ SHARD_MAX = 2**31 - 1
 PARAMETERS_MAX = 100
 """Parameters of a request. To read thousands of them takes long."""
 
-
-SHARD_ALONE = re.compile(rb"shard=[0-9]{1,9}")
-"""What nearly all clients send. To read it as any query takes ten times as long."""
+SHARD_ALONE = re.compile(rb"shard=([0-9]{1,9})")
+"""A query without other parameters, which is read without parsing it."""
 
 
 class BadParameter(RequestError):
@@ -34,8 +33,8 @@ def asked_for(query: bytes) -> tuple[int | None, bool]:
     """
     if b"shard" not in query and b"confirm" not in query and b"%" not in query:
         return None, False
-    if SHARD_ALONE.fullmatch(query):
-        return int(query[6:]), False
+    if alone := SHARD_ALONE.fullmatch(query):
+        return int(alone[1]), False
     parameters = _parameters(query)
     shard = _shard(parameters)
     confirm = _one("confirm", {_switch(value) for name, value in parameters if name == "confirm"})

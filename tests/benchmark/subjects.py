@@ -77,7 +77,7 @@ class Target:
                 if process.status() == psutil.STATUS_ZOMBIE:
                     raise Died
                 total += read(process)
-            except (psutil.Error, OSError) as error:  # a process that ends may not be read, either
+            except (psutil.Error, OSError) as error:  # Linux hides a process that is ending
                 raise Died from error
         return total
 

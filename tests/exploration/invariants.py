@@ -91,8 +91,8 @@ def is_claim_lost(record: Record, call: Call) -> bool:
     )
 
 
-def is_copy_taken_for_whole(record: Record, earlier: Call, later: Call) -> bool:
-    """Tell whether a process could not notice that a claim is not in Redis: the third exemption.
+def is_loss_hidden(record: Record, earlier: Call, later: Call) -> bool:
+    """Tell whether a process could not notice that a claim was lost: an exemption, too.
 
     Redis has loaded a copy from before the claim, without a restart. The last command of the
     process is in the copy, and no process that has sent one since has reached Redis again.
@@ -103,13 +103,13 @@ def is_copy_taken_for_whole(record: Record, earlier: Call, later: Call) -> bool:
     def is_in_copy(loss: Loss, process: ProcessRecord) -> bool:
         return not any((loss.copied_at or 0) < heard <= loss.at for heard in process.heard_at)
 
-    def knows(loss: Loss, process: ProcessRecord) -> bool:
+    def has_noticed(loss: Loss, process: ProcessRecord) -> bool:
         has_reached = any(loss.at < heard < claimed_at for heard in process.heard_at)
         return not is_in_copy(loss, process) and has_reached
 
     return any(
         is_in_copy(loss, later.process)
-        and not any(knows(loss, process) for process in record.processes)
+        and not any(has_noticed(loss, process) for process in record.processes)
         for loss in record.losses
         if loss.copied_at is not None
         and loss.copied_at < answered_at + CLAIM_SECONDS
@@ -142,7 +142,7 @@ def never_early(record: Record) -> str | None:
                 break
             if not _share_a_key(earlier, later, told):
                 continue
-            if is_copy_taken_for_whole(record, earlier, later):
+            if is_loss_hidden(record, earlier, later):
                 continue
             both = f"{earlier} and {later} have the same key of {told}"
             if at < next_release(record, earlier) - TOLERANCE:
@@ -171,7 +171,7 @@ def within_cap(record: Record) -> str | None:
             one
             for one in answers[:index]
             if at < next_release(record, one) - TOLERANCE
-            and not is_copy_taken_for_whole(record, one, beyond)
+            and not is_loss_hidden(record, one, beyond)
         ]
         if len(under_way) >= cap:
             return f"{beyond} was answered at {at:.6f}, within the windows of {under_way}"

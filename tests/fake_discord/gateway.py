@@ -251,7 +251,7 @@ class _Session:
 
 
 def _compressor(stream: str = "") -> Callable[[bytes], bytes] | None:
-    """Return what makes a part of a compressed stream of each message."""
+    """Return what compresses each message as a part of one stream; None for no compression."""
     match stream:
         case "zlib-stream":
             zlib_stream = zlib.compressobj()

@@ -33,7 +33,7 @@ READ_BYTES = 2**15
 """How much is read in one step."""
 
 SHORT_WAIT_SECONDS = 0.01
-"""How long a turn may take to come without the idle time being extended."""
+"""A shorter wait for a turn does not extend the idle time."""
 
 GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 """What the kernel tells of a connection whose client neither sends nor reads any more."""
@@ -178,7 +178,7 @@ class Connection(TCPServer):
         What comes while the connection is being closed is dropped; trio has an error for that.
         """
         with suppress(trio.BusyResourceError):
-            # Not isinstance(), which takes long where a class of Hypercorn is not the one.
+            # isinstance() is slow here: Hypercorn's events are abstract classes.
             if type(event) is HoldsTicket:
                 if not descriptors().hold(self):
                     self.close()

@@ -291,5 +291,5 @@ class HTTP2(H2Protocol):
             await super()._create_stream(request)
             # At 1000 Hypercorn would end the connection, with all tickets on it.
             self.keep_alive_requests = 0
-            # Its task starts now: trio starts those that are made in one step in any order.
+            # Start its task now: trio starts tasks that were made in the same step in any order.
             await trio.lowlevel.checkpoint()

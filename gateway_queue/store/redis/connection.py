@@ -17,8 +17,8 @@ CALL_SECONDS = 1.0
 """The longest that an answer may take."""
 
 CONNECT_SECONDS = 2.0
-"""The longest that it may take to connect, with the handshakes of TLS and Redis. These are four
-round trips, two more with TLS, and one more with a database other than 0."""
+"""The longest that it may take to connect, with the handshakes of TLS and Redis: four round trips
+(two with a Redis before 7.2), two more with TLS, one more with a database other than 0."""
 
 SCRIPT = Path(__file__).with_name("decisions.lua")
 

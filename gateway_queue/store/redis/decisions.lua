@@ -631,7 +631,7 @@ local function decide(number, key, shard, came_at, caution)
     return SHARD_HELD, held
   end
 
-  -- The key first: of a replica's tickets whose key is open, the oldest one is to be known as waiting.
+  -- The key is checked first, so that QUEUE_CLOSED goes to a replica's oldest ticket whose key is open.
   local key_opens, may_end_in = opens_at(number, key)
   local wait = wait_for(key_opens, caution)
   if wait > 0 then
