@@ -22,8 +22,12 @@ SHARDS = 300
 ASKING_SECONDS = 0.005
 """Seconds between the first requests of two shards."""
 
-SETTLED_SECONDS = 0.5
-"""A shard has its old place again when it has been connected for this time."""
+STARTING_SECONDS = 2.0
+"""A replica that starts accepts connections and reads their requests at most this much later, on a
+busy machine: then a shard has its old place again."""
+
+STOPPING_SECONDS = 0.5
+"""A replica that stops closes its connections at most this much later."""
 
 WINDOW, MARGIN = 5.0, 0.25
 """Discord's window and the default margin: short windows would not make network delays shorter."""
@@ -87,7 +91,7 @@ class Shard(threading.Thread):
     def has_its_place(self, at: float) -> bool:
         """Return whether it had been connected for a while at some time, and stayed so."""
         return any(
-            since + SETTLED_SECONDS < at < until - SETTLED_SECONDS
+            since + STARTING_SECONDS < at < until - STOPPING_SECONDS
             for since, until in self._connected
         )
 
