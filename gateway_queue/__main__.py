@@ -21,11 +21,12 @@ from gateway_queue.settings import BadSetting, describe
 from gateway_queue.web.query import BadParameter, shard_number
 
 GRACE_SECONDS = 1.0
-"""How long an answer that is being written may take when the server stops."""
+"""How long the server waits, when it stops, for answers that it is writing."""
 
 UNWIND_SECONDS = 0.5
-"""How long the tasks may take to end after that. Then the process ends as it is, which closes every
-connection: a waiting client has two tasks, and to end them takes 0.2 ms, most of it in trio."""
+"""How long the tasks may take to end after that. Then the process exits without waiting for them,
+which closes every connection: a waiting client has two tasks, and ending both takes 0.2 ms, most of
+it in trio."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "status":
         sys.exit(_status(options))
-    # Not at the top, for it reads the environment, and --help helps also with a wrong one.
+    # Not at the top: it reads the environment, and --help has to work with wrong settings too.
     from gateway_queue import server  # noqa: PLC0415
 
     host, port = server.settings.host, server.settings.port
@@ -50,13 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app.addresses = tuple(map(address, listeners))
     config.bind = [f"fd://{listener.detach()}" for listener in listeners]
     trio.run(_serve, config)
-    signal.setitimer(signal.ITIMER_REAL, 0)  # while Python ends, an alarm would kill it
+    signal.setitimer(signal.ITIMER_REAL, 0)  # the alarm would kill Python while it exits
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gateway-queue",
-        description="Lets the shards of a Discord bot identify in turn, one per window.",
+        description="Lets the shards of a Discord bot identify in turn, one per window and rate "
+        "limit key.",
         epilog=f"environment variables:\n{describe()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -66,13 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         "status",
         help="show the state of a running server (status --help)",
         description="Show the state of a running server. Exit status: 0 if it can release "
-        "tickets, 1 if not, 2 for a usage error. AUTH_TOKEN or AUTH_TOKEN_FILE is its token.",
+        "tickets, 1 if not, 2 for a usage error. It reads the token from AUTH_TOKEN or "
+        "AUTH_TOKEN_FILE.",
     )
-    status.add_argument(
-        "--url", type=_url, help="of the server (default: HOST and PORT of the environment)"
-    )
-    status.add_argument("--bot", metavar="NAME", help="of BOTS_FILE (default: the default bot)")
-    status.add_argument("--watch", action="store_true", help="show it every second")
+    status.add_argument("--url", type=_url, help="URL of the server (default: from HOST and PORT)")
+    status.add_argument("--bot", metavar="NAME", help="bot of BOTS_FILE (default: the default bot)")
+    status.add_argument("--watch", action="store_true", help="repeat every second")
     status.add_argument("shard", nargs="?", type=_shard, metavar="SHARD", help="show this shard")
     return parser
 
@@ -103,7 +104,7 @@ async def _serve(config: Config) -> None:
 
 
 async def _until_stopped(signals: AsyncIterator[int]) -> None:
-    """Wait for a signal, and for the answers that are being written then."""
+    """Wait for a signal, and then for the answers that the server is writing."""
     await anext(signals)
     log.info("stopping", waiting=app.room.waiting)
     with trio.move_on_after(GRACE_SECONDS):

@@ -1,4 +1,4 @@
-"""All bots of a server: the default one, and those of ``BOTS_FILE``, which come and go."""
+"""All bots of a server: the default bot, and those of ``BOTS_FILE``, which can change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gateway_queue.service import Links, Service
 from gateway_queue.settings import BadSetting, Settings
 
 GOLDEN_RATIO = 0.618034
-"""Multiples of it, without their whole parts, are spread evenly however many there are."""
+"""The fractional parts of its multiples are spread evenly, however many there are."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -39,13 +39,13 @@ class Bots:
     def __init__(self, settings: Settings, refuse_token: Callable[[], None]) -> None:
         self._settings = settings
         self.are_several = settings.bots_file is not None
-        """Whether each bot is named where that matters: in metrics, logs and ``/status``."""
+        """Whether metrics, logs and ``/status`` name the bot."""
         self.metrics = Metrics(by_bot=self.are_several)
         self.metrics.watch(self._gauges)
         self._numbers = count()
         self._refuse_token = refuse_token
         self._named: dict[str, Service] = {}
-        # Those that have left the file, until a bot of that name would not be early any more.
+        # Bots that were removed from the file, until a bot with that name cannot release early.
         self._removed: dict[str, tuple[Service, trio.CancelScope]] = {}
 
     def get(self, name: str) -> Service | None:
@@ -67,7 +67,8 @@ class Bots:
             try:
                 self._links = self._open_links()
                 self.default = self._service(DEFAULT_BOT, self._settings, self._refuse_token)
-                self.default.metrics.expect_discord_requests()  # in every server, as others read it
+                # Even without a token, so that every server has this metric.
+                self.default.metrics.expect_discord_requests()
                 await self._nursery.start(self.default.run)
                 for name, settings in wanted.items():
                     await self._add(name, settings)
@@ -81,7 +82,7 @@ class Bots:
                     await self._links.discord.close()
 
     async def close(self) -> None:
-        """Release no more tickets, and return when the answers under way are out."""
+        """Release no more tickets, and return when the answers being written are complete."""
         async with trio.open_nursery() as nursery:
             for service in self.services().values():
                 nursery.start_soon(service.queue.close)
@@ -89,7 +90,7 @@ class Bots:
     def _open_links(self) -> Links:
         if self._settings.redis_url is None:
             return Links(Api(), None)
-        # Not at the top, for most servers run alone, and it takes a while.
+        # Not at the top: most servers do not use Redis, and the import takes long.
         from gateway_queue.store.redis import Link  # noqa: PLC0415
 
         redis = Link(
@@ -128,7 +129,7 @@ class Bots:
         try:
             wanted = await trio.to_thread.run_sync(read_bots, self._settings)
         except BadSetting as error:
-            log.warning("the bots stay as they were: BOTS_FILE is wrong", reason=str(error))
+            log.warning("BOTS_FILE has a mistake: no bot was changed", reason=str(error))
             return
         removed = self._named.keys() - wanted.keys()
         changed = {
@@ -165,7 +166,7 @@ class Bots:
         self._nursery.start_soon(self._stop_later, name, service, stopping)
 
     async def _stop_later(self, name: str, service: Service, stopping: trio.CancelScope) -> None:
-        """Keep the windows of a bot that has gone for as long as its shards may identify."""
+        """Keep the windows of a removed bot for as long as its shards may identify."""
         rules = service.queue.store.rules
         with stopping:
             await trio.sleep(rules.confirm_seconds + rules.unconfirmed_window)

@@ -29,7 +29,7 @@ KEYS = (
     "auth_token",
     "auth_token_file",
 )
-"""The settings that concern one bot. All others are the server's."""
+"""The settings that concern one bot. All other settings concern the whole server."""
 
 TEXTS = frozenset(f.name for f in fields(Settings) if f.type in {"str", "str | None"})
 SWITCHES = frozenset(field.name for field in fields(Settings) if field.type == "bool")
@@ -38,13 +38,13 @@ SWITCHES = frozenset(field.name for field in fields(Settings) if field.type == "
 def read_bots(settings: Settings) -> dict[str, Settings]:
     """Read the settings of each bot in ``BOTS_FILE``, by its name.
 
-    What a table lacks is as in the environment, except the two tokens: these belong to one bot.
+    A bot inherits a setting that its table lacks from the environment, except the two tokens.
 
     Args:
-      settings: of the environment. Without ``bots_file`` there are no bots.
+      settings: from the environment. Without ``bots_file`` there are no bots.
 
     Raises:
-      BadSetting: the file cannot be read, or something in it is not right.
+      BadSetting: the file cannot be read, or it has a mistake.
     """
     if settings.bots_file is None:
         return {}
@@ -82,7 +82,7 @@ def _check_name(path: str, name: str, table: object) -> None:
     where = f"BOTS_FILE {path}:"
     if not isinstance(table, dict):
         raise BadSetting(
-            where, f"must have a table [NAME] for each bot, not {_short(name)} outside one"
+            where, f"must have a table [NAME] for each bot; {_short(name)} is outside of any table"
         )
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
         takes = "up to 100 letters, digits, dots, hyphens and underscores"
@@ -100,7 +100,7 @@ def _read_table(name: str, table: Mapping[str, object], settings: Settings) -> S
 
 
 def _text(key: str, value: object) -> str:
-    """Write a value as the environment has it.
+    """Return a value as text, as in the environment.
 
     Raises:
       BadSetting: a bot has no such setting, or its value is of another type.
@@ -110,7 +110,8 @@ def _text(key: str, value: object) -> str:
         raise BadSetting(_short(key), problem)
     if key not in KEYS:
         # Without its value, which may be a token.
-        raise BadSetting(_short(key), f"is not a setting of a bot; these are {', '.join(KEYS)}")
+        problem = f"is not a setting of a bot; the settings of a bot are {', '.join(KEYS)}"
+        raise BadSetting(_short(key), problem)
     setting = key.removesuffix("_file")
     if setting in TEXTS:
         fits, kind = isinstance(value, str), "a text in quotes"
@@ -137,6 +138,7 @@ def _check_tokens(path: str, bots: Mapping[str, Settings], settings: Settings) -
         if bot.discord_token is None:
             continue
         if bot.discord_token in owners:
-            problem = f"must be a token of its own, not the same as in {owners[bot.discord_token]}"
+            owner = owners[bot.discord_token]
+            problem = f"must differ from the token in {owner}: each bot needs its own token"
             raise BadSetting(_place(path, name, "discord_token"), problem)
         owners[bot.discord_token] = f"[{name}]"

@@ -92,14 +92,14 @@ class Service:
                     ),
                 )
                 self._start_following()
-                # Not in a task of its own: a bot is to cost little while it is idle.
+                # Not in a task of its own: an idle bot should cost little.
                 await self.queue.run(task_status=task_status)
 
     def change(self, settings: Settings) -> None:
-        """Serve by other settings from now on.
+        """Change the settings.
 
         Tickets keep waiting, and earlier releases stay known. No key opens for one window of the
-        new settings; with another token, also not until Discord has told its limits.
+        new settings nor, with another token, before Discord has answered with its limits.
         """
         former, self.settings = self.settings, settings
         self.queue.change_rules(rules_of(settings))
@@ -119,7 +119,7 @@ class Service:
         settings, link = self.settings, self._links.redis
         if link is None:
             return MemoryStore(rules_of(settings))
-        # Not at the top, for most servers run alone, and it takes a while.
+        # Not at the top: most servers do not use Redis, and the import takes long.
         from gateway_queue.store.redis import RedisStore  # noqa: PLC0415
 
         prefix = hash_tag(settings.redis_prefix)
@@ -130,7 +130,7 @@ class Service:
     def _send_away(self) -> None:
         """Close the connections of waiting clients, which then ask another replica."""
         if len(self.queue):
-            log.warning("waiting clients are sent to other replicas", clients=len(self.queue))
+            log.warning("waiting clients have to ask other replicas", clients=len(self.queue))
             self.queue.send_away()
 
     def _start_following(self) -> None:
@@ -152,7 +152,7 @@ class Service:
                 await limits.run()
             except BadToken:
                 now = trio.current_time()
-                limits.fault = Fault("Discord rejected its token (401 Unauthorized)", now, math.inf)
+                limits.fault = Fault("Discord rejected the token (401 Unauthorized)", now, math.inf)
                 self._refuse_token()
 
     def not_ready(self) -> str | None:
@@ -168,7 +168,7 @@ class Service:
 
 
 def in_log(settings: Settings) -> dict[str, object]:
-    """Describe what is on and off, for the first line of the log."""
+    """Return the main settings, for the first line of the log."""
     return {
         "window": settings.window_seconds,
         "margin": settings.margin_seconds,

@@ -39,7 +39,7 @@ class _Problem(ValueError):
 
 
 def _host(text: str) -> str:
-    # A well-formed name may still be unknown here; that shows when it is bound.
+    # A well-formed name may still not exist on this machine; then binding it fails.
     if not re.fullmatch(r"[A-Za-z0-9_.:%-]+", text):
         raise ValueError(text)
     return text
@@ -86,14 +86,14 @@ def _switch(text: str) -> bool:
 
 
 def _token(text: str) -> str:
-    # What an HTTP header can carry. "Bot " in front of it is a mistake that is often made.
+    # Only what an HTTP header can carry. A common mistake is "Bot " in front of the token.
     if not re.fullmatch(r"[!-~]+", text):
         raise ValueError(text)
     return text
 
 
 def _http_url(text: str) -> str:
-    # The URL is shown in logs, so no password may be in it.
+    # The URL is shown in logs, so it must not contain a password.
     if not re.fullmatch(r"https?://[!-~]+", text, re.IGNORECASE) or set(text) & set("@?#"):
         raise ValueError(text)
     url = urlsplit(text)
@@ -119,7 +119,7 @@ def _check_redis_options(scheme: str, query: str) -> None:
             # Anything but a plain name may be a part of a password.
             shown = f" {name}" if re.fullmatch("[a-z_]{1,30}", name) else ""
             problem = f"has an unknown option{shown} after the question mark"
-            raise _Problem(f"{problem}; {scheme}:// takes only {', '.join(known)}")
+            raise _Problem(f"{problem}; {scheme}:// supports only {', '.join(known)}")
         if name in given:
             raise _Problem(f"has the option {name} twice")
         if not re.fullmatch(known[name], value, re.ASCII):
@@ -153,13 +153,13 @@ def _path(text: str) -> str:
 
 
 def _prefix(text: str) -> str:
-    if not re.fullmatch(r"[!-|~][!-~]*", text):  # a hash tag is not empty
+    if not re.fullmatch(r"[!-|~][!-~]*", text):  # a hash tag must not be empty
         raise ValueError(text)
     return text
 
 
 def hash_tag(prefix: str) -> str:
-    """Put a prefix in braces, unless a part of it is: a cluster then keeps all keys together."""
+    """Put a prefix in braces, unless it has braces: a cluster then keeps all keys on one node."""
     return prefix if re.match(r"[^{]*{[^}]+}", prefix) else f"{{{prefix}}}"
 
 
@@ -188,7 +188,7 @@ def _count(default: int | None, *, about: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user can set. The variable of a field is its name in capitals."""
+    """All settings. The environment variable of a field is its name in capitals."""
 
     host: str = _variable(
         "127.0.0.1", _host, takes="an address or a host name", about="address to bind"
@@ -203,13 +203,13 @@ class Settings:
         5.0,
         _seconds,
         takes="a number over 0 and up to 86400",
-        about="Discord's window: least time between two IDENTIFYs of one rate limit key",
+        about="Discord's window: minimum time between two IDENTIFYs of one rate limit key",
     )
     margin_seconds: float = _variable(
         0.25,
         _seconds_or_zero,
         takes="a number from 0 to 86400",
-        about="added to the window after a release that is not confirmed",
+        about="seconds added to the window after a release that is not confirmed",
     )
     confirm_seconds: float = _variable(
         15.0,
@@ -227,12 +227,12 @@ class Settings:
         30.0,
         _seconds_or_zero,
         takes="a number from 0 to 86400",
-        about="how long a shard that disconnects while it waits keeps its place; 0: not at all",
+        about="seconds for which the place of a shard that disconnects is kept; 0 keeps no place",
     )
     max_concurrency: int | None = _count(
         None,
-        about="number of rate limit keys; with a token, the most releases in a window of all of "
-        "them; 0 releases every ticket at once",
+        about="number of rate limit keys; with a token, the most releases per window over all "
+        "keys; 0 releases every ticket at once",
     )
     discord_token: str | None = _variable(
         None,
@@ -245,7 +245,7 @@ class Settings:
         "https://discord.com/api/v10",
         _http_url,
         takes="a URL that starts with http:// or https://, without user, query and fragment",
-        about="base of Discord's API",
+        about="base URL of Discord's API",
     )
     discord_refresh_seconds: float = _variable(
         300.0,
@@ -254,7 +254,7 @@ class Settings:
         about="seconds between two refreshes of Discord's limits",
     )
     session_start_limit: int | None = _count(
-        None, about="session starts in 24 hours; 0 never enforces a limit"
+        None, about="limit of session starts in 24 hours; 0 enforces no limit, not even Discord's"
     )
     loop_free_starts: int = _count(
         5, about="starts of a shard in one hour before the next ones have to wait; 0: no limit"
@@ -271,7 +271,7 @@ class Settings:
         "gateway-queue",
         _prefix,
         takes="a text without spaces that does not begin with }",
-        about="first part of every key in Redis, which puts it in braces",
+        about="first part of every key in Redis; the server puts it in braces",
     )
     auth_token: str | None = _variable(
         None,
@@ -302,7 +302,8 @@ class Settings:
         100_000,
         _positive_number,
         takes="a whole number from 1 to 999999999",
-        about="the most tickets that wait; a connection with one more is closed without an answer",
+        about="the most tickets that wait at a time; the connection of a further ticket is closed "
+        "without an answer",
     )
     log_level: str = _variable(
         "info", _one_of(LOG_LEVELS), takes=f"one of {', '.join(LOG_LEVELS)}", about="minimum level"
@@ -316,7 +317,7 @@ class Settings:
 
     @property
     def store_name(self) -> Literal["memory", "redis"]:
-        """Say where the windows are kept."""
+        """Return where the windows are kept."""
         return "memory" if self.redis_url is None else "redis"
 
     @classmethod
@@ -335,8 +336,8 @@ def read_fields(
     """Read the settings that are given, and yield each with its name.
 
     Args:
-      texts: what is given, by the names in their spelling.
-      spell: makes that spelling of a name.
+      texts: the given values by name, in the spelling of ``spell``.
+      spell: converts the name of a field into that spelling, for example into capitals.
 
     Raises:
       BadSetting: a text is wrong for its setting.
@@ -363,7 +364,7 @@ def read_fields(
 
 
 def _from_file(texts: Mapping[str, str], file: str, variable: str) -> str:
-    """Read a secret from the file that ``NAME_FILE`` names, as Docker hands them over."""
+    """Read a secret from the file that ``NAME_FILE`` names, as with Docker's secrets."""
     if variable in texts:
         raise BadSetting(file, f"and {variable} are both set; unset one of them")
     path = texts[file]
@@ -388,7 +389,7 @@ def describe() -> str:
     ]
     secrets = (f.name.upper() for f in dataclasses.fields(Settings) if f.metadata["secret"])
     return "\n".join(
-        [*lines, "", *(f"  {name}_FILE: a file with {name} in it" for name in secrets)]
+        [*lines, "", *(f"  {name}_FILE: a file that contains {name}" for name in secrets)]
     )
 
 

@@ -26,10 +26,10 @@ READY, NOT_READY = 0, 1
 TIMEOUT_SECONDS = 4.0
 
 WATCH_SECONDS = 1.0
-"""How long to wait between two looks."""
+"""Seconds between two requests for the status."""
 
 KEYS_SHOWN = 20
-"""Rate limit keys to list, those with the most tickets."""
+"""Rate limit keys to list: those with the most tickets."""
 
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -53,7 +53,7 @@ class Server:
         """Ask for the status.
 
         Raises:
-          NoStatus: there is no answer, or another one.
+          NoStatus: there is no answer, or it is not a status.
         """
         asked = {"bot": self.bot, "shard": shard}
         query = urlencode({name: value for name, value in asked.items() if value is not None})
@@ -69,7 +69,7 @@ class Server:
         finally:
             connection.close()
         if response.status == HTTPStatus.UNAUTHORIZED:
-            raise NoStatus(f"{self.url} needs its token: set AUTH_TOKEN or AUTH_TOKEN_FILE")
+            raise NoStatus(f"{self.url} needs a valid token: set AUTH_TOKEN or AUTH_TOKEN_FILE")
         try:
             document = json.loads(body)
         except ValueError:
@@ -77,7 +77,8 @@ class Server:
         if response.status == HTTPStatus.BAD_REQUEST and isinstance(document, dict):
             raise NoStatus(f"{self.url} refuses the request: {document.get('detail')}")
         if response.status != HTTPStatus.OK or not _is_status(document):
-            raise NoStatus(f"{self.url} is no gateway queue: {response.status} {response.reason}")
+            answer = f"{response.status} {response.reason}"
+            raise NoStatus(f"{self.url} is not a gateway queue: {answer}")
         return cast("dict[str, Any]", document)
 
 
@@ -115,7 +116,7 @@ def watch(server: Server, shard: int | None) -> int:
             text, exit_status = look(server, shard)
             print(f"{CLEAR}{text}" if sys.stdout.isatty() else f"{text}\n", flush=True)
             interrupted.wait(WATCH_SECONDS)
-    except BrokenPipeError:  # as with `| head`; Python would report it once more at its end
+    except BrokenPipeError:  # as with `| head`; Python would report it again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return exit_status
 
@@ -132,7 +133,7 @@ def look(server: Server, shard: int | None) -> tuple[str, int]:
 
 
 def duration(seconds: float) -> str:
-    """Write a time of some length as briefly as it can be read."""
+    """Write a duration in a short form."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = int(seconds) // 60

@@ -34,7 +34,7 @@ WINDOW = 0.1
 """Seconds between two releases of the shard that measures."""
 
 ATTACKED_SHARD, ATTACKERS_SHARD = 0, 1
-"""They have different rate limit keys, so no ticket of an attacker is before the others."""
+"""Their rate limit keys differ, so no attacker has a ticket ahead of the measured client."""
 
 RECONNECT_SECONDS = 0.05
 """Seconds until a disconnected attacker connects again."""
@@ -72,12 +72,12 @@ def headers(
 
 
 def literal(name: bytes, value: bytes) -> bytes:
-    """Write a header field that is not stored in the table; both parts have at most 126 bytes."""
+    """Encode a header field that HPACK does not index; name and value have at most 126 bytes."""
     return b"\x00%c%b%c%b" % (len(name), name, len(value), value)
 
 
 def get(path: bytes = b"/?shard=%d" % ATTACKERS_SHARD) -> bytes:
-    """Write the header block of a request: GET, http, a host and a path."""
+    """Encode the header block of a request: GET, http, a host and a path."""
     return b"\x82\x86\x01\x05queue\x04%c%b" % (len(path), path)
 
 
@@ -90,7 +90,7 @@ def wire(*frames: Frame) -> bytes:
 
 
 def requests(count: int = STREAMS, block: bytes = b"", *, end_stream: bool = True) -> bytes:
-    """Open streams on a new connection."""
+    """Return what opens a new connection and sends a request on each of its streams."""
     block = block or get()
     opened = (headers(2 * n + 1, block, end_stream=end_stream) for n in range(count))
     return PREFACE + wire(*opened)
@@ -105,7 +105,7 @@ def window_update(stream: int) -> Frame:
 
 
 def streams(count: int, *frames: Callable[[int], Frame]) -> bytes:
-    """Write some frames for each of many new streams."""
+    """Return the given frames for each of ``count`` new streams."""
     return wire(*(frame(2 * n + 1) for n in range(count) for frame in frames))
 
 
@@ -387,8 +387,8 @@ meanwhile. An attack takes about 4 s longer than --seconds, all of them about
 def main() -> None:
     """Run attacks and print their table."""
     parser = argparse.ArgumentParser(prog="scripts/attack", description=DESCRIPTION)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each attack (default: 8)")
-    parser.add_argument("attacks", nargs="*", help="a part of the names of the attacks to run")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each attack (default: 8)")
+    parser.add_argument("attacks", nargs="*", help="run only attacks whose names contain this")
     options = parser.parse_args()
     names = [
         name

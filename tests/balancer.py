@@ -74,7 +74,7 @@ class NameServer:
 
     def __init__(self) -> None:
         self.hosts: dict[str, str] = {}
-        """The addresses of names."""
+        """IPv4 addresses by name."""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("127.0.0.1", 0))
         self.address = "{}:{}".format(*self._socket.getsockname())

@@ -261,7 +261,7 @@ def first_answers(clients: list[Client], count: int) -> list[tuple[int, Answer]]
     """Wait for the first answers to many clients.
 
     Returns:
-      Each with the number of its client, in the order in which they came.
+      The answers in the order in which they came, each with the number of its client.
     """
     answers: list[tuple[int, Answer]] = []
     with selectors.DefaultSelector() as selector:

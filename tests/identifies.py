@@ -57,7 +57,7 @@ class Way:
 
     confirm: bool
     margin: float
-    """Seconds for a window of 5 s; shorter for a shorter window."""
+    """Seconds with a window of 5 s; with another window, in proportion to it."""
     options: dict[str, Any]
     """Options of the stand-in."""
 
@@ -102,9 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/measure-identifies",
         description=f"Starts {SHARDS} shards on {KEYS} rate limit keys ({names}; a process each) "
-        "with the real server, against a stand-in for Discord that enforces its window. A cell is: "
-        "Invalid Sessions of IDENTIFYs, and the speed of the start-up as a share of the limit. A "
-        "cell takes about 40 s, the whole table about 15 minutes.",
+        "with the real server, against a stand-in for Discord that enforces its window. A cell "
+        "shows how many IDENTIFYs got an Invalid Session, and the speed of the start-up as a share "
+        "of the limit. A cell takes about 40 s, the whole table about 15 minutes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -147,7 +147,7 @@ def _asked(queue: Server) -> int:
 
 
 def _busy(library: Script, seconds: float | None) -> Script:
-    """Let a bot compute for some seconds, pause for as long, and so on; not if they are None."""
+    """Make a bot compute and pause in turn, ``seconds`` each; with None, change nothing."""
     if seconds is None:
         return library
     if library.name not in START_BUSY:

@@ -1,7 +1,7 @@
-"""Mutation proof: small faults of the server, each of which the simulation has to find.
+"""Mutation tests: small faults of the server, each of which the simulation has to find.
 
-``python -m tests.mutants`` applies each one to a copy of the package and runs the simulation there,
-until a seed breaks an invariant that holds without it.
+``python -m tests.mutants`` applies each fault to a copy of the package and runs the simulation
+there, until a seed breaks an invariant that holds without the fault.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ BROKEN = re.compile(r"^seed (\d+): ([\w-]+): ")
 
 
 CALM = frozenset(ALL_KINDS) - {"clock-rate", "cap", "places", "hang-ups", "confirm"}
-"""What has to be left out of a scenario, so that nothing delays a release."""
+"""What to leave out of a scenario, so that nothing delays a release."""
 
 MOVES = frozenset(ALL_KINDS) - {"kill", "stop", "places", "hang-ups"}
-"""What has to be left out of a scenario, so that only the places of clients that move count."""
+"""What to leave out of a scenario, so that only stops and hang-ups make clients move."""
 
 ONLY_UNSTEADY_CLOCK = frozenset(ALL_KINDS) - {
     "unsteady-clock",
@@ -45,10 +45,10 @@ ONLY_UNSTEADY_CLOCK = frozenset(ALL_KINDS) - {
     "confirm",
     "bots",
 }
-"""What has to be left out of a scenario, so that only a clock that is set often counts."""
+"""What to leave out of a scenario, so that a clock that is set often is the only fault."""
 
 ONLY_SENTINEL_FAILOVER = frozenset(ALL_KINDS) - {"sentinels", "sentinel-failover", "confirm"}
-"""What has to be left out of a scenario, so that only a change of the primary counts."""
+"""What to leave out of a scenario, so that a change of the primary is the only fault."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Mutant:
     """One fault.
 
     Args:
-      file: where it is, in the package.
-      old: what is there, exactly once.
-      new: what stands there instead.
+      file: path in the package.
+      old: the correct text, which the file contains exactly once.
+      new: the faulty text.
       why: what goes wrong.
-      without: what must not be in the scenarios in which it is looked for.
+      without: what to leave out of the scenarios that look for the fault.
     """
 
     file: str
@@ -74,7 +74,7 @@ class Mutant:
         return self.file.startswith(("web/", "serving/"))
 
     def apply(self, package: Path) -> bool:
-        """Write it into a copy of the package, and tell whether its place was found."""
+        """Write the fault into a copy of the package. Return whether ``old`` was there once."""
         path = package / self.file
         text = path.read_text()
         path.write_text(text.replace(self.old, self.new))
@@ -86,7 +86,7 @@ MUTANTS = (
         "queue/queue.py",
         "self._list(self._places.leave(ticket))",
         "self._places.leave(ticket)",
-        "a client that has left stands in its lane for ever",
+        "a client that has left stays in its lane for ever",
     ),
     Mutant(
         "queue/ticket.py",
@@ -117,13 +117,13 @@ MUTANTS = (
         "            lane.opens_at = min(lane.opens_at, trio.current_time())\n"
         "            lane.retry_claim()\n",
         "            lane.opens_at = min(lane.opens_at, trio.current_time())\n",
-        "no lane hears that a session start is free again",
+        "no lane claims again when a session start is free again",
     ),
     Mutant(
         "queue/queue.py",
         "at = answer.at + confirm_seconds",
         "at = answer.at",
-        "a shard that is not confirmed is taken to have identified at once",
+        "without a confirmation, the window starts at the answer",
     ),
     Mutant(
         "queue/queue.py",
@@ -159,7 +159,7 @@ MUTANTS = (
         "queue/places.py",
         "            if last is not place and last.ticket is not None:",
         "            if False:",
-        "a client of the shard loses its place with another one that leaves",
+        "a client loses its place when another client of its shard leaves",
     ),
     Mutant(
         "queue/places.py",
@@ -267,13 +267,13 @@ MUTANTS = (
         "store/redis/store.py",
         "            self._send_away()",
         "            pass",
-        "clients wait at a replica for which Redis is too slow, though others are not",
+        "clients wait at a replica for which Redis is too slow, though others could release them",
     ),
     Mutant(
         "store/redis/decisions.lua",
         "    and replid == server\n",
         "",
-        "a server that has taken over is taken for the last one",
+        "a server that has taken over counts as the former one",
     ),
     Mutant(
         "store/redis/store.py",
@@ -292,7 +292,7 @@ MUTANTS = (
         "store/redis/clock.py",
         "            former[-1] = former[-1][0], now",
         "            former.clear()",
-        "no release waits for a step by which the clock was set forward during its window",
+        "a window does not last longer when the clock is set forward meanwhile",
         without=ONLY_UNSTEADY_CLOCK,
     ),
     Mutant(
@@ -325,7 +325,7 @@ MUTANTS = (
         "store/redis/decisions.lua",
         "    and (seen_since ~= since or tonumber(seen_here or 0) >= seen_at)",
         "",
-        "an older copy of the data is taken for the last one",
+        "an older copy of the data counts as the current data",
     ),
     Mutant(
         "store/redis/decisions.lua",
@@ -417,7 +417,7 @@ class Simulation:
         self._mutant = mutant
 
     def run(self, seeds: int, seconds: float) -> Iterator[Broken]:
-        """Yield what is broken, while there is time."""
+        """Yield broken invariants until the time is over."""
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             for part in ("gateway_queue", "tests"):
@@ -496,7 +496,7 @@ def _parser() -> argparse.ArgumentParser:
         "status is 1 if a fault is not found.",
     )
     add = parser.add_argument
-    add("--only", type=int, nargs="+", metavar="NUMBER", help="of the mutants in the list, from 0")
+    add("--only", type=int, nargs="+", metavar="NUMBER", help="run only these, from 0")
     add("--seeds", type=int, default=4000, metavar="N", help="seeds for each mutant (4000)")
     add("--seconds", type=float, default=250, metavar="S", help="time for each mutant (250)")
     return parser

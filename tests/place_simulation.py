@@ -21,7 +21,7 @@ PATIENCE = 30.0
 SPREAD = 97.3
 """Seconds in which all shards come, as processes start one after another."""
 OVERDUE = 60.0
-"""A shard that is released so many seconds after its turn counts as overdue."""
+"""A shard that is released more than this many seconds after its turn counts as overdue."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Outcome:
 
     @property
     def waits(self) -> list[float]:
-        """How long each has waited since it came."""
+        """How many seconds each shard has waited since it came."""
         pairs = zip(self.order, self.times, strict=True)
         return [at - arrival(shard) for shard, at in pairs]
 
     @property
     def out_of_order(self) -> int:
-        """Return how many shards a later one overtook."""
+        """Return how many shards were overtaken by a shard that came later."""
         overtaken, latest_to_go = 0, -1
         for shard in self.order:
             overtaken += shard < latest_to_go
@@ -62,7 +62,7 @@ def arrival(shard: int) -> float:
 
 
 def simulate(place_seconds: float) -> Outcome:
-    """Run the simulation on a clock that jumps."""
+    """Run the simulation on the mock clock."""
     outcome = Outcome([], [])
 
     async def client(queue: Queue, shard: int) -> None:

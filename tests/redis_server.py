@@ -1,4 +1,4 @@
-"""A real Redis server of the tests' own, and a proxy that makes the way to it bad."""
+"""A real Redis server for the tests, and a proxy that delays or breaks connections to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it, or start it again: empty."""
+        """Start it, or start it again, without data."""
         listen = ("--bind", "127.0.0.1", "--port", str(self.port))
         kept = ("--save", "", "--repl-diskless-sync-delay", "0")
         if self.config is not None:
@@ -49,14 +49,14 @@ class RedisServer:
         eventually(self._answers)
 
     def _answers(self) -> bool:
-        # Without credentials it says NOAUTH, which is an answer too.
+        # Without credentials the answer is NOAUTH, which also shows that it runs.
         with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
             connection.sendall(b"PING\r\n")
             return bool(connection.recv(100))
         return False
 
     def kill(self) -> None:
-        """End it without a word."""
+        """End it with SIGKILL."""
         assert self.process is not None
         self.signal(signal.SIGKILL)
         self.process.wait(PATIENCE)
@@ -66,7 +66,7 @@ class RedisServer:
         self.process.send_signal(number)
 
     def command(self, *words: str) -> str:
-        """Run a command, and return what its last line says."""
+        """Run a command, and return its reply as Redis sends it."""
         line = " ".join(words).encode() + b"\r\n"
         with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as connection:
             connection.sendall(line + b"QUIT\r\n")
@@ -76,7 +76,7 @@ class RedisServer:
         return received.decode().removesuffix("+OK\r\n").strip()
 
     def calls(self) -> int:
-        """Return how many commands clients have sent, but for those of scripts and of tests."""
+        """Return how many commands replicas have sent: EVALSHA and PING, not those of scripts."""
         calls = re.findall(r"cmdstat_(\w+):calls=(\d+)", self.command("INFO", "commandstats"))
         return sum(int(number) for name, number in calls if name in {"evalsha", "ping"})
 
@@ -101,11 +101,11 @@ def _connect(port: int) -> socket.socket:
 
 
 class Proxy:
-    """Stands between a replica and Redis.
+    """A TCP proxy between a replica and Redis.
 
     Args:
       target: the port of Redis; it can be changed for later connections.
-      delay: seconds by which everything comes later, in both directions.
+      delay: seconds by which it delays data, in each direction.
     """
 
     def __init__(self, target: int, delay: float = 0.0) -> None:
@@ -114,9 +114,9 @@ class Proxy:
         self.swallows_answers_to: bytes | None = None
         """Cut a connection when the answer comes to a request with these bytes in it."""
         self.holds_back: bytes | None = None
-        """Cut a client that sends a request with these bytes in it, and forward it later."""
+        """Cut a client that sends a request with these bytes, and forward the request later."""
         self.keeps_clients = False
-        """Connect clients to another target without closing their connections."""
+        """When the target changes, connect clients to it without closing their connections."""
         self.cuts = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -162,7 +162,7 @@ class Proxy:
             thread.join()
 
     def _forward(self, client: socket.socket) -> None:
-        """Pass on what comes on either side when its time has come."""
+        """Forward data in both directions, after the delay."""
         with ExitStack() as stack:
             stack.enter_context(client)
             try:

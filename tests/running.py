@@ -33,7 +33,7 @@ def on_mock_clock(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 class SlowStore(MemoryStore):
-    """A store that answers after 10 ms, as one over a network does."""
+    """A store that answers after 10 ms, as a store over a network does."""
 
     DELAY = 0.01
 

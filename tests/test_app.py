@@ -143,10 +143,10 @@ async def test_after_an_internal_error_a_request_is_held_until_its_client_leaves
     assert room.waiting == 0
 
 
-async def test_a_client_that_does_not_read_its_answer_does_not_delay_the_next_one(
+async def test_an_unread_answer_delays_the_next_one_only_by_answer_seconds(
     autojump_clock: MockClock,
 ) -> None:
-    """Its slot counts as used: a part of the answer may have been sent."""
+    """The slot counts as used, because a part of the answer may have been sent."""
     slow, next_in_line = Wire(), Wire()
 
     async def never(_: ASGISendEvent) -> None:

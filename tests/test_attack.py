@@ -47,8 +47,8 @@ FLOODS = [
 ]
 
 LATE_MAX = 0.5
-"""Seconds that a release may be late where other processes need the CPU too. Before frames were
-counted, these attacks made releases 1 to 20 s late."""
+"""Seconds that a release may be late on a machine where other processes need the CPU, too. Before
+frames were counted, these attacks made releases 1 to 20 s late."""
 
 CONNECTION_MAX = 64_000
 """Bytes that a connection without a ticket may cost."""
@@ -133,7 +133,7 @@ def test_900_requests_that_end_and_start_again_are_no_flood() -> None:
 
 
 @pytest.mark.parametrize("header", [":path", ":method"])
-def test_a_bad_stream_is_one_bad_stream(header: str) -> None:
+def test_a_malformed_request_resets_only_its_stream(header: str) -> None:
     with serving(WINDOW_SECONDS=0.5) as server:
         client = h2_client(server)
         good = client.ask()
@@ -144,7 +144,7 @@ def test_a_bad_stream_is_one_bad_stream(header: str) -> None:
         assert not [line for line in server.lines if "error" in line]
 
 
-def test_a_client_that_starts_no_more_requests_gets_its_answers() -> None:
+def test_a_client_that_sends_goaway_gets_its_answers() -> None:
     with serving(WINDOW_SECONDS=0.5) as server:
         client = h2_client(server)
         streams = [client.ask() for _ in range(2)]
@@ -162,8 +162,8 @@ def test_an_upgrade_behind_a_ticket_is_a_ticket_and_its_headers_are_not_logged()
         assert SECRET not in "\n".join(server.lines)
 
 
-def test_1001_requests_on_one_connection_of_hypercorn() -> None:
-    """Hypercorn allows 100 at a time."""
+def test_hypercorns_command_answers_1100_requests_on_one_connection() -> None:
+    """With its default settings, Hypercorn allows 100 streams at a time."""
     command = (installed("hypercorn"), "--worker-class", "trio", "--bind", "127.0.0.1:0")
     with serving(*command, "gateway_queue:app", MAX_CONCURRENCY=0) as server:
         client = h2_client(server)
@@ -271,7 +271,7 @@ def test_a_half_closed_client_has_no_ticket(stalling: Server) -> None:
     assert client.rest() == b""
 
 
-def test_a_request_with_two_lengths_is_the_last_one() -> None:
+def test_a_request_with_two_lengths_is_the_last_on_its_connection() -> None:
     with serving(MAX_CONCURRENCY=0) as server:
         client = server.connect(
             b"POST / HTTP/1.1\r\nHost: queue\r\nContent-Length: 5\r\n"
@@ -283,7 +283,7 @@ def test_a_request_with_two_lengths_is_the_last_one() -> None:
         assert client.rest() == b""
 
 
-def test_a_client_without_credit_is_reset_when_its_time_is_over() -> None:
+def test_a_stream_without_flow_control_credit_is_reset_within_2_seconds() -> None:
     with serving(WINDOW_SECONDS=0.2) as server:
         settings = bytes.fromhex("000006040000000000" + "000400000000")
         client = server.connect(PREFACE[:24] + settings + requests(1)[len(PREFACE) :])

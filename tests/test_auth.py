@@ -65,7 +65,7 @@ def test_the_token_is_accepted_on_every_path(server: Server, credentials: str, p
 
 @pytest.mark.parametrize("path", ["/", "/?shard=x", "/status", "http://host/status"])
 @pytest.mark.parametrize("credentials", BAD)
-def test_anything_else_is_refused(server: Server, credentials: str, path: str) -> None:
+def test_bad_credentials_are_refused(server: Server, credentials: str, path: str) -> None:
     answer = ask(server, path, credentials)
     assert answer.status == 401
     assert answer.headers["content-type"] == "application/problem+json"
@@ -76,7 +76,7 @@ def test_anything_else_is_refused(server: Server, credentials: str, path: str) -
     assert b'www-authenticate: bearer realm="gateway-queue"' in answer.raw.lower()
 
 
-def test_none_and_several_are_refused(server: Server) -> None:
+def test_no_credentials_and_two_headers_are_refused(server: Server) -> None:
     assert ask(server, "/").status == 401
     assert ask(server, "/", f"Bearer {TOKEN}", f"Bearer {TOKEN}").status == 401
     refused = ask(server, "/", method="HEAD")

@@ -39,7 +39,8 @@ TOY = textwrap.dedent("""
 """)
 """A server that answers its oldest client every 0.05 s, connected or not, and may have a fault.
 
-The 250 clients that it keeps if it refuses others last for 12 s, longer than all need to come.
+If it refuses clients, it keeps 250. It takes 12 s to answer them, longer than all clients need to
+connect.
 """
 
 
@@ -140,7 +141,7 @@ def test_a_number_that_measures_nothing_is_refused(
 def test_a_waiter_takes_little_memory() -> None:
     """The limits allow for another version of Python, but not for one more task per waiter.
 
-    Here it is 0.87 of the floor, and 0.95 with one cancel scope and one event more.
+    The measured memory is 0.87 of the floor, and 0.95 with one cancel scope and one event more.
     """
 
     def kilobytes(subject: Subject) -> float:

@@ -95,7 +95,7 @@ def test_10_000_tickets_of_a_bot_that_waits_for_an_hour_delay_no_other(tmp_path:
         eventually(lambda: bots.status("?bot=slow&shard=0")["waiting"] == 0)
 
 
-def test_the_parameter_works_in_every_ticket(tmp_path: Path) -> None:
+def test_the_bot_parameter_works_in_every_ticket(tmp_path: Path) -> None:
     text = "[a]\nmax_concurrency = 4\n"
     with serving_bots(tmp_path, text, MAX_CONCURRENCY=1) as bots:
         assert bots.request("/?shard=5&b%6ft=%61").answer().body == GO
@@ -154,7 +154,7 @@ def test_without_the_file_no_output_names_a_bot() -> None:
         assert server.get("/?bot=other").status == 400
 
 
-def test_the_status_of_the_default_bot_lists_all(tmp_path: Path) -> None:
+def test_the_status_of_the_default_bot_lists_all_bots(tmp_path: Path) -> None:
     text = "[idle]\n[busy]\nwindow_seconds = 3600\nsession_start_limit = 9\n"
     with serving_bots(tmp_path, text) as bots:
         bots.ask("busy").answer()
@@ -236,7 +236,7 @@ def test_discord_can_be_down_for_one_bot(tmp_path: Path) -> None:
             assert bots.server.get("/readyz").status == 200
             assert b'gateway_queue_ready{bot="down"} 0.0' in bots.server.get("/metrics").body
             assert bots.status("?bot=down")["waiting"] == 1
-            # A token of its own: the limits of the other bot are not asked for.
+            # Each bot asks with its own token, and the token of the other one is not sent here.
             assert {headers["authorization"] for _, _, headers in discord.requests} == {"Bot up"}
             assert held.received == b""
 
@@ -253,7 +253,7 @@ def test_a_rejected_token_in_the_file_affects_only_its_bot(tmp_path: Path) -> No
             assert '"bot": "a"' in next(line for line in bots.server.lines if "rejected" in line)
             bots.write(f"[a]\ndiscord_token = 'right'\ndiscord_api_url = '{good.url}'\n")
             assert held.answer().body == GO
-        assert len(bad.requests) == 1  # it is not asked again and again
+        assert len(bad.requests) == 1  # a rejected token is not tried again
 
 
 def test_many_bots_do_not_ask_discord_all_at_once(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_many_bots_do_not_ask_discord_all_at_once(tmp_path: Path) -> None:
     with playing() as discord, serving_bots(tmp_path, bots, DISCORD_API_URL=discord.url):
         eventually(lambda: len(discord.requests) >= 80)
         times = sorted(at for at, _, _ in discord.requests)
-        # 20 per second; the one second leaves room for a busy machine.
+        # At 20 per second, 40 requests take 2 s; 1 s of it allows for a busy machine.
         assert all(b - a > 1 for a, b in zip(times, times[40:], strict=False))
 
 
@@ -321,10 +321,10 @@ def test_a_broken_file_changes_nothing(tmp_path: Path, mistake: str | None) -> N
         if mistake is None:
             (tmp_path / "bots.toml").unlink()
             bots.server.signal(signal.SIGHUP)
-            eventually(lambda: bots.count("BOTS_FILE is wrong") > 0)
+            eventually(lambda: bots.count("BOTS_FILE has a mistake") > 0)
         else:
-            bots.write(mistake, "BOTS_FILE is wrong")
-        assert bots.count("BOTS_FILE is wrong") == 1
+            bots.write(mistake, "BOTS_FILE has a mistake")
+        assert bots.count("BOTS_FILE has a mistake") == 1
         assert bots.count("read BOTS_FILE") == 1  # at the start
         assert bots.status("?bot=a")["waiting"] == 1
         assert waiting.received == b""
@@ -400,7 +400,7 @@ def test_a_bots_own_token_opens_only_this_bot(tmp_path: Path) -> None:
         assert json.loads(released.body)["released"] == 2
 
 
-def test_a_bots_own_token_is_asked_for_also_if_the_server_has_none(tmp_path: Path) -> None:
+def test_a_bots_own_token_is_required_also_if_the_server_has_none(tmp_path: Path) -> None:
     with serving_bots(tmp_path, "[a]\nauth_token = 'for.a'\n[b]\n") as bots:
         assert bots.ask("a").answer().status == 401
         assert bots.ask("a", token="for.a").answer().body == GO

@@ -22,7 +22,7 @@ from tests.running import TOLERANCE, WINDOW, on_mock_clock, running, service_of
 
 @dataclass
 class Release:
-    """An answer, and what was in force at that time."""
+    """An answer, and the settings at that time."""
 
     shard: int
     settings: Settings

@@ -68,7 +68,7 @@ def test_a_token_can_come_from_a_file(tmp_path: Path) -> None:
 LONG = "n" * 101
 
 MISTAKES = {
-    "window_seconds = 5": ["must have a table [NAME]", "not 'window_seconds' outside one"],
+    "window_seconds = 5": ["must have a table [NAME]", "'window_seconds' is outside of any table"],
     "[a]\nwindow_seconds = 0": ["[a] window_seconds must be a number over 0", "not '0'"],
     "[a]\nwindow_seconds = -1": ["[a] window_seconds must be", "not '-1'"],
     "[a]\nwindow_seconds = inf": ["[a] window_seconds must be", "not 'inf'"],
@@ -87,7 +87,7 @@ MISTAKES = {
     "[a]\ndiscord_token = 'x'\ndiscord_token_file = '/nowhere'": [
         "[a] discord_token_file and discord_token are both set"
     ],
-    "[a]\nport = 5": ["[a] 'port' is not a setting of a bot; these are discord_token,"],
+    "[a]\nport = 5": ["[a] 'port' is not a setting of a bot; the settings of a bot are"],
     "[a]\nredis_prefix = 'x'": ["[a] 'redis_prefix' is not a setting"],
     "[a.b]\nwindow_seconds = 5": ["[a] 'b' must be a value", 'needs quotes: ["NAME"]'],
     "[default]": ["'default' is the name of the bot that the environment configures"],
@@ -97,9 +97,9 @@ MISTAKES = {
     "['a\\n']": ["the name of a bot must be"],
     f"[{LONG}]": ["up to 100 letters"],
     "[a]\ndiscord_token = 'x'\n[b]\ndiscord_token = 'x'": [
-        "[b] discord_token must be a token of its own, not the same as in [a]"
+        "[b] discord_token must differ from the token in [a]: each bot needs its own token"
     ],
-    "[a]\ndiscord_token = 'mine'": ["a token of its own, not the same as in the environment"],
+    "[a]\ndiscord_token = 'mine'": ["must differ from the token in the environment"],
     "[a]\n[a]": ["line 2"],
     "[a": ["bots.toml", "must be the path of a TOML file with a table for each bot"],
 }

@@ -1,4 +1,4 @@
-"""Many bots share one connection to Redis, on a clock that jumps."""
+"""Many bots share one connection to Redis, on the mock clock."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RULES = Rules(5.0, hold=False, session_start_limit=100)
 
 
 class Replica:
-    """The process of stores."""
+    """A process that is never frozen or cut off from Redis."""
 
     is_frozen = False
     way_latency = 0.0
@@ -113,7 +113,7 @@ async def test_many_bots_restore_in_time_what_a_slow_redis_has_lost(
         await trio.sleep(3 * LOOK_SECONDS)
         server.lose_data()
         seconds = await until(lambda: server.bots_with_starts() == BOTS)
-        # From then on a replica may trust the server.
+        # After a lease, a replica may trust the server.
         assert seconds < lease_seconds(RULES)
 
 

@@ -21,7 +21,7 @@ WINDOW = 1.0
 LEASE = 2 * WINDOW
 
 TIMEOUT_MILLISECONDS = 2000
-"""Time in which nodes notice that another node is down."""
+"""Milliseconds until nodes notice that another node is down."""
 
 KEYS = "{gateway-queue}"
 
@@ -98,7 +98,7 @@ def test_the_keys_are_found_from_every_node_and_after_they_have_moved(cluster: C
         assert cluster.others[0].command("EXISTS", f"{KEYS}:state") == ":1"
 
     assert min(gaps(answers)[0]) >= WINDOW - SLACK
-    assert max(gaps(answers)[0]) < LEASE + 4  # one of them for a busy machine
+    assert max(gaps(answers)[0]) < LEASE + 4  # 1 of the 4 s is for a busy machine
 
 
 def test_a_failover_of_the_node_with_the_keys_makes_no_shard_early_and_loses_none(

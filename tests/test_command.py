@@ -72,7 +72,7 @@ def test_every_way_to_run_it_serves(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["command", "hypercorn with our settings"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_without_an_answer(way: str, number: signal.Signals) -> None:
+def test_a_signal_ends_the_server_and_answers_no_client(way: str, number: signal.Signals) -> None:
     with serving(*WAYS[way], WINDOW_SECONDS=3600) as server:
         clients = [server.connect() for _ in range(100)]
         server.settle()
@@ -85,7 +85,7 @@ def test_a_signal_ends_it_without_an_answer(way: str, number: signal.Signals) ->
             server.connect()
 
 
-def test_it_ends_its_tasks_when_it_stops() -> None:
+def test_the_command_ends_its_tasks_when_it_stops() -> None:
     """``main`` returns, unless so many clients wait that this would take too long."""
     code = "from gateway_queue.__main__ import main; main([]); print('returned')"
     with serving(sys.executable, "-c", code, WINDOW_SECONDS=3600) as server:
@@ -96,7 +96,7 @@ def test_it_ends_its_tasks_when_it_stops() -> None:
     assert server.lines[-1] == "returned"
 
 
-def test_it_stops_within_2_seconds_with_10_000_waiting() -> None:
+def test_the_command_stops_within_2_seconds_with_10_000_waiting() -> None:
     allow_10_000_connections()
     with serving(WINDOW_SECONDS=3600) as server:
         clients = [server.connect() for _ in range(10_000)]
@@ -236,7 +236,7 @@ def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
     [
         (
             "redis://h?foo=bar",
-            "an unknown option foo after the question mark; redis:// takes only db",
+            "an unknown option foo after the question mark; redis:// supports only db",
         ),
         (
             "redis://h/0?ssl_ca_certs=/ca.pem",
@@ -244,12 +244,12 @@ def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
         ),
         (
             "rediss://h/0?ca=/ca.pem",
-            "an unknown option ca after the question mark; rediss:// takes",
+            "an unknown option ca after the question mark; rediss:// supports",
         ),
         ("unix:///run/redis.sock?timeout=1", "an unknown option timeout after the question mark"),
         (
             "redis://user:12?word@h:6379",
-            "an unknown option after the question mark; redis:// takes",
+            "an unknown option after the question mark; redis:// supports",
         ),
         ("redis://h?db=1&db=2", "the option db twice"),
         ("redis://h?db=", "a wrong value of the option db"),
@@ -414,7 +414,7 @@ def test_a_port_in_use_is_reported_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("host", ["::1", "localhost", "0.0.0.0", "::"])
-def test_hosts(host: str) -> None:
+def test_the_server_binds_to_its_host(host: str) -> None:
     with serving(HOST=host, WINDOW_SECONDS=0.01) as server:
         if host == "::1":
             with socket.create_connection(("::1", server.port)) as client:
@@ -496,10 +496,10 @@ from gateway_queue.__main__ import main
 main([])
 """
 LIBRARIES = "import quart_trio, hypercorn.trio, structlog.dev, prometheus_client"
-"""The imports of most of its libraries."""
+"""Imports of most of the server's libraries."""
 
 
-def test_idle_it_neither_wakes_up_nor_grows() -> None:
+def test_an_idle_server_neither_wakes_up_nor_grows() -> None:
     """An idle server has no voluntary context switch in 2 s, and its memory stays small.
 
     The command runs without pygments, as where only the server is installed: with pygments, httpx
@@ -510,7 +510,7 @@ def test_idle_it_neither_wakes_up_nor_grows() -> None:
     with serving(sys.executable, "-c", SERVER_WITHOUT_PYGMENTS, WINDOW_SECONDS=0.05) as server:
         server.connect().answer()
         server.settle()
-        time.sleep(6)  # Hypercorn closes the connections of the two after 5 s
+        time.sleep(6)  # Hypercorn closes both connections after 5 s
         before = server.voluntary_switches()
         time.sleep(2)
         assert server.voluntary_switches() == before
@@ -557,14 +557,14 @@ def test_a_server_without_trio_is_refused() -> None:
     refused = run(HYPERCORN, "gateway_queue:app", "-b", "127.0.0.1:0")
     assert refused.returncode != 0
     assert refused.stderr.splitlines() == [
-        "this server has no trio: run it with hypercorn --worker-class trio"
+        "this server does not run trio: use hypercorn --worker-class trio"
     ]
 
 
 def test_sigterm_ends_the_first_process_of_a_container_while_it_imports() -> None:
     """Linux ignores signals to process 1 that it has no handler for."""
     ready, imported = os.pipe()
-    # It stops in the middle of its imports, so that the signal comes then.
+    # The program stops in the middle of its imports, and gets the signal there.
     program = (
         "import builtins, os, time; load = builtins.__import__\n"
         "def load_slowly(name, *more, **named):\n"

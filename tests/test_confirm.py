@@ -39,7 +39,7 @@ def asking(shard: int, version: str = "1.1", method: str = "GET") -> bytes:
 
 
 def head_and_message(client: Client, message: bytes = GO) -> tuple[bytes, float]:
-    """Wait for the head and the message of an unfinished response. Return also when they came."""
+    """Wait for the head and the message of an unfinished response, and return when they came."""
     at = time.monotonic()
     while not (b"\r\n\r\n" in client.received and message in client.received):
         received, ancillary, *_ = client.socket.recvmsg(65536, 128)
@@ -202,7 +202,7 @@ def test_a_bad_confirmation_is_refused(server: Server, query: str, why: str) -> 
 
 
 @pytest.mark.parametrize("query", ["shard=1&confirm=false", "shard=1&confirm=true&confirm=true"])
-def test_other_forms_are_accepted(server: Server, query: str) -> None:
+def test_confirm_false_and_a_repeated_confirm_are_accepted(server: Server, query: str) -> None:
     client = server.connect(b"GET /?%s HTTP/1.1\r\nHost: queue\r\n\r\n" % query.encode())
     answer, _ = head_and_message(client)
     assert (b"content-length" in answer) == ("false" in query)

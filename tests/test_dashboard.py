@@ -24,7 +24,7 @@ from tests.test_events import LISTEN, read_events
 LOST = re.compile(
     "Failed to load resource: net::ERR_(CONNECTION_REFUSED|INCOMPLETE_CHUNKED|EMPTY_RESPONSE)"
 )
-"""What a browser logs about a server that is gone."""
+"""What a browser logs when the server has ended."""
 
 expect.set_options(timeout=PATIENCE * 1000)
 
@@ -178,7 +178,7 @@ def test_it_reconnects_after_a_restart(browser: Browser, meanwhile: str) -> None
         expect(connection).to_have_text("Live")
         first.signal(signal.SIGTERM)
         first.wait()
-        expect(connection).to_contain_text("Connection lost, last seen")
+        expect(connection).to_contain_text("Connection lost, last update")
         if meanwhile == "a refusal":
             with serving(PORT=first.port, AUTH_TOKEN="secret") as refusing:
                 eventually(lambda: any("status=401" in line for line in refusing.lines))
@@ -242,7 +242,7 @@ def test_the_labels_of_the_timeline_do_not_overlap(
         assert all(one["x"] + one["width"] < then["x"] for one, then in pairwise(boxes))
 
 
-def test_focus_and_what_is_opened_stay(browser: Browser, busy: Server) -> None:
+def test_focus_and_opened_queues_stay(browser: Browser, busy: Server) -> None:
     with opened(browser, busy) as watched:
         page = watched.page
         for _ in range(4):  # past the search box
@@ -264,7 +264,7 @@ def test_focus_and_what_is_opened_stay(browser: Browser, busy: Server) -> None:
         expect(focused).to_have_attribute("id", "lane-2")
 
 
-def test_what_is_closed_stays_closed(browser: Browser) -> None:
+def test_a_closed_queue_stays_closed(browser: Browser) -> None:
     with serving(WINDOW_SECONDS=3600) as server:
         server.ask(1)
         eventually(lambda: server.status()["waiting"] == 1)
@@ -276,7 +276,7 @@ def test_what_is_closed_stays_closed(browser: Browser) -> None:
             expect(lane.locator("table")).to_be_hidden()
 
 
-def test_it_is_loaded_anew_when_the_server_has_another_one(browser: Browser) -> None:
+def test_the_page_is_reloaded_when_the_server_has_another_version(browser: Browser) -> None:
     with serving() as server, opened(browser, server) as watched:
         with watched.page.expect_navigation():
             watched.page.evaluate("document.getElementById('live').dataset.build = 'former'")
@@ -297,7 +297,7 @@ def test_the_page_is_accessible(
         assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
 
 
-def test_a_reason_is_text_whatever_it_holds(browser: Browser) -> None:
+def test_html_in_a_reason_is_shown_as_text(browser: Browser) -> None:
     reason = "503 <img src=x onerror=alert(1)>"
     with playing() as discord:
         discord.tricks.extend([raw(f"HTTP/1.1 {reason}\r\n\r\n".encode())] * 9)
@@ -310,7 +310,7 @@ def test_a_reason_is_text_whatever_it_holds(browser: Browser) -> None:
                 expect(watched.page.locator("#lane-0")).to_contain_text("All")
 
 
-def test_without_a_server_it_is_dimmed_and_its_clock_stops(browser: Browser) -> None:
+def test_without_a_server_the_page_is_dimmed_and_its_clock_stops(browser: Browser) -> None:
     with serving(WINDOW_SECONDS=3000) as server:
         server.ask(1)
         eventually(lambda: server.status()["waiting"] == 1)
@@ -325,7 +325,7 @@ def test_without_a_server_it_is_dimmed_and_its_clock_stops(browser: Browser) -> 
             expect(page).to_have_title("⚠ (1) Gateway queue")
             assert page.locator("#icon").get_attribute("href") != good
             before = seconds_shown(page)
-            expect(page.locator("#connection")).to_contain_text("last seen 7 s ago")
+            expect(page.locator("#connection")).to_contain_text("last update 7 s ago")
             assert seconds_shown(page) == before
             server.signal(signal.SIGCONT)
             expect(page.locator("body")).not_to_have_class("lost")
@@ -360,7 +360,7 @@ def test_all_tabs_share_one_stream(browser: Browser) -> None:
         server.ask(1)
         for page in pages:
             expect(figure(page, "Waiting")).to_have_text("1")
-        pages[0].close()  # the next one listens
+        pages[0].close()  # the next tab opens a stream
         for page in pages[1:]:
             now = page.locator("#live").get_attribute("data-now")
             expect(page.locator("#live")).not_to_have_attribute("data-now", now or "")
@@ -427,7 +427,7 @@ def test_the_page_shows_identifying_and_unconfirmed_shards(browser: Browser) -> 
             assert most.split() == ["Shard", "4", "3"]
 
 
-def test_with_no_keys_it_shows_no_windows(browser: Browser) -> None:
+def test_with_max_concurrency_0_the_page_shows_no_windows(browser: Browser) -> None:
     with serving(MAX_CONCURRENCY=0) as server:
         server.ask(1).answer()
         with opened(browser, server) as watched:
@@ -436,7 +436,7 @@ def test_with_no_keys_it_shows_no_windows(browser: Browser) -> None:
             expect(watched.page.locator(".card")).to_have_count(1)  # the hidden answer of a search
 
 
-def test_a_proxy_may_give_it_a_prefix(browser: Browser) -> None:
+def test_the_page_works_under_a_prefix_of_a_proxy(browser: Browser) -> None:
     with serving() as server, browser.new_context() as context:
         page = context.new_page()
         requests: list[str] = []

@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler
 from itertools import pairwise
 from pathlib import Path
 
@@ -174,11 +175,26 @@ async def test_retry_after(header: str, seconds: float) -> None:
     assert unavailable.value.retry_after == pytest.approx(seconds, abs=60 if seconds > 60 else 0)
 
 
-async def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def byte_by_byte(done: threading.Event) -> Trick:
+    """Answer without an end, one byte every 10 ms."""
+
+    def act(request: BaseHTTPRequestHandler) -> None:
+        with suppress(OSError):
+            request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            while not done.wait(0.01):
+                request.wfile.write(b" ")
+
+    return act
+
+
+@pytest.mark.parametrize("begins", [False, True])
+async def test_an_answer_that_is_not_complete_in_time_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
     monkeypatch.setattr("gateway_queue.discord.api.REQUEST_SECONDS", 0.1)
     with playing() as fake:
         done = threading.Event()
-        fake.tricks.append(after(done, answer(200)))
+        fake.tricks.append(byte_by_byte(done) if begins else after(done, answer(200)))
         async with connected(fake.url, list[Outcome]().append) as discord:
             with pytest.raises(Unavailable, match="no answer within"):
                 await discord.session_start_limit()
@@ -209,7 +225,7 @@ def test_tickets_are_held_until_discord_has_answered(fault: str) -> None:
         assert all(answer.at > second for _, answer in answers)
 
 
-def test_delays_between_tries_grow_while_discord_is_away() -> None:
+def test_delays_between_tries_grow_while_discord_is_unreachable() -> None:
     with playing() as discord:
         url = discord.url
     with serving_with(discord, DISCORD_API_URL=url) as server:

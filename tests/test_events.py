@@ -89,7 +89,7 @@ def server() -> Iterator[Server]:
 
 
 def read_events(listener: Client, count: int) -> None:
-    """Read until so many events have arrived."""
+    """Read until ``count`` events have arrived."""
     while listener.received.count(SNAPSHOT) < count:
         received = listener.socket.recv(65536)
         assert received, "closed"
@@ -126,7 +126,7 @@ def test_events_are_compressed(server: Server) -> None:
     assert size < len(text) / 2
 
 
-def test_over_http2(server: Server) -> None:
+def test_events_come_over_http2(server: Server) -> None:
     client = H2Client.with_prior_knowledge(connect(server))
     stream = client.ask([*GET[:-1], (":path", "/events")])
     while client.answers.get(stream, b"").count(SNAPSHOT) < 2:
@@ -150,7 +150,7 @@ def test_head_ends_at_once_and_other_methods_are_refused(server: Server, path: s
 
 
 @pytest.mark.parametrize("path", ["/dashboard", "/events"])
-def test_they_require_the_token(path: str) -> None:
+def test_the_page_and_its_events_require_the_token(path: str) -> None:
     with serving(AUTH_TOKEN="secret") as server:
         refused = ask(server, "GET", path)
     assert refused.status == 401
@@ -169,7 +169,7 @@ def test_a_page_that_closes_is_forgotten() -> None:
 
 
 def test_a_page_that_does_not_read_is_dropped() -> None:
-    """Other listeners do not wait for it, and the server keeps no data of it."""
+    """Other listeners do not wait for it, and the server keeps no data for it."""
     with serving(WINDOW_SECONDS=3600) as server, socket.socket() as unread:
         idle = open_files(server)
         for shard in range(100):  # a long queue makes large events

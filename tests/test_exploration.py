@@ -96,10 +96,10 @@ FIXED_SEEDS_WITH_BOTS = (
     860000129,
     860001517,
 )
-"""Those above were found before there were several bots."""
+"""Seeds of runs with one bot or several. Those in ``FIXED_SEEDS`` are older than several bots."""
 
 SECONDS = 30.0
-"""For how long to try seeds that nobody has tried before."""
+"""How many seconds to try fresh seeds."""
 
 
 STANDBYS = frozenset({"sentinels", "cluster"})
@@ -110,7 +110,7 @@ NEWER = STANDBYS | {"unsteady-clock"}
     ("seed", "without"),
     [
         *product(FIXED_SEEDS_WITH_ALL, [frozenset()]),
-        # What is newer than a seed would change the history that has found a fault.
+        # Kinds of faults that are newer than a seed would change the history that found a fault.
         *product(FIXED_SEEDS_WITH_UNSTEADY_CLOCK, [STANDBYS]),
         *product(FIXED_SEEDS_WITH_BOTS, [NEWER]),
         *product(FIXED_SEEDS, [NEWER | {"bots"}]),

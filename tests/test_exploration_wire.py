@@ -29,7 +29,7 @@ FIXED_SEEDS = (2, 6, 10, 11, 20, 106, 153, 264, 321, 385, 466, 728, 2039, 3064, 
 SEEDS_OF_SEVERAL_BOTS = (3, 7, 21, 38)
 
 SECONDS = 15.0
-"""How long to try fresh seeds."""
+"""How many seconds to try fresh seeds."""
 
 
 class Fleet:
@@ -81,7 +81,7 @@ def play(story: Callable[[Fleet], Awaitable[None]], seed: int = 0) -> Fleet:
 
 
 async def ask_in_turn(fleet: Fleet, tickets: list[WireTicket]) -> None:
-    """Let 8 clients of each protocol ask, one after the other, for shards of both keys."""
+    """Ask for 16 shards of both keys one after the other, 8 over each protocol."""
     shared = fleet.http2()
     for shard in range(16):
         client = (fleet.http1(), fleet.http1(), fleet.http2(), shared)[shard % 4]

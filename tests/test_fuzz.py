@@ -71,7 +71,7 @@ requests = st.builds(
 EXAMPLES, REQUESTS = 200, 50
 """10,000 requests in all."""
 QUIET_SECONDS = 0.02
-"""When no answer comes for so long, the test goes on: incomplete requests get no answer."""
+"""Seconds without an answer until the test goes on: incomplete requests get no answer."""
 
 
 @pytest.fixture(scope="module")

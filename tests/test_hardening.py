@@ -40,7 +40,7 @@ def wait_until_closed(clients: list[Client], seconds: float) -> None:
         assert client.rest() == b""
 
 
-def test_10_000_connections_that_send_nothing() -> None:
+def test_10_000_connections_that_send_nothing_delay_no_release_and_are_closed() -> None:
     allow_10_000_connections()
     window = 0.25  # so that a client of a busy machine asks again before the next one
     with serving(WINDOW_SECONDS=window) as server:
@@ -83,7 +83,7 @@ def preface_with(frame: bytes) -> bytes:
     return connection.data_to_send() + frame
 
 
-def test_a_header_line_of_30_kib_is_a_ticket_like_any() -> None:
+def test_a_request_with_a_header_line_of_30_kb_is_a_ticket() -> None:
     with serving(WINDOW_SECONDS=0.001) as server:
         line = b"X-Long: " + b"a" * 30_000
         assert_serves(server)
@@ -153,7 +153,7 @@ def test_streams_that_come_and_go_leave_nothing_behind() -> None:
 
         come_and_go(10)
         before = server.peak_memory()
-        come_and_go(14)  # with more, the server takes it for a flood
+        come_and_go(14)  # with more, the server ends the connection because of a flood
         assert server.peak_memory() - before < 4 * 2**20
         eventually(lambda: server.status()["waiting"] == 0)
 

@@ -22,7 +22,7 @@ from tests.libraries.chaos import (
     LONG,
     fleet_after_chaos,
     fleets,
-    gets_many_without_the_queue,
+    gets_invalid_sessions_without_the_queue,
     wait_until_all_are_up,
 )
 from tests.libraries.node import DISCORD_JS, DISCORDENO
@@ -33,7 +33,7 @@ WINDOW = 0.5
 with it, but confirmed tickets do not depend on that time."""
 
 DISCORDS_WINDOW, DISCORDS_MARGIN = 5.0, 0.25
-"""Seconds, as users have them."""
+"""Seconds of Discord's window, and of the default margin."""
 
 KEYS = 4
 
@@ -114,8 +114,8 @@ def test_no_shard_starts_when_the_days_starts_are_spent() -> None:
 @pytest.mark.libraries
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("library", FLEETS_AND_FORKS.values(), ids=FLEETS_AND_FORKS)
-def test_without_the_queue_the_same_fleet_gets_many(library: Library) -> None:
-    gets_many_without_the_queue(library)
+def test_without_the_queue_the_same_fleet_gets_invalid_sessions(library: Library) -> None:
+    gets_invalid_sessions_without_the_queue(library)
 
 
 def test_a_shell_script_asks_again_until_it_is_its_turn() -> None:
@@ -132,7 +132,7 @@ def test_a_shell_script_asks_again_until_it_is_its_turn() -> None:
 
 @contextmanager
 def one_process(library: Library, *, hold: bool = True, **options: Any) -> Iterator[Process]:
-    """Start one process of a fleet. Nothing is released but what is at the start."""
+    """Start one process of a fleet. The queue releases one shard per key, or none if it holds."""
     port = free_port()
     with (
         enforcing(WINDOW, max_concurrency=KEYS, **options) as gateway,
@@ -208,7 +208,7 @@ import asyncio
 bot.run"""
 
 
-def test_a_change_of_presence_reaches_a_shard_that_waits_after_it_has_identified() -> None:
+def test_a_waiting_shard_sends_a_change_of_presence_only_after_its_identify() -> None:
     """Discord closes a connection that sends anything before the IDENTIFY."""
     start = DISCORD_PY.start.replace("bot.run", CHANGE_PRESENCE)
     port = free_port()
@@ -241,7 +241,7 @@ bot.run"""
 
 
 def with_one_shard(library: Script, head: str = "") -> Script:
-    """Return a library whose first process has one shard, after some other text."""
+    """Return a library whose first process has one shard; ``head`` is code that runs first."""
     return replace(library, start=head + library.start.replace("_ids=shards", "_ids=shards[:1]"))
 
 

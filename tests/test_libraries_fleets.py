@@ -1,6 +1,6 @@
 """The README's recipes in Node, Go, Rust, Java and Kotlin: fleets that survive chaos.
 
-Those in Python are in ``test_libraries.py``, because they resume in another way.
+The recipes in Python are in ``test_libraries.py``, because these libraries resume in another way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.libraries.chaos import (
     LONG,
     fleet_after_chaos,
     fleets,
-    gets_many_without_the_queue,
+    gets_invalid_sessions_without_the_queue,
 )
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a language compiles its libraries
@@ -37,5 +37,5 @@ def test_no_shard_gets_an_invalid_session(library: Library, max_concurrency: int
 
 @pytest.mark.libraries
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
-def test_without_the_queue_the_same_fleet_gets_many(library: Library) -> None:
-    gets_many_without_the_queue(library)
+def test_without_the_queue_the_same_fleet_gets_invalid_sessions(library: Library) -> None:
+    gets_invalid_sessions_without_the_queue(library)

@@ -42,7 +42,7 @@ def no_shard_waits_twice(queue: Server) -> bool:
 
 @pytest.mark.parametrize("library", [DISCORD_JS, DISCORDJS_WS, DISCORDENO], ids=lambda it: it.name)
 def test_a_shard_whose_connection_ends_asks_anew(library: Script) -> None:
-    """The other libraries do so too, but wait 5 s before."""
+    """The other libraries ask again, too, but only after 5 s."""
     port = free_port()
     with (
         enforcing(WINDOW, max_concurrency=KEYS) as gateway,

@@ -42,7 +42,7 @@ class TestTwilightsOwnSuite:
     """
 
     WINDOW = 2.0
-    """Seconds, long enough to tell from the time that a busy machine takes."""
+    """Seconds, longer than the delays of a busy machine."""
 
     def queue(self, **variables: object) -> AbstractContextManager[Server]:
         return serving(WINDOW_SECONDS=self.WINDOW, HOLD_ON_START="false", **variables)

@@ -188,7 +188,7 @@ async def test_a_client_that_leaves_after_a_change_of_keys_is_gone(
         assert not queue.lanes
 
 
-async def test_an_unnamed_shard_is_warned_of_where_keys_matter(
+async def test_a_ticket_without_a_shard_is_logged_if_there_are_several_keys(
     autojump_clock: MockClock, logged: list[EventDict]
 ) -> None:
     async def ask(queue: Queue) -> None:
@@ -242,7 +242,7 @@ def test_no_day_has_more_starts_than_configured(arrivals: list[float], limit: in
         assert at == pytest.approx(max(reasons), abs=TOLERANCE)
 
 
-async def test_starts_without_a_limit_are_warned_of(
+async def test_many_starts_without_a_limit_are_logged(
     autojump_clock: MockClock, logged: list[EventDict]
 ) -> None:
     async with running() as queue:
@@ -437,7 +437,7 @@ async def test_discords_figure_counts_when_others_start_sessions_too(
         follower.cancel_scope.cancel()
 
 
-async def test_an_own_limit_under_discords_holds_the_difference_back(
+async def test_a_session_start_limit_below_discords_replaces_the_total(
     autojump_clock: MockClock,
 ) -> None:
     day = Day(total=100, resets=HOUR, identified=[0.0] * 20)
@@ -449,7 +449,9 @@ async def test_an_own_limit_under_discords_holds_the_difference_back(
         follower.cancel_scope.cancel()
 
 
-async def test_a_limit_of_0_enforces_none_of_discords_either(autojump_clock: MockClock) -> None:
+async def test_a_session_start_limit_of_0_does_not_enforce_discords_limit(
+    autojump_clock: MockClock,
+) -> None:
     day = Day(total=1, resets=HOUR)
     async with (
         running(keys=None, session_start_limit=0) as queue,
@@ -505,7 +507,7 @@ async def test_an_unused_session_start_is_free_for_the_next_ticket(
     assert history.releases == [(1.0, 1, 2)]
 
 
-async def test_lanes_that_all_have_left_do_not_wait_for_the_reset(
+async def test_lanes_without_clients_do_not_wait_for_the_reset(
     autojump_clock: MockClock,
 ) -> None:
     async with running(keys=100, session_start_limit=1) as queue:
@@ -553,7 +555,7 @@ async def test_the_reset_counts_when_discord_does_not_answer(autojump_clock: Moc
 
 
 @pytest.mark.parametrize("left", [None, 20])
-async def test_each_is_released_when_its_eta_says(
+async def test_each_ticket_is_released_at_its_eta(
     autojump_clock: MockClock, left: int | None
 ) -> None:
     """50 tickets over 4 keys; with 20 session starts left, 30 are released after the reset."""
@@ -582,7 +584,7 @@ async def test_each_is_released_when_its_eta_says(
 
 
 async def starts_of_one_shard(queue: Queue, count: int) -> list[float]:
-    """Start a shard again as soon as it may."""
+    """Start one shard ``count`` times, each time as soon as it may."""
     times = []
     for _ in range(count):
         async with queue.turn(7):
@@ -631,7 +633,7 @@ async def test_others_pass_a_shard_that_is_held(autojump_clock: MockClock, guard
             assert lane.tickets[0].shard == 7
             assert lane.tickets[0].eta == pytest.approx(120 - 7)
             assert lane.waiting == len(queue) == 30
-    if guard:  # no window is lost to it
+    if guard:  # the held shard costs no window
         times = [(at - start) / WINDOW for at, *_ in history.releases]
         assert times == pytest.approx(range(31))
     order = [shard for _, shard, _ in history.releases]

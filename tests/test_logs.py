@@ -130,7 +130,7 @@ def test_a_client_that_left_is_named_at_debug() -> None:
     assert "waited=" in line
 
 
-def test_a_client_that_has_its_answer_has_not_left() -> None:
+def test_a_client_that_has_its_answer_is_not_logged_as_disconnected() -> None:
     with serving(LOG_LEVEL="debug", HOLD_ON_START="false", WINDOW_SECONDS=0.1) as server:
         server.ask(7).answer()
         confirmed = server.connect(b"GET /?shard=1&confirm=true HTTP/1.1\r\nHost: q\r\n\r\n")
@@ -141,7 +141,7 @@ def test_a_client_that_has_its_answer_has_not_left() -> None:
         assert not lines_with(server, "client disconnected before its turn")
 
 
-async def test_clients_that_left_are_counted_once_a_minute(
+async def test_clients_that_left_are_counted_once_per_minute(
     autojump_clock: MockClock, logged: list[EventDict]
 ) -> None:
     log = EventLog()
@@ -158,7 +158,7 @@ async def test_clients_that_left_are_counted_once_a_minute(
     assert [line["count"] for line in logged] == [3, 1]
 
 
-def test_a_slow_store_that_is_fast_again(logged: list[EventDict]) -> None:
+def test_the_log_says_when_a_slow_store_is_fast_again(logged: list[EventDict]) -> None:
     log = EventLog()
     released = Released(1, 0, 0.0, 0.0, 0.0, 0)
     for event in (released, SlotTooLate(), SlotTooLate(), released, released):
@@ -168,7 +168,7 @@ def test_a_slow_store_that_is_fast_again(logged: list[EventDict]) -> None:
     assert events == [slow, slow, "the store is fast enough again"]
 
 
-def test_a_budget_that_comes_back(logged: list[EventDict]) -> None:
+def test_the_log_says_when_session_starts_are_left_again(logged: list[EventDict]) -> None:
     alarm = BudgetAlarm()
     for used in (9, 10, 10, 2, 3):
         alarm.check(SessionStarts(used, 10, True, 60, 60, "configured"))
@@ -176,7 +176,7 @@ def test_a_budget_that_comes_back(logged: list[EventDict]) -> None:
     assert [line["remaining"] for line in ends] == [8]
 
 
-def test_a_limited_line_says_how_many_came_between() -> None:
+def test_a_limited_line_counts_the_lines_that_were_dropped() -> None:
     now = 0.0
     limit = Limiter(lambda: now)
     other: EventDict = {"event": "released"}

@@ -1,4 +1,4 @@
-"""What Prometheus sees."""
+"""The metrics that the server exports for Prometheus."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def samples(server: Server) -> dict[tuple[str, str], float]:
     }
 
 
-def test_what_happens_is_counted() -> None:
+def test_each_event_counts_in_its_metric() -> None:
     window = 0.2
     variables = {"MAX_CONCURRENCY": 2, "SESSION_START_LIMIT": 100, "LOOP_FREE_STARTS": 2}
     with serving(WINDOW_SECONDS=window, **variables) as server:
@@ -92,7 +92,7 @@ def test_what_happens_is_counted() -> None:
 
 
 def test_every_key_has_its_series_before_its_first_ticket() -> None:
-    """For Prometheus a series starts with its first value, so it would miss a release."""
+    """For Prometheus a series starts with its first value, so it would miss the first release."""
     with serving(MAX_CONCURRENCY=3, WINDOW_SECONDS=0.05) as server:
         before = samples(server)
         server.ask(1).answer()
@@ -168,7 +168,7 @@ def test_both_formats_have_all_names() -> None:
     }
 
 
-def test_without_a_limit_there_are_no_session_starts() -> None:
+def test_without_a_limit_there_are_no_metrics_of_session_starts() -> None:
     with serving() as server:
         assert not [name for name, _ in samples(server) if "session_starts" in name]
 

@@ -1,4 +1,4 @@
-"""The list of mutants fits the package."""
+"""Each mutant can be applied to the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.mutants import MUTANTS, ROOT, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.why)
-def test_mutant_has_its_place(mutant: Mutant, tmp_path: Path) -> None:
+def test_each_mutant_can_be_applied(mutant: Mutant, tmp_path: Path) -> None:
     path = tmp_path / mutant.file
     path.parent.mkdir(parents=True)
     shutil.copy(ROOT / "gateway_queue" / mutant.file, path)

@@ -243,7 +243,9 @@ async def test_which_shards_keep_a_place(
     assert line.order == expected
 
 
-async def test_places_go_along_when_the_number_of_keys_changes(autojump_clock: MockClock) -> None:
+async def test_places_move_to_their_new_keys_when_the_number_of_keys_changes(
+    autojump_clock: MockClock,
+) -> None:
     async with running(place_seconds=KEPT, hold=True) as queue, trio.open_nursery() as nursery:
         line = Line(queue, nursery)
         (await line.join(7)).cancel()
@@ -278,7 +280,9 @@ async def test_a_held_shard_keeps_its_place_too(autojump_clock: MockClock) -> No
     assert line.order == [7, 20, 21, 7, 22]
 
 
-async def test_20_000_that_come_and_go_leave_nothing_behind(autojump_clock: MockClock) -> None:
+async def test_20_000_clients_that_come_and_go_leave_nothing_behind(
+    autojump_clock: MockClock,
+) -> None:
     async def visit(queue: Queue, shard: int) -> None:
         with trio.CancelScope() as scope:
             scope.cancel()

@@ -283,7 +283,7 @@ async def test_an_idle_queue_has_no_tasks_and_keeps_no_lanes(autojump_clock: Moc
 
 
 class Stalls(trio.abc.Instrument):
-    """Stalls the process after the step in which a claim is refused, until that is out of date."""
+    """Stalls the process after the step in which a claim is refused, until the refusal expires."""
 
     seconds = 0.0
 

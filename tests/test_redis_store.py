@@ -63,7 +63,7 @@ async def opened(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what the store does of itself."""
+    """Wait for a condition that the store's own tasks make true."""
     with trio.fail_after(PATIENCE):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.005)
@@ -131,7 +131,7 @@ async def test_a_claim_that_is_given_back_opens_the_key_at_once(redis: RedisServ
 async def test_replicas_that_know_different_numbers_of_keys_are_not_early(
     redis: RedisServer, one: int, other: int
 ) -> None:
-    """A window of either closes all keys of the other that some shard has besides."""
+    """A window of one replica closes each key of the other replica that shares a shard with it."""
     rules = Rules(60, hold=False)
     async with pair(redis.url, rules) as (store, second):
         store.regroup(one)
@@ -149,7 +149,7 @@ async def test_replicas_that_know_different_numbers_of_keys_are_not_early(
 
 
 def lose(*keys: str) -> Callable[[RedisServer], None]:
-    """Return what deletes some keys, as a full Redis with an eviction policy does."""
+    """Return a fault that deletes some keys, as a full Redis with an eviction policy does."""
 
     def fault(redis: RedisServer) -> None:
         redis.command("DEL", *(f"test:{key}" for key in keys))
@@ -183,7 +183,7 @@ def debuggable() -> Iterator[RedisServer]:
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-@pytest.mark.parametrize("first", [0, 1], ids=["who released", "the other one"])
+@pytest.mark.parametrize("first", [0, 1], ids=["the replica that released", "the other replica"])
 async def test_data_that_is_lost_in_part_makes_no_release_early(
     debuggable: RedisServer, fault: Callable[[RedisServer], None], first: int
 ) -> None:
@@ -201,7 +201,7 @@ async def test_data_that_is_lost_in_part_makes_no_release_early(
 async def test_a_replica_notices_a_loss_that_another_one_did_not_see(
     debuggable: RedisServer,
 ) -> None:
-    """The other one has asked for the last time before the copy was made."""
+    """The other replica has sent its last command before the copy was made."""
     async with pair(debuggable.url, Rules(60, hold=False)) as (one, other):
         debuggable.command("SAVE")
         await one.start_window(await claimed(one), trio.current_time())
@@ -237,7 +237,7 @@ async def test_the_starts_of_a_replica_that_died_are_known_to_the_others(
         refusal = await other.claim(0, 7, trio.current_time())
         assert isinstance(refusal, Refusal)
         assert refusal.concerns == "shard"
-        # The replicas compare their clocks through the server's, to half a round trip.
+        # The replicas compare their clocks with the server's, with an error of half a round trip.
         assert started_at + 15 - trio.current_time() - 0.03 <= refusal.seconds <= 15
 
 
@@ -253,7 +253,7 @@ async def test_a_failover_behind_a_proxy_that_keeps_connections_makes_no_release
         await until(lambda: "status:up" in standby.command("INFO", "replication"))
         async with pair(proxy.url, rules) as (one, other):
             standby.command("REPLICAOF", "NO", "ONE")  # it misses what comes now
-            async with opened(standby.url, rules) as third:  # so that it has the script
+            async with opened(standby.url, rules) as third:  # loads the script on the standby
                 await connected(third)
             await one.start_window(await claimed(one), answered_at := trio.current_time())
             await other.withdraw(0)
@@ -266,7 +266,7 @@ async def test_a_failover_behind_a_proxy_that_keeps_connections_makes_no_release
 async def test_after_a_loss_all_replicas_have_time_to_restore_what_they_know(
     redis: RedisServer,
 ) -> None:
-    """Also where the windows are so short that a lease ends sooner."""
+    """Also if the windows are so short that a lease ends sooner."""
     rules = Rules(0.1, hold=True, session_start_limit=2)
     async with pair(redis.url, rules) as (one, other):
         for store in (one, other):
@@ -277,7 +277,7 @@ async def test_after_a_loss_all_replicas_have_time_to_restore_what_they_know(
         await connected(one)
         with trio.move_on_after(2 * RESTORE_SECONDS):
             await claimed(one)
-            pytest.fail("there were two starts")
+            pytest.fail("a start was granted beyond the limit of two")
 
 
 async def test_all_keys_expire(redis: RedisServer) -> None:
@@ -297,7 +297,7 @@ async def test_all_keys_expire(redis: RedisServer) -> None:
         ("0", "allkeys-lru", False),
     ],
 )
-async def test_an_eviction_policy_is_warned_of(memory: str, policy: str, warned: bool) -> None:
+async def test_an_eviction_policy_is_logged(memory: str, policy: str, warned: bool) -> None:
     options = ("--maxmemory", memory, "--maxmemory-policy", policy)
     with redis_server(*options) as redis, capture_logs() as logs:
         async with opened(redis.url, Rules(0.2, hold=False)) as store:
@@ -307,7 +307,7 @@ async def test_an_eviction_policy_is_warned_of(memory: str, policy: str, warned:
         )
 
 
-async def test_a_user_that_may_not_ask_for_information_can_use_it(redis: RedisServer) -> None:
+async def test_a_redis_user_without_the_info_command_can_be_used(redis: RedisServer) -> None:
     redis.command("ACL", "SETUSER", "queue", "on", ">secret", "~*", "+@all", "-info")
     url = redis.url.replace("//", "//queue:secret@")
     async with opened(url, Rules(0.2, hold=False)) as store:
@@ -369,7 +369,7 @@ async def test_a_place_is_taken_over_soon_after_its_client_has_left(
         second.cancel()
 
 
-async def test_places_are_told_if_the_first_connection_could_not_be_used(
+async def test_places_are_shared_also_if_the_first_connection_has_failed(
     redis: RedisServer,
 ) -> None:
     with Proxy(redis.port) as proxy:
@@ -453,9 +453,9 @@ async def test_a_claim_without_a_waiting_caller_is_given_back(redis: RedisServer
 
 @asynccontextmanager
 async def cut_off(redis: RedisServer, rules: Rules) -> AsyncIterator[tuple[RedisStore, Proxy]]:
-    """Run a store that has lost its connection and cannot connect again.
+    """Run a store that has lost its connection to Redis.
 
-    Until the target of the proxy is Redis.
+    It cannot connect again until the test sets the target of the proxy to Redis.
     """
     with Proxy(redis.port) as proxy:
         async with opened(proxy.url, rules) as store:
@@ -473,7 +473,7 @@ async def test_a_connection_to_the_same_data_is_trusted_at_once(redis: RedisServ
 
 
 async def test_a_connection_after_a_longer_time_waits_for_a_lease(redis: RedisServer) -> None:
-    """Another server may have taken over meanwhile, and other replicas may release by it."""
+    """Another server may have taken over meanwhile, and other replicas may use it."""
     async with cut_off(redis, Rules(60, hold=False)) as (store, proxy):
         await trio.sleep(RESTORE_SECONDS)
         proxy.target = redis.port
@@ -515,10 +515,10 @@ async def test_a_connection_without_proof_that_the_data_is_the_same_waits_for_a_
             allow_info(redis)
 
 
-async def test_a_window_that_started_without_a_connection_is_told_later(
+async def test_a_window_that_started_without_a_connection_is_reported_later(
     redis: RedisServer,
 ) -> None:
-    """Its claim would close the key until the shard may have identified."""
+    """Otherwise the claim would close the key for CONFIRM_SECONDS (60 s)."""
     rules = Rules(0.5, hold=False, confirm_seconds=60)
     with Proxy(redis.port) as proxy:
         async with opened(proxy.url, rules) as store:
@@ -537,7 +537,7 @@ async def test_a_window_that_started_without_a_connection_is_told_later(
 # --- one limit over all keys -------------------------------------------------------------------
 
 
-async def test_releases_of_all_keys_are_no_more_than_set(redis: RedisServer) -> None:
+async def test_releases_of_all_keys_stay_within_the_limit(redis: RedisServer) -> None:
     rules = Rules(1.0, hold=False, releases_per_window=2)
     async with pair(redis.url, rules) as (one, other):
         for store in (one, other):
@@ -547,7 +547,7 @@ async def test_releases_of_all_keys_are_no_more_than_set(redis: RedisServer) -> 
         refusal = await one.claim(2, None, trio.current_time())
         assert isinstance(refusal, Refusal)
         assert refusal.concerns == "queue"
-        assert refusal.seconds < 0.1  # a claim that is out may end at any time
+        assert refusal.seconds < 0.1  # a claim that is not used yet may end at any time
         await one.start_window(claims[0], trio.current_time())
         await other.give_back(claims[1])
         claim = await claimed(other, key=2)
@@ -648,7 +648,7 @@ async def test_numbers_of_keys_that_alternate_make_no_release_early(redis: Redis
         other.regroup(6)
         late = await claimed(one, key=0)
         while trio.current_time() < late.answer_by - 0.1:
-            # Keys that nothing closes; each replica sees the number of the other one every time.
+            # No window closes these keys. Each claim shows its replica the other number of keys.
             for store, key in ((one, 1), (other, 3)):
                 outcome = await store.claim(key, None, trio.current_time())
                 if isinstance(outcome, Claim):
@@ -710,7 +710,7 @@ def test_a_clock_that_was_set_is_noticed(step: float) -> None:
 
 
 @pytest.mark.parametrize("step", [0.05, -0.05])
-def test_small_steps_are_waited_for_during_a_window(step: float) -> None:
+def test_small_clock_steps_count_for_one_window(step: float) -> None:
     async def main() -> None:
         clock = ServerClock(6.0, 1.0)
         assert clock.agrees(EPOCH * 1_000_000, 0, 0.01)
@@ -719,7 +719,7 @@ def test_small_steps_are_waited_for_during_a_window(step: float) -> None:
             assert clock.agrees(round((EPOCH + second + off) * 1e6), second, second + 0.001)
             assert clock.was_set
             is_forward = off == max(0.0, step)
-            # By the way to the server and back, and by the drift of a second, too long at most.
+            # Too long by the round trip and by the drift of one second, at most.
             assert 0 <= clock.longest_step() - (0.05 if is_forward else 0) < 0.013
             if second > 2:
                 assert 0 <= clock.set_back_by() - (0 if is_forward else 0.05) < 0.013
@@ -731,8 +731,8 @@ def test_small_steps_are_waited_for_during_a_window(step: float) -> None:
     trio.run(main, clock=MockClock())
 
 
-def test_a_step_that_is_shorter_than_the_way_is_bounded() -> None:
-    """Also one that happens before a faster answer shows the clock more precisely."""
+def test_a_clock_step_that_is_shorter_than_the_round_trip_is_bounded() -> None:
+    """Also a step that happens before a faster answer shows the clock more precisely."""
 
     async def main() -> None:
         clock = ServerClock(6.0, 1.0)
@@ -751,7 +751,7 @@ def decide_by(clock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     script = connection.SCRIPT.read_text()
     for original, replacement in (
         ("redis.call('TIME')", clock),
-        ("redis.call('PEXPIRE', key, math.ceil(after / 1000))", ""),  # it goes by the true clock
+        ("redis.call('PEXPIRE', key, math.ceil(after / 1000))", ""),  # it uses the real clock
     ):
         assert script.count(original) == 1
         script = script.replace(original, replacement)
@@ -761,7 +761,7 @@ def decide_by(clock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def clock_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the server decide by a clock that goes only where the test sets it."""
+    """Let the script use a clock that only the test sets."""
     decide_by("redis.call('HMGET', 'clock', 'seconds', 'micros')", tmp_path, monkeypatch)
 
 
@@ -772,7 +772,7 @@ def set_clock(redis: RedisServer, seconds: float) -> None:
 
 @pytest.fixture
 def clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the server decide by its own clock, which :func:`step_clock` sets."""
+    """Let the script use the server's clock, which :func:`step_clock` sets."""
     clock = """(function()
       local clock, step = redis.call('TIME'), redis.call('GET', 'step') or 0
       return {clock[1], clock[2] + step}
@@ -788,7 +788,7 @@ def step_clock(redis: RedisServer, seconds: float) -> None:
 @pytest.mark.usefixtures("clock_that_is_set")
 @pytest.mark.parametrize("step", [100.0, -100.0])
 async def test_a_redis_whose_clock_is_set_is_not_trusted(redis: RedisServer, step: float) -> None:
-    """Forward, all windows would seem to be over; back, they would seem to last forever."""
+    """Set forward, the clock would end all windows; set back, they would seem to last forever."""
     rules, errors = Rules(0.5, hold=False), list[None]()
     async with opened(redis.url, rules, errors) as store:
         await connected(store)
@@ -798,7 +798,7 @@ async def test_a_redis_whose_clock_is_set_is_not_trusted(redis: RedisServer, ste
         set_at = trio.current_time()
         await claimed(store)
         assert trio.current_time() - answered_at >= rules.window
-        # Forward, the data stays the same; back, it begins anew.
+        # After a step forward, the data stays the same; after a step back, it begins anew.
         most = 4 * rules.window if step > 0 else RESTORE_SECONDS + 2 * rules.window
         assert trio.current_time() - set_at < most
         assert errors
@@ -896,7 +896,7 @@ steps = st.lists(
     loop_free_starts=st.integers(0, 3),
     keys=st.integers(1, 3),
 )
-def test_it_decides_as_the_store_in_memory_does(
+def test_the_store_in_redis_decides_as_the_store_in_memory_does(
     redis: RedisServer,
     unanswered: list[None],
     steps: list[tuple[str, float | None]],
@@ -920,7 +920,7 @@ def test_it_decides_as_the_store_in_memory_does(
             for act, value in steps:
                 if act == "pass":
                     assert value is not None
-                    # Not to the very end of a time that Redis stretches for its clock's rate.
+                    # 1% more, because times in Redis are longer by the drift of its clock.
                     clock.jump(value * 1.01)
                     set_clock(redis, clock.current_time())
                     for _ in range(2):  # the store asks, too
@@ -983,7 +983,9 @@ async def test_an_option_that_cannot_be_used_is_a_fault(option: str) -> None:
         assert store.fault
 
 
-async def test_other_rules_hold_after_a_window_of_theirs(redis: RedisServer) -> None:
+async def test_after_a_change_of_rules_the_next_release_waits_for_a_new_window(
+    redis: RedisServer,
+) -> None:
     async with opened(redis.url, Rules(0.1, hold=False)) as store:
         await connected(store)
         claim = await claimed(store)

@@ -62,7 +62,7 @@ def ask_in_turn(servers: list[Server], number: int, keys: int = 1) -> list[Clien
 
 
 def gaps(answers: list[tuple[int, Answer]], keys: int = 1) -> dict[int, list[float]]:
-    """Return the seconds between the releases of each key, to clients numbered as their shards."""
+    """Return the seconds between the releases of each key. A client has the number of its shard."""
     times = defaultdict[int, list[float]](list)
     for shard, answer in answers:
         assert answer.status == 200
@@ -155,7 +155,7 @@ def shards_waiting(server: Server) -> list[int]:
 def test_a_shard_has_its_old_place_at_another_replica(
     redis: RedisServer, end: Callable[[Server, Client, RedisServer], None]
 ) -> None:
-    """The first window opens later than the end is noticed by all, also on a busy machine."""
+    """Both replicas notice the end before the first window opens, also on a busy machine."""
     with replicas(2, redis.url, WINDOW_SECONDS=12) as (former, other):
         client = former.ask(1)
         eventually(lambda: known_places(redis) == ":1")
@@ -166,6 +166,20 @@ def test_a_shard_has_its_old_place_at_another_replica(
         back = other.ask(1)
         eventually(lambda: shards_waiting(other) == [1, 2])
         assert [number for number, _ in first_answers([later, back], 1)] == [1]
+
+
+def test_all_keys_in_redis_expire(redis: RedisServer) -> None:
+    with replicas(1, redis.url, WINDOW_SECONDS=60, HOLD_ON_START="false") as (server,):
+        assert server.ask(1).answer().status == 200
+        server.ask(1)
+        eventually(lambda: known_places(redis) == ":1")
+        kinds = ("state", "starts", "shards", "heads", "line")
+        keys = {f"{{gateway-queue}}:{kind}" for kind in kinds}
+        eventually(
+            lambda: set(re.findall(r"\{gateway-queue\}:\w+", redis.command("KEYS", "*"))) == keys
+        )
+        never = ":-1"
+        assert all(redis.command("TTL", key) != never for key in keys)
 
 
 def test_each_replica_shows_the_tickets_of_all(redis: RedisServer) -> None:
@@ -294,7 +308,7 @@ class Fleet:
 
     def __init__(self, size: int, ports: list[int]) -> None:
         self.ports = ports
-        """Where to ask, one after the other; they may change."""
+        """The ports to ask one after the other; a test may change them."""
         self.released_at: list[float] = []
         self._shards = [threading.Thread(target=self._start, args=(n,)) for n in range(size)]
         for shard in self._shards:
@@ -310,7 +324,7 @@ class Fleet:
             time.sleep(0.05)
 
     def wait_for(self, more: int) -> None:
-        """Wait until more of them have been released."""
+        """Wait until ``more`` shards have been released."""
         wanted = len(self.released_at) + more
         eventually(lambda: len(self.released_at) >= wanted)
 
@@ -360,7 +374,7 @@ def test_the_balancer_of_the_readme_hides_a_replica_that_is_killed(
         assert fleet.shortest_gap() >= window - SLACK
 
 
-def test_the_compose_file_of_the_readme_names_what_there_is() -> None:
+def test_the_compose_file_of_the_readme_has_valid_services_and_settings() -> None:
     services = readme_compose_file()["services"]
     assert services.keys() == {"valkey", "replica-1", "replica-2", "balancer"}
     assert services["replica-1"] == services["replica-2"]
@@ -443,7 +457,7 @@ def test_connections_that_are_cut_all_the_time_delay_no_release_by_a_lease(
 def test_a_connection_that_ends_in_the_middle_of_a_decision_is_no_permission(
     redis: RedisServer,
 ) -> None:
-    """Redis has granted the claim; the replica cannot know."""
+    """Redis has granted the claim, but the replica does not get the answer."""
     window = 0.5
     with (
         Proxy(redis.port) as proxy,
@@ -552,7 +566,7 @@ def test_clients_of_a_replica_that_is_too_slow_ask_another_one(
 
 
 def waiting_at(server: Server) -> float:
-    """Return how many clients wait at this replica; /status counts those of all."""
+    """Return how many clients wait at this replica; /status counts those of all replicas."""
     text = server.get("/metrics").body.decode()
     return sum(map(float, re.findall(r"(?m)^gateway_queue_waiting\{.*\} (\S+)$", text)))
 
@@ -598,7 +612,7 @@ def test_a_redis_that_is_not_there_yet_is_waited_for() -> None:
             assert server.status()["store"] == "redis"
 
 
-def test_while_redis_is_away_no_ticket_is_released_and_none_lost(redis: RedisServer) -> None:
+def test_while_redis_is_down_no_ticket_is_released_and_none_lost(redis: RedisServer) -> None:
     window = 0.2
     with replicas(2, redis.url, WINDOW_SECONDS=window) as servers:
         clients = ask_in_turn(servers, 8)
@@ -721,7 +735,7 @@ def test_two_workers_of_hypercorn_share_their_windows(redis: RedisServer) -> Non
     assert min(gaps(answers)[0]) >= window - SLACK
 
 
-def test_what_is_stored_begins_with_the_prefix(redis: RedisServer) -> None:
+def test_all_keys_in_redis_begin_with_the_prefix(redis: RedisServer) -> None:
     with replicas(1, redis.url, REDIS_PREFIX="bot:7", WINDOW_SECONDS=0.1) as (server,):
         server.ask(3).answer()
         keys = redis.command("KEYS", "*").split("\r\n")[2::2]

@@ -18,7 +18,7 @@ STALLING = 3600
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """One server for all: a crash in one test fails those behind it."""
+    """Run one server for all tests: after a crash, the later tests fail, too."""
     with serving(WINDOW_SECONDS=0.005, HOLD_ON_START="false") as running:
         yield running
         assert not [line for line in running.lines if "Traceback" in line]
@@ -159,7 +159,7 @@ def test_a_body_is_not_waited_for(server: Server) -> None:
 
 
 def test_an_upload_that_outlasts_its_turn_gets_the_answer(server: Server) -> None:
-    """The client reads only when everything is sent, as most do."""
+    """The client reads only when everything is sent, as most clients do."""
     size, chunk = 100 * 2**20, bytes(2**20)
     client = server.connect(request("POST", "/", f"Content-Length: {size}"))
     for _ in range(size // len(chunk)):
@@ -262,7 +262,9 @@ def test_a_wrong_method_on_an_endpoint_is_refused(stalling: Server, method: str)
         request() * 5000,
     ],
 )
-def test_what_cannot_be_served_is_closed_without_an_answer(stalling: Server, sent: bytes) -> None:
+def test_a_request_that_cannot_be_served_is_closed_without_an_answer(
+    stalling: Server, sent: bytes
+) -> None:
     assert b"HTTP/1.1 " not in stalling.connect(sent).rest().replace(b"HTTP/1.1 101", b"")
 
 
@@ -274,7 +276,7 @@ def test_what_cannot_be_served_is_closed_without_an_answer(stalling: Server, sen
         b"GET / HTTP/1.1\r\n\r\n",
     ],
 )
-def test_what_is_no_request_is_refused(stalling: Server, sent: bytes) -> None:
+def test_bytes_that_are_no_request_are_refused(stalling: Server, sent: bytes) -> None:
     assert stalling.connect(sent).answer().status == 400
 
 

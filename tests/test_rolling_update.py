@@ -54,7 +54,7 @@ def serving_with(redis: RedisServer, **variables: object) -> AbstractContextMana
 
 
 class Shard(threading.Thread):
-    """Asks as the README says: at once when its time is over, otherwise after a pause."""
+    """Asks as the README says: again at once after a timeout, and after an error with a pause."""
 
     def __init__(self, number: int, port: int, over: threading.Event) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Fleet:
         return [shard for shard in self.shards if shard.released_at]
 
     def check(self) -> None:
-        """Check what the clients have seen, when all have been released."""
+        """Check the releases that the clients have seen, when all have been released."""
         of_key = defaultdict[int, list[Shard]](list)
         for shard in sorted(self.shards, key=lambda shard: shard.released_at):
             of_key[shard.number % self._keys].append(shard)
@@ -157,7 +157,7 @@ def stop(server: Server) -> None:
 def test_a_rolling_update_of_three_replicas_keeps_the_order(
     redis: RedisServer, tmp_path: Path
 ) -> None:
-    """A third of the shards ask again after their time, and each restart closes connections."""
+    """A third of the shards ask again after their timeout, and each restart closes connections."""
     keys, ports = SHARDS // 4, [free_port() for _ in range(3)]
     with ExitStack() as stack:
 
@@ -194,7 +194,9 @@ def test_a_restart_of_the_only_replica_keeps_the_order(redis: RedisServer) -> No
     fleet.check()
 
 
-def test_compose_replaces_both_replicas_at_once(redis: RedisServer, tmp_path: Path) -> None:
+def test_the_order_stays_when_compose_replaces_both_replicas_at_once(
+    redis: RedisServer, tmp_path: Path
+) -> None:
     """``docker compose up`` stops each container, then starts another one, with another address."""
     port, keys = free_port(), SHARDS // 2
     variables = {"PORT": port, "MAX_CONCURRENCY": keys}

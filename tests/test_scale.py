@@ -9,7 +9,7 @@ import pytest
 from tests.scale import main
 
 
-def test_it_measures_what_replicas_cost_redis(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_measures_what_replicas_cost_redis(capsys: pytest.CaptureFixture[str]) -> None:
     main(["2:4:12", "--seconds", "6"])
     head, _, row = capsys.readouterr().out.splitlines()
     assert head.count("|") == row.count("|")

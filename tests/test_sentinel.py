@@ -28,7 +28,7 @@ WINDOW = 1.0
 LEASE = 2 * WINDOW
 
 DOWN_MILLISECONDS = 2000
-"""Time in which sentinels notice that a primary is down."""
+"""Milliseconds until sentinels notice that a primary is down."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Watched:
 
 
 def ask_sentinel(sentinel: RedisServer, *words: str) -> list[str]:
-    """Ask a sentinel about the service. It has no QUIT, which the tests' own client sends."""
+    """Ask a sentinel about the service. It has no QUIT, which ``RedisServer.command`` sends."""
     command = ["redis-cli", "-p", str(sentinel.port), "SENTINEL", *words, SERVICE]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
 
@@ -119,7 +119,7 @@ def kill_with_lost_writes(watched: Watched) -> None:
 
 
 def keep_from_sentinels(primary: RedisServer) -> None:
-    """Let sentinels find a primary down, and not demote it, though clients can still use it."""
+    """Make a primary look down to sentinels, which cannot demote it. Clients can still use it."""
     for command in ("ping", "replicaof", "slaveof", "config"):
         primary.command("ACL", "SETUSER", "default", f"-{command}")
 
@@ -131,8 +131,8 @@ STARTS = "{gateway-queue}:starts"
 def collecting(clients: list[Client]) -> Iterator[Future[list[tuple[int, Answer]]]]:
     """Read the answers to clients while the context does other things.
 
-    The server closes an answered connection after 5 s. To a client that reads later, the answer
-    seems to have come then.
+    The server closes an answered connection after 5 s. If a client reads only after that, its
+    answer seems to have come at that time.
     """
     with ThreadPoolExecutor(1) as executor:
         yield executor.submit(first_answers, clients, len(clients))
@@ -166,8 +166,8 @@ def test_a_failover_makes_no_shard_early_and_loses_none(
 
     assert min(gaps(answers)[0]) >= WINDOW - SLACK
     released_at = min(answer.at for _, answer in answers if answer.at > failed_over_at)
-    # A retry of the connection, and the polls of the sentinels, take a second each; and there is
-    # one for a busy machine.
+    # A retry of the connection, and the polls of the sentinels, take one second each. Two more are
+    # for a busy machine.
     assert released_at - failed_over_at < LEASE + OVERLAP_SECONDS + 4
 
 
@@ -197,7 +197,7 @@ def test_a_replica_that_was_frozen_during_a_failover_does_not_use_the_former_pri
     """It continues with old answers of the sentinels, and the former primary grants its claims."""
     with (
         replicas(2, watched.url, WINDOW_SECONDS=WINDOW) as (old, new),
-        # More than are released until the failover.
+        # More clients than are released until the failover.
         collecting([*ask_in_turn([old], 4), *ask_in_turn([new], 20)]) as collected,
     ):
         wait_for_releases([old], 2)
@@ -211,7 +211,7 @@ def test_a_replica_that_was_frozen_during_a_failover_does_not_use_the_former_pri
     assert min(gaps(answers)[0]) >= WINDOW - SLACK
 
 
-def test_without_sentinels_no_ticket_is_released_and_none_lost(watched: Watched) -> None:
+def test_without_most_sentinels_no_ticket_is_released_and_none_lost(watched: Watched) -> None:
     with (
         replicas(2, watched.url, WINDOW_SECONDS=WINDOW) as servers,
         collecting(ask_in_turn(servers, 5)) as collected,

@@ -62,7 +62,7 @@ def test_overtaken_shards() -> None:
 @pytest.mark.parametrize(
     "arguments", [("--shards", "0"), ("--keys", "0"), ("--window", "0"), ("--crash-rate", "2")]
 )
-def test_what_cannot_be_simulated_is_refused(arguments: tuple[str, str]) -> None:
+def test_an_option_out_of_range_is_refused(arguments: tuple[str, str]) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "tests.simulation", *arguments],
         capture_output=True,

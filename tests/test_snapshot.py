@@ -26,7 +26,7 @@ async def wait_for_turn(queue: Queue, shard: int) -> None:
 
 @asynccontextmanager
 async def with_waiters(number: int, keys: int, **options: Any) -> AsyncIterator[Service]:
-    """Run a service with so many clients; shard 1 has been released twice and asks again."""
+    """Run a service with ``number`` clients; shard 1 has been released twice and asks again."""
     settings = Settings(
         window_seconds=WINDOW,
         margin_seconds=0,
@@ -49,7 +49,7 @@ async def with_waiters(number: int, keys: int, **options: Any) -> AsyncIterator[
 
 
 async def leave(queue: Queue, *shards: int) -> None:
-    """Ask for shards and go away again."""
+    """Ask for shards, and disconnect after 0.1 s."""
     with trio.move_on_after(0.1):
         async with trio.open_nursery() as nursery:
             for shard in shards:
@@ -98,12 +98,14 @@ async def test_the_last_release_may_be_that_of_a_held_ticket(autojump_clock: Moc
         assert seen.last_release == pytest.approx(ticket.eta, abs=TOLERANCE)
 
 
-async def test_the_last_one_is_not_known_to_go_today(autojump_clock: MockClock) -> None:
+async def test_without_enough_session_starts_the_last_release_is_not_known(
+    autojump_clock: MockClock,
+) -> None:
     async with with_waiters(10, keys=1, session_start_limit=11) as service:
         assert (await take(service)).last_release == math.inf
 
 
-async def test_a_snapshot_has_bounds(autojump_clock: MockClock) -> None:
+async def test_the_size_of_a_snapshot_is_limited(autojump_clock: MockClock) -> None:
     async with with_waiters(1000, keys=2 * KEYS_MAX) as service:
         seen = await take(service)
         assert seen.waiting == len(service.queue) > 6 * KEYS_MAX
@@ -111,7 +113,9 @@ async def test_a_snapshot_has_bounds(autojump_clock: MockClock) -> None:
         assert sum(len(lane.tickets) for lane in seen.lanes) <= 2 * TICKETS_MAX
 
 
-async def test_the_timeline_ends_where_it_says(autojump_clock: MockClock) -> None:
+async def test_the_timeline_shows_30_windows_of_the_past_and_6_of_the_future(
+    autojump_clock: MockClock,
+) -> None:
     async with with_waiters(50, keys=1) as service:
         await trio.sleep(10 * WINDOW + 1)
         (key,) = (await take(service)).keys
@@ -139,7 +143,7 @@ async def test_totals_count_keys_that_are_not_shown(autojump_clock: MockClock) -
     assert seen.last_release == pytest.approx(WINDOW - 0.1, abs=TOLERANCE)
 
 
-async def test_all_that_are_held_or_away_are_listed(autojump_clock: MockClock) -> None:
+async def test_all_held_and_away_tickets_are_listed(autojump_clock: MockClock) -> None:
     """Also those with a late place in their lanes."""
     async with with_waiters(900, keys=2 * KEYS_MAX, loop_free_starts=1) as service:
         await leave(service.queue, *range(1000, 1010))

@@ -72,7 +72,7 @@ async def test_long_lists_are_written_in_steps(autojump_clock: MockClock) -> Non
     assert steps >= 75
 
 
-async def test_tickets_that_go_while_the_list_is_written_are_left_out(
+async def test_tickets_that_leave_while_the_list_is_written_are_left_out(
     autojump_clock: MockClock,
 ) -> None:
     async with served(place_seconds=0) as service, trio.open_nursery() as nursery:
@@ -165,7 +165,7 @@ def test_a_bad_shard_is_refused() -> None:
     assert b"shard must be a whole number" in refused.body
 
 
-def test_an_outage_begins_once() -> None:
+def test_a_repeated_fault_keeps_the_time_of_the_first() -> None:
     first = next_fault(None, "refused", now=10, retry_in=1)
     second = next_fault(first, "timed out", now=12, retry_in=2)
     assert (second.reason, second.since, second.retry_at) == ("timed out", 10, 14)

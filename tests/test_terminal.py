@@ -118,7 +118,7 @@ def test_several_bots(tmp_path: Path) -> None:
     assert "customer" not in of_bot[1]
     assert "Shard 7 (key 0) waits at place 1 (1 waiting)" in of_shard[1]
     assert unknown[0] == 1
-    assert "bot must be the name of one bot that this server has" in unknown[1]
+    assert "bot must be the name of one bot of this server" in unknown[1]
     with serving(BOTS_FILE=tmp_path / "bots.toml", **usual) as server:
         exit_status, text = status(PORT=server.port)
     assert exit_status == 1
@@ -151,7 +151,7 @@ def test_a_shard_that_is_held_and_one_that_is_identifying() -> None:
     assert "Shard 4 (key 0) is identifying, for " in identifying[1]
 
 
-def test_the_token(tmp_path: Path) -> None:
+def test_the_command_sends_the_token(tmp_path: Path) -> None:
     secret = tmp_path / "token"
     secret.write_text("s3cret\n")
     with serving(AUTH_TOKEN="s3cret") as server:
@@ -159,11 +159,11 @@ def test_the_token(tmp_path: Path) -> None:
         assert status(PORT=server.port, AUTH_TOKEN_FILE=secret)[0] == 0
         exit_status, text = status(PORT=server.port)
     assert exit_status == 1
-    assert "needs its token: set AUTH_TOKEN or AUTH_TOKEN_FILE" in text
+    assert "needs a valid token: set AUTH_TOKEN or AUTH_TOKEN_FILE" in text
 
 
 def test_https_on_this_machine(tmp_path: Path) -> None:
-    """The certificate is for the name by which clients know the server."""
+    """The certificate has the name that clients use, and not that of this machine."""
     pem = tmp_path / "server.pem"
     trustme.CA().issue_cert("queue.example").private_key_and_cert_chain_pem.write_to_path(pem)
     settings = {"TLS_CERT_FILE": pem, "TLS_KEY_FILE": pem}
@@ -189,7 +189,7 @@ def test_watching() -> None:
             assert watching.wait(PATIENCE) == 0
 
 
-def test_watching_ends_with_its_reader() -> None:
+def test_watching_ends_when_its_output_is_closed() -> None:
     with serving() as server:
         watching = subprocess.Popen(
             [*COMMAND, "--watch"],
@@ -207,7 +207,7 @@ def test_watching_ends_with_its_reader() -> None:
 
 @contextmanager
 def answering(document: dict[str, Any]) -> Iterator[int]:
-    """Run a server with this status."""
+    """Run a server that answers each request with this document."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -228,7 +228,7 @@ def answering(document: dict[str, Any]) -> Iterator[int]:
             thread.join()
 
 
-def test_text_of_others_cannot_command_the_terminal() -> None:
+def test_control_characters_from_a_server_are_escaped() -> None:
     with serving() as server:
         document = server.status()
     document |= {"ready": False, "reason": "\x1b[2Jgone\n\x07"}
@@ -238,20 +238,20 @@ def test_text_of_others_cannot_command_the_terminal() -> None:
     assert text.splitlines()[0] == r"Not ready: \x1b[2Jgone\n\x07"
 
 
-def test_another_server() -> None:
+def test_a_server_that_is_no_gateway_queue_is_reported() -> None:
     with answering({}) as port:
         exit_status, text = status("--url", f"http://127.0.0.1:{port}/queue/")
     assert exit_status == 1
-    assert "is no gateway queue" in text
+    assert "is not a gateway queue" in text
 
 
-def test_the_own_server() -> None:
+def test_the_url_of_the_own_server_follows_host_and_port() -> None:
     assert own_server(Settings(host="0.0.0.0", port=80)) == "http://127.0.0.1:80"
     assert own_server(Settings(host="::")) == "http://[::1]:5000"
     assert own_server(Settings(host="localhost")) == "http://localhost:5000"
 
 
-def test_words() -> None:
+def test_durations_are_written_in_words() -> None:
     assert [duration(s) for s in (0.25, 59.9, 60, 3599, 3600, 90_000)] == [
         *("0.2 s", "59.9 s", "1 min", "59 min", "1 h 00 min", "25 h 00 min")
     ]

@@ -124,7 +124,7 @@ async def test_frames_are_allowed_again_with_time(autojump_clock: trio.testing.M
 
 
 class Ended:
-    """A connection."""
+    """A connection that notes whether it is closed."""
 
     is_closed = False
 
@@ -186,7 +186,7 @@ def test_lines_that_a_pipe_does_not_take_are_counted() -> None:
         for number in range(1000):
             output.emit(record(f"{number:0200}"))
         written = os.read(read_end, 2**20)
-        lost = 1000 - written.count(b"\n") - 1  # one waits
+        lost = 1000 - written.count(b"\n") - 1  # one line still waits
         assert len(written) > 2**15
         output.emit(record("the next one"))
         text = (written + os.read(read_end, 2**20)).decode()

@@ -15,11 +15,11 @@ from tests.harness import Server, eventually, serving
 from tests.test_command import WAYS
 
 NOTICED_WITHIN = 30
-"""Seconds in which the server must notice it, by the contract."""
+"""Seconds until the server must have noticed that the client has disappeared."""
 
 
 def test_a_client_that_disappears_loses_its_place() -> None:
-    """A second host, with one cable to ours: it asks first, and then the cable is pulled.
+    """A second host with a virtual cable to this host asks first. Then the cable is pulled.
 
     Both hosts are network namespaces. Ordinary users need a user namespace to create them.
     """
@@ -34,7 +34,7 @@ def test_a_client_that_disappears_loses_its_place() -> None:
 
 
 @pytest.mark.parametrize("way", ["command", "hypercorn"])
-def test_the_kernel_probes_each_client_at_another_time(way: str) -> None:
+def test_the_kernels_probes_of_clients_are_spread_over_time(way: str) -> None:
     """If it probed all at once, it would drop some probes, and close working connections."""
     with serving(*WAYS[way]) as server:
         for shard in range(100):

@@ -63,7 +63,7 @@ def test_a_client_that_hangs_up_in_the_queue_gets_no_slot(leave: Callable[[Clien
 def test_a_client_that_hangs_up_when_chosen_leaves_the_slot_to_the_next(
     leave: Callable[[Client], None],
 ) -> None:
-    """The server is stopped while the window passes and the next client hangs up."""
+    """The server is paused (SIGSTOP) while the window passes and the next client hangs up."""
     window = 0.6
     with serving(WINDOW_SECONDS=window) as server:
         for _ in range(5):

@@ -24,7 +24,7 @@ REQUEST_INTERVAL = 0.05
 """Seconds between two requests, over all bots: Discord allows 50 requests per second."""
 
 REQUEST_SECONDS = 30.0
-"""The longest that one request may take, however slowly an answer trickles."""
+"""The longest that one request may take, even if its answer comes slowly."""
 
 
 Outcome = Literal["answered", "rejected_token", "rate_limited", "failed"]
@@ -39,7 +39,7 @@ class Unavailable(Exception):
     """Discord did not answer the question; the message says why.
 
     Args:
-      retry_after: seconds in which it does not want to be asked again.
+      retry_after: seconds that Discord asks to wait before the next request.
     """
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
@@ -69,7 +69,7 @@ class SessionStartLimit:
         """Read the answer to Get Gateway Bot.
 
         Raises:
-          LookupError, TypeError, ValueError: it is none.
+          LookupError, TypeError, ValueError: the document is no such answer.
         """
         limit = document["session_start_limit"]
         total, remaining, reset_after, max_concurrency = (
@@ -97,7 +97,7 @@ class Api:
         at = max(trio.current_time(), self._free_at)
         self._free_at = at + REQUEST_INTERVAL
         await trio.sleep_until(at)
-        if self._client is None:  # not before: a client takes 7 MB
+        if self._client is None:  # not earlier: a client takes 7 MB
             # A bot whose requests hang must not take the connections of the others.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
             self._client = httpx.AsyncClient(timeout=10.0, limits=limits)
@@ -111,10 +111,10 @@ class Api:
 
 
 class Discord:
-    """A bot's view of the API.
+    """The requests of one bot to the API.
 
     Args:
-      api: to send requests by.
+      api: sends the requests.
       token: of the bot.
       base_url: of the API, with its version.
       count_request: called after each request with its outcome.
@@ -132,8 +132,8 @@ class Discord:
         """Ask Discord for the session start limit (Get Gateway Bot).
 
         Raises:
-          BadToken: the token is none of a bot.
-          Unavailable: there is no answer, or none that can be used.
+          BadToken: Discord rejects the token.
+          Unavailable: there is no answer, or it cannot be used.
         """
         outcome: Outcome = "failed"
         try:
@@ -165,7 +165,7 @@ class Discord:
         try:
             return SessionStartLimit.from_gateway_bot(json.loads(response.content))
         except (LookupError, TypeError, ValueError, RecursionError):
-            raise Unavailable("the answer is not one to Get Gateway Bot") from None
+            raise Unavailable("not a valid answer to Get Gateway Bot") from None
 
 
 def _whole_number(value: object) -> int:

@@ -1,4 +1,4 @@
-"""What Discord allows the bot, kept up to date in the queue."""
+"""Keeps Discord's limits for a bot up to date in its queue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway_queue.settings import Settings
 from gateway_queue.store import IN_FLIGHT_WINDOWS, DiscordBudget
 
 FIRST_RETRY, LONGEST_RETRY = 1.0, 60.0
-"""Seconds between two tries, each time twice as many, unless Discord asks for more."""
+"""Seconds between two tries; they double after each try, unless Discord asks for more."""
 
 NEAREST_RESET = 1.0
 """Seconds after which Discord is asked again at the earliest, however near the reset is."""
@@ -41,40 +41,40 @@ class Limits:
         self._settings = settings
         self._refresh = phase * settings.discord_refresh_seconds
         self.fault: Fault | None = None
-        """Why Discord's figures are not known, if they are not."""
+        """Why Discord's figures are not known; None if they are."""
         self._is_announced = False
 
     async def run(self) -> None:
         """Keep the queue up to date until cancelled.
 
         Raises:
-          BadToken: Discord does not know the token, and has not known it before.
+          BadToken: Discord rejects the token, and has not accepted it before.
         """
-        landed_at = trio.current_time() + IN_FLIGHT_WINDOWS * self._settings.window_seconds
+        in_flight_until = trio.current_time() + IN_FLIGHT_WINDOWS * self._settings.window_seconds
         while True:
             asked_at, discords = await self._ask_until_answered()
             limit = self._within_own_limit(discords)
-            if asked_at < landed_at and self._may_be_spent(limit):
+            if asked_at < in_flight_until and self._may_be_spent(limit):
                 self.fault = Fault(
-                    "few session starts are left, and some of them may be in flight",
+                    "few session starts are left, and Discord may not have counted the latest ones",
                     asked_at,
-                    landed_at,
+                    in_flight_until,
                 )
-                await trio.sleep_until(landed_at)
+                await trio.sleep_until(in_flight_until)
                 continue
             log.debug("Discord session limits", **_in_log(limit))
             await self._adopt(limit, asked_at)
             wait = min(self._refresh, max(NEAREST_RESET, limit.reset_after))
-            if asked_at < landed_at:  # the figure may be without starts that are in flight
-                wait = min(wait, max(0.0, landed_at - trio.current_time()))
+            if asked_at < in_flight_until:  # the figure may not include starts in flight
+                wait = min(wait, max(0.0, in_flight_until - trio.current_time()))
             else:
                 self._refresh = self._settings.discord_refresh_seconds
             await trio.sleep(wait)
 
     def _may_be_spent(self, limit: SessionStartLimit) -> bool:
-        """Tell whether too few starts are left until those in flight are in Discord's figure.
+        """Return whether starts in flight may use up the limit before Discord's figure has them.
 
-        An earlier process may have released as many in this time as this one may.
+        In this time, an earlier process may have released as many tickets as this one may release.
         """
         if not self._settings.hold_on_start or self._settings.session_start_limit == 0:
             return False
@@ -100,7 +100,7 @@ class Limits:
             delay = min(2 * delay, LONGEST_RETRY)
 
     def _note_failure(self, reason: str, *, retry_in: float) -> Fault:
-        """Warn once per outage, and say at debug level when Discord is asked again."""
+        """Warn once per outage, and log at debug level when Discord is asked again."""
         warn = log.debug if self._is_announced else log.warning
         warn("cannot ask Discord for its limits", reason=reason, retry_in=round(retry_in, 3))
         self._is_announced = True
@@ -124,14 +124,14 @@ class Limits:
         own = self._settings.max_concurrency
         if own is not None and own > limit.max_concurrency:
             log.warning(
-                "MAX_CONCURRENCY is more than Discord allows and limits nothing",
+                "MAX_CONCURRENCY is higher than Discord's value and has no effect",
                 configured=own,
                 max_concurrency=limit.max_concurrency,
             )
         self._queue.set_max_concurrency(limit.max_concurrency)
 
     def _within_own_limit(self, limit: SessionStartLimit) -> SessionStartLimit:
-        """Hold back as many of Discord's session starts as the user's own limit is lower."""
+        """Subtract from Discord's session starts what the user's own lower limit does not allow."""
         own = self._settings.session_start_limit or limit.total
         held_back = max(0, limit.total - own)
         return replace(

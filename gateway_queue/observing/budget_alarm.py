@@ -17,7 +17,7 @@ class BudgetAlarm:
         self._was_spent = False
 
     def check(self, starts: SessionStarts) -> None:
-        """Look at the figures after each change."""
+        """Check the figures; called after each change."""
         if self._was_spent and not starts.spent:
             log.info("session starts are left again", remaining=starts.remaining)
         self._was_spent = starts.spent
@@ -32,7 +32,7 @@ class BudgetAlarm:
                 resets_in=round(starts.resets_in),
             )
             self._warned_at = reached
-        # Not at once, for the figure may go up and down around a level all day.
+        # Only far below: the figure may go up and down around a level all day.
         elif used < 0.5:
             self._warned_at = 0.0
 

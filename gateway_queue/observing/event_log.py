@@ -24,11 +24,11 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 DEPARTURES_SECONDS = 60.0
-"""Clients that left are counted in one line in this time."""
+"""Clients that leave within this time are counted in one line."""
 
 
 class EventLog:
-    """Writes a line for each release, and for whatever needs attention."""
+    """Writes a line for each release, and for each event that needs attention."""
 
     def __init__(self) -> None:
         self._budget_alarm = BudgetAlarm()
@@ -45,7 +45,7 @@ class EventLog:
             self._departures, self._departed = 0, trio.Event()
 
     def observe(self, event: Event) -> None:
-        """Take in what the queue reports."""
+        """Log an event of the queue."""
         match event:
             case Released():
                 self._note_fast_store()

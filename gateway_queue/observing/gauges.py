@@ -13,7 +13,7 @@ from gateway_queue.queue import Queue
 
 def build_info() -> GaugeMetricFamily:
     """Return the version of the server."""
-    return _gauge("build_info", "1 for the version of the server.", 1, version=__version__)
+    return _gauge("build_info", "Always 1, with the version of the server.", 1, version=__version__)
 
 
 def merged(
@@ -22,7 +22,7 @@ def merged(
     """Merge the gauges of several bots.
 
     Args:
-      looks: for each bot the labels that tell it from others, and its gauges.
+      looks: for each bot, the labels that identify it, and its gauges.
     """
     families: dict[str, GaugeMetricFamily] = {}
     for labels, look in looks:
@@ -37,11 +37,11 @@ def merged(
 
 
 def gauges(queue: Queue, not_ready: Callable[[], str | None]) -> Iterator[GaugeMetricFamily]:
-    """Look at the lanes, not at each ticket.
+    """Compute the gauges of one bot from its lanes, without looking at each ticket.
 
     Args:
       queue: the queue to describe.
-      not_ready: tells why no ticket can be released, if so.
+      not_ready: returns why no ticket can be released; None if tickets can be released.
     """
     yield _gauge("ready", "1 while tickets can be released, 0 otherwise.", not not_ready())
     yield _waiting(queue)
@@ -58,7 +58,7 @@ def gauges(queue: Queue, not_ready: Callable[[], str | None]) -> Iterator[GaugeM
     )
     yield _gauge(
         "window_seconds",
-        "Discord's window: least time between two identifies of one rate limit key.",
+        "Discord's window: minimum time between two IDENTIFYs of one rate limit key.",
         queue.store.rules.window,
     )
     if queue.max_concurrency is not None:
@@ -75,7 +75,7 @@ def _waiting(queue: Queue) -> GaugeMetricFamily:
     gauge = GaugeMetricFamily(
         "gateway_queue_waiting", "Clients that wait.", labels=["rate_limit_key"]
     )
-    # Also where no client waits: a series that ends looks as if its last value stayed.
+    # Also keys without clients: if a series ended, its last value would seem to stay.
     keys = {*range(min(queue.max_concurrency or 1, KEYS_MAX)), *queue.lanes}
     for key in sorted(keys):
         gauge.add_metric([str(key)], len(queue.lanes.get(key, ())))

@@ -1,4 +1,4 @@
-"""What becomes of a line before it is written: how often it may come, and what may be in it."""
+"""Processes log lines before they are written: drops frequent lines, and cleans the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import structlog
 from structlog.typing import EventDict, WrappedLogger
 
 SELDOM_SECONDS = 10.0
-"""Lines that any client can cause come once in this time."""
+"""Each line that any client can cause is written at most once in this time."""
 
 SELDOM = frozenset(
     {
@@ -31,7 +31,7 @@ LONGEST_VALUE, LONGEST_TEXT = 300, 8000
 
 @dataclass
 class _Past:
-    """The former lines of one kind."""
+    """The earlier lines with one event."""
 
     next_at: float = -math.inf
     unlogged: int = 0
@@ -41,7 +41,7 @@ class Limiter:
     """Drops lines that come too often. The next one says how many were dropped.
 
     Args:
-      clock: tells the time in seconds.
+      clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,4 +1,4 @@
-"""Logs: one line an event on stderr, to read or as JSON."""
+"""Logs: one line per event on stderr, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gateway_queue.observing.output import Output
 from gateway_queue.settings import Settings
 
 ACCEPTING = "trio.serve_listeners"
-"""The logger of trio that says that no connection can be accepted, for want of descriptors."""
+"""The logger by which trio reports that it has no descriptors to accept a connection."""
 
 ACCEPTING_SECONDS = 10.0
-"""It says so ten times a second; one line in this time will do."""
+"""Trio logs this ten times per second; at most one line in this time is written."""
 
 
 def configure(settings: Settings) -> None:
@@ -59,7 +59,7 @@ def configure(settings: Settings) -> None:
         logger.propagate = False
         logger.setLevel(settings.log_level.upper())
     logging.getLogger(ACCEPTING).filters = [_seldom(ACCEPTING_SECONDS)]
-    # It writes the stacks of what we say in a line.
+    # It logs with a traceback what this package logs in one line.
     logging.getLogger("coredis").disabled = True
 
 

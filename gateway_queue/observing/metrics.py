@@ -32,7 +32,7 @@ from gateway_queue.queue.events import (
 )
 
 WAIT_BUCKETS = (0.1, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)
-"""Seconds: from "at once" over the patience of common HTTP clients to a fleet's whole start."""
+"""Seconds: from "at once" and the timeouts of common HTTP clients to the start of a whole fleet."""
 
 IDENTIFY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 30)
 """Seconds: from an idle bot on the same machine to the default of CONFIRM_SECONDS, and beyond."""
@@ -45,17 +45,17 @@ KEYS_MAX = 1024
 some dozens."""
 
 LATENESS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
-"""Seconds: from what the kernel's timer allows to what takes shards out of their windows."""
+"""Seconds: from the precision of the kernel's timer to a large part of a window."""
 
 
 M = TypeVar("M", bound=MetricWrapperBase)
 
 
 class Metrics:
-    """What is counted while the server runs; all of it belongs to one registry.
+    """All metrics of the server, in one registry.
 
     Args:
-      by_bot: whether what concerns a bot has the label ``bot``.
+      by_bot: whether the metrics of a bot have the label ``bot``.
     """
 
     def __init__(self, *, by_bot: bool = False) -> None:
@@ -67,7 +67,7 @@ class Metrics:
         self.released = self._counter("released", "Tickets that had their turn.", "rate_limit_key")
         self.abandoned = self._counter("abandoned", "Clients that disconnected before their turn.")
         self.unkeyed = self._counter(
-            "unkeyed", "Tickets that named no shard though there are several rate limit keys."
+            "unkeyed", "Tickets without a shard, although there are several rate limit keys."
         )
         self.loop_held = self._counter(
             "loop_held", "Times that a ticket was held because its shard starts too often."
@@ -88,7 +88,7 @@ class Metrics:
         )
         self.lateness = self._histogram(
             "lateness_seconds",
-            "From when the key was open and a client waited until the answer.",
+            "From the moment when a key is open and a client waits, to the answer.",
             LATENESS_BUCKETS,
         )
         self.store_errors = Counter(
@@ -102,11 +102,11 @@ class Metrics:
         )
 
     def of(self, bot: str) -> BotMetrics:
-        """Return what counts for one bot."""
+        """Return the metrics of one bot."""
         return BotMetrics(self, dict.fromkeys(self._bot, bot))
 
     def forget(self, bot: str) -> None:
-        """Drop the series of a bot that is gone."""
+        """Drop the series of a bot that was removed."""
         for metric in self._of_bots:
             metric.remove_by_labels({"bot": bot})
 
@@ -137,11 +137,11 @@ class Metrics:
 
 
 class BotMetrics:
-    """Counts what one bot's queue reports; :meth:`Metrics.of` makes it.
+    """Counts the events of one bot's queue; :meth:`Metrics.of` makes it.
 
     Args:
       metrics: of the server.
-      labels: that tell the bot from others.
+      labels: identify the bot.
     """
 
     def __init__(self, metrics: Metrics, labels: dict[str, str]) -> None:
@@ -156,7 +156,7 @@ class BotMetrics:
             self._series(counter)
 
     def observe(self, event: Event) -> None:
-        """Count what the queue reports."""
+        """Count an event of the queue."""
         metrics = self._metrics
         match event:
             case Released():

@@ -10,14 +10,14 @@ from logging import LogRecord
 STDERR = 2
 
 PIPE_BUF = select.PIPE_BUF
-"""Bytes that a pipe takes without waiting once poll says that it takes any."""
+"""Bytes that a pipe accepts without blocking once poll reports that it accepts any."""
 
 
 class Output(logging.Handler):
-    """Writes lines to a descriptor. Those that it does not take at once are lost, and counted.
+    """Writes lines to a descriptor. Lines that it does not accept at once are lost, and counted.
 
-    Stderr may not be read, or not fast enough. A write would then stop the event loop, and with it
-    all releases.
+    If nothing reads stderr, or not fast enough, a write would block the event loop, and with it all
+    releases.
 
     Args:
       descriptor: a pipe, a terminal, a socket or a file.
@@ -27,11 +27,11 @@ class Output(logging.Handler):
         super().__init__()
         self._descriptor = descriptor
         self._rest = b""
-        """Of a line whose beginning is written."""
+        """The rest of a line whose beginning is written."""
         self._lost = 0
 
     def emit(self, record: LogRecord) -> None:
-        """Write a line, if all former ones are written."""
+        """Write a line if all earlier lines are written; count it as lost otherwise."""
         try:
             self._write_rest()
             if self._rest:

@@ -19,7 +19,7 @@ class Recent:
         self.identifies = deque[Identified | NotConfirmed](maxlen=RECENT_MAX)
 
     def observe(self, event: Event) -> None:
-        """Take in what the queue reports."""
+        """Remember a release, a confirmation, or a missing confirmation."""
         match event:
             case Released():
                 self.releases.append(event)
@@ -31,7 +31,7 @@ class Recent:
         return [one.seconds for one in self.identifies if isinstance(one, Identified)]
 
     def usual_identify_seconds(self) -> float:
-        """Return the median of these times, or 0 if there are none."""
+        """Return the median of :meth:`identify_times`, or 0 if there are none."""
         times = self.identify_times()
         return median(times) if times else 0.0
 

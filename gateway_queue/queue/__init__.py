@@ -1,8 +1,8 @@
 """The queue: tickets wait in lanes, and each lane's dispatcher releases one per window.
 
-Pure trio: nothing here knows of HTTP.
+It runs on trio and does not depend on HTTP.
 
-The life of a ticket's place, whose state is ``Place.state`` and nothing else:
+The states of a place (``Place.state``):
 
 ========  ===============================================  =========================================
 state     meaning                                          how it ends
@@ -10,15 +10,17 @@ state     meaning                                          how it ends
 waiting   its client is connected and can be released      client leaves: away, or gone
                                                            claim refused for the shard: held
                                                            claim granted: chosen
-                                                           its client, chosen at a later place of
-                                                           its shard, has moved here: released
+                                                           its client was chosen at a later place
+                                                           of its shard, then moved here and is
+                                                           answered: released
 held      the shard starts too often and has to wait       hold ends: waiting
                                                            client leaves: away, or gone
 away      its client has left; kept for the same shard     the shard asks again: waiting, or held
                                                            ``place_seconds`` are over: gone
 chosen    its client is being answered                     answered: released
                                                            client leaves, or the slot came too late:
-                                                           waiting, then at once as listed anew
+                                                           waiting for a moment, then held, away,
+                                                           gone or still waiting
 released  the end: the client has its answer
 gone      the end: the place is given up
 ========  ===============================================  =========================================

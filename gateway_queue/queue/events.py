@@ -15,10 +15,10 @@ class Released:
     shard: int | None
     rate_limit_key: int
     at: float
-    """When the answer was out, on :func:`trio.current_time`."""
+    """When the answer was written (:func:`trio.current_time`)."""
     waited: float
     lateness: float
-    """Since the key was open, the client connected, and the shard free to start."""
+    """Seconds from when the key was open, the client connected and its shard not held."""
     still_waiting: int
 
 
@@ -55,7 +55,7 @@ class Identified:
 
     shard: int | None
     at: float
-    """When it confirmed, on :func:`trio.current_time`."""
+    """When it confirmed (:func:`trio.current_time`)."""
     seconds: float
     """Seconds since the answer."""
 
@@ -66,7 +66,7 @@ class NotConfirmed:
 
     shard: int | None
     at: float
-    """When its time was over, on :func:`trio.current_time`."""
+    """When ``confirm_seconds`` were over (:func:`trio.current_time`)."""
     confirm_seconds: float
 
 
@@ -103,4 +103,5 @@ Event = (
 )
 
 Observer = Callable[[Event], None]
-"""Called in the step in which something happens. It must not raise or wait."""
+"""Called with each event, in the step of the event loop in which it happens. It must not raise or
+wait."""

@@ -1,4 +1,4 @@
-"""The order in which lanes claim their keys, where the store limits the releases of all keys."""
+"""Decides which lane claims next, when the store limits the releases of all keys together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import trio
 from gateway_queue.queue.lane import Lane, Order
 
 SETTLE_SECONDS = 0.001
-"""Keys that open in the same moment reach the gate within this time."""
+"""Lanes whose keys open at the same moment enter the gate within this time."""
 
 RETURN_TURNS = 3
-"""A lane that the store has refused is back at the gate within so many turns of the event loop. How
-many seconds they take depends on how busy the machine is."""
+"""A lane that the store has refused enters the gate again within this number of turns of the event
+loop. How many seconds these take depends on how busy the machine is."""
 
 
 class Gate:
@@ -24,12 +24,12 @@ class Gate:
         self._waiting: dict[Lane, trio.Event] = {}
         self._opens_at = -math.inf
         self._refused: Order = (math.inf, 0)
-        """Of the ticket that was refused last."""
+        """The order of the ticket that the store refused last."""
         self._changed = trio.Event()
         self._admits_next = trio.Event()
 
     async def run(self) -> NoReturn:
-        """Let lanes in until cancelled."""
+        """Let lanes claim, one at a time, until cancelled."""
         while True:
             await self._until_open()
             lane = min(self._waiting, key=_oldest)
@@ -40,7 +40,7 @@ class Gate:
                 await trio.lowlevel.checkpoint()
 
     async def _until_open(self) -> None:
-        """Wait until some lane is here and the store may grant a claim."""
+        """Wait until a lane has entered and the store may grant a claim."""
         while not self._waiting or trio.current_time() < self._opens_at:
             with trio.move_on_at(self._opens_at if self._waiting else math.inf):
                 await self._changed.wait()
@@ -50,8 +50,8 @@ class Gate:
     async def enter(self, lane: Lane) -> None:
         """Wait until it is the lane's turn to claim. The caller calls admit_next() afterwards.
 
-        A lane whose ticket is older than the refused one claims at once, so that the store knows
-        the oldest ticket that waits.
+        A lane whose ticket is older than the one refused last claims at once, so that the store
+        knows the oldest ticket that waits.
         """
         self._waiting[lane] = admitted = trio.Event()
         if _oldest(lane) < self._refused:
@@ -60,16 +60,16 @@ class Gate:
         await admitted.wait()
 
     def admit_next(self) -> None:
-        """Let the next lane in."""
+        """Let the next lane claim."""
         self._admits_next.set()
 
     def close(self, refused: Order, seconds: float) -> None:
-        """Let no lane in for some time, except one with an older ticket than the refused one."""
+        """Let no lane claim for some seconds, unless its ticket is older than the refused one."""
         self._refused = refused
         self._opens_at = trio.current_time() + max(seconds, SETTLE_SECONDS)
 
     def open(self) -> None:
-        """Let lanes in again."""
+        """Let lanes claim again."""
         self._opens_at = -math.inf
         self._changed.set()
 

@@ -24,12 +24,14 @@ _order = attrgetter("order")
 
 
 class Place:
-    """A position in a lane, with the client that has it now. Times are of trio's clock.
+    """A position in a lane, with the client that has it now.
+
+    Times are of :func:`trio.current_time`, except ``since``.
 
     Args:
-      number: of places with the same time, lower numbers go first.
-      ticket: the client that has it at first.
-      since: older ones go first, see :meth:`~gateway_queue.store.WindowStore.place_time`.
+      number: orders the places with the same ``since``.
+      ticket: the place's first client.
+      since: orders the places, see :meth:`~gateway_queue.store.WindowStore.place_time`.
     """
 
     __slots__ = (
@@ -50,33 +52,33 @@ class Place:
         self.shard = ticket.shard
         self.ticket: Ticket | None = None
         self.joined_at = trio.current_time()
-        """When the first client came that had this place, at whatever replica."""
+        """When the first client of this place connected, at any replica."""
         self.held_until = -math.inf
         self.expires_at = -math.inf
         """When an empty place is given up."""
         self.state: State = "waiting"
         self.lane: Lane | None = None
-        """The lane in which it is listed; None in the last three states."""
+        """The lane in which it is listed; None in the states chosen, released and gone."""
         self.seat(ticket)
 
     @property
     def order(self) -> Order:
-        """What places are sorted by: older ones go first."""
+        """The sort key of places: the oldest place comes first."""
         return self.since, self.number
 
     @property
     def connected_at(self) -> float | None:
-        """When its client came; None while it has none."""
+        """When its client connected; None while it has no client."""
         return None if self.ticket is None else self.ticket.connected_at
 
     @property
     def is_away(self) -> bool:
-        """Whether no client has it now."""
+        """Whether it has no client now."""
         return self.ticket is None
 
     @property
     def confirm(self) -> bool:
-        """Whether its client will say when it has identified."""
+        """Whether its client will confirm that the shard has identified."""
         return self.ticket is not None and self.ticket.confirm
 
     def seat(self, ticket: Ticket) -> None:
@@ -91,21 +93,21 @@ class Place:
 
 
 class Lane:
-    """The places of one rate limit key, except the one whose client is being answered.
+    """The places of one rate limit key, except the place whose client is being answered.
 
-    Adding, removing and finding the next one are O(log n). All methods run in one step of the
-    event loop, so a lane is consistent at each checkpoint.
+    Adding a place, removing one and finding the first are O(log n). All methods run in one step of
+    the event loop, so a lane is consistent at each checkpoint.
     """
 
     def __init__(self, rate_limit_key: int) -> None:
         self.rate_limit_key = rate_limit_key
         self.opens_at = -math.inf
-        """When the key opens, by the last answer of the store."""
+        """When the key opens, according to the last answer of the store."""
         self.claim_at = -math.inf
         """When to claim next: when the key opens, or earlier if something has changed."""
         self.identifying: Identifying | None = None
         self.waiting: SortedDict[Order, Place] = SortedDict()
-        # In the order of the times at which a hold or an empty place ends.
+        # Sorted by the time at which the hold, or the empty place, ends.
         self.held: SortedDict[tuple[float, int], Place] = SortedDict()
         self.away: SortedDict[tuple[float, int], Place] = SortedDict()
         self._changed = trio.Event()
@@ -118,18 +120,18 @@ class Lane:
         return len(self.waiting) + len(self.held)
 
     def __iter__(self) -> Iterator[Place]:
-        """Go over all places, in their order."""
+        """Iterate over all places, the oldest first."""
         aside = sorted(chain(self.held.values(), self.away.values()), key=_order)
         return merge(self.waiting.values(), aside, key=_order)
 
     def places(self) -> list[Place]:
-        """Return all places, in their order."""
-        # Of dict, for that of SortedDict takes twice as long, even with this sort.
+        """Return all places, the oldest first."""
+        # SortedDict.values() would take twice as long, even though this has to sort.
         waiting = dict.values(cast("dict[Order, Place]", self.waiting))
         return sorted(chain(waiting, self.held.values(), self.away.values()), key=_order)
 
     def add(self, place: Place) -> None:
-        """List a place by its current state."""
+        """List a place, in the state that fits its client and its hold."""
         if place.ticket is None:
             place.state = "away"
             self.away[place.expires_at, place.number] = place
@@ -141,9 +143,10 @@ class Lane:
             self.waiting[place.order] = place
         place.lane = self
         if place.state != "waiting":
-            self._changed.set()  # there may be an earlier time to wake up at
+            self._changed.set()  # the dispatcher may have to wake up earlier
         elif self.first() is place:
-            self.retry_claim()  # this shard may have to be held where the former first one had not
+            # The store may hold this shard, even if it has not held the former first one.
+            self.retry_claim()
 
     def remove(self, place: Place) -> None:
         """Take a place out of the lane."""
@@ -163,7 +166,7 @@ class Lane:
         return self.waiting.peekitem(0)[1] if self.waiting else None
 
     def overdue(self) -> list[Place]:
-        """Return the places whose hold is over, and the empty ones that are given up."""
+        """Return the places whose hold is over, and the empty places whose time is over."""
         now = trio.current_time()
         return [
             place
@@ -172,7 +175,7 @@ class Lane:
         ]
 
     def retry_claim(self) -> None:
-        """Let the dispatcher claim the key anew, whatever the store has said before."""
+        """Let the dispatcher claim the key again, whatever the store's last answer was."""
         self.claim_at = -math.inf
         self._changed.set()
 

@@ -1,4 +1,4 @@
-"""What a queue looks like at one moment. Times are in seconds."""
+"""Describes the lanes and tickets of a queue at one moment. Times are in seconds."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from gateway_queue.queue.lane import Lane, Place
 from gateway_queue.store import DistantPlace, Identifying, Line, Rules, SessionStarts
 
 ITEMS_PER_STEP = 100
-"""Lanes or tickets to describe in one step of the event loop: a quarter of a millisecond."""
+"""Lanes or tickets to describe in one step of the event loop, in a quarter of a millisecond."""
 
 
 @dataclass(slots=True)
 class TicketStatus:
-    """A ticket, or the place of one whose client is away."""
+    """A ticket, or a place whose client is away."""
 
     shard: int | None
     state: Literal["waiting", "away", "held"]
     position: int
-    """Counted from 1. Tickets that are away or held keep their position, and others pass them."""
+    """Counted from 1. Tickets that are away or held keep their position, though later tickets are
+    released before them."""
     waited: float
     eta: float
     """Seconds until its turn, if the queue does not change; infinite if not known."""
@@ -70,13 +71,14 @@ async def lanes(
 ) -> list[LaneStatus]:
     """List the lanes that have tickets or a shard that is identifying, by key.
 
-    In steps, so that a release that is due does not wait for the whole list. A place that leaves
-    its lane meanwhile is not listed.
+    It works in steps of ``ITEMS_PER_STEP`` items and lets other tasks run between them, so that a
+    release that is due does not wait for the whole list. A place that leaves its lane meanwhile is
+    not listed.
 
     Args:
       queue: the queue to describe.
-      most: how many tickets of a lane to list, from the front; None lists all. Tickets that are
-        not listed are ignored when the day's session starts run out.
+      most: how many tickets of a lane to list, from the front; None lists all. Only listed
+        tickets count when too few session starts are left for all of them.
       everywhere: whether to list the tickets of other replicas, too.
       identify_seconds: how long a shard usually takes from its answer to its confirmation.
     """
@@ -109,7 +111,7 @@ async def lanes(
 
 
 def next_release(lane: LaneStatus) -> float:
-    """Return when the next connected ticket of a lane is released, infinite if not known."""
+    """Return in how many seconds a lane releases its next ticket; infinite if not known."""
     turns = [ticket.eta for ticket in lane.tickets if ticket.state != "away"]
     return min(turns, default=lane.opens_in if lane.waiting else math.inf)
 
@@ -129,10 +131,10 @@ class Steps:
 
 @dataclass(frozen=True)
 class _Turns:
-    """When releases may happen. Times are in seconds from now."""
+    """Estimates when keys open. Times are in seconds from now."""
 
     first_slot: float
-    """Before it, no key is open."""
+    """No key opens before this."""
     rules: Rules
     identify_seconds: float
 
@@ -143,20 +145,20 @@ class _Turns:
         return self.rules.unconfirmed_window
 
     def after_identifying(self, seconds: float) -> float:
-        """Return when a key opens whose shard has been identifying for some time."""
+        """Return when a key opens whose shard has been identifying for ``seconds``."""
         return max(0.0, self.identify_seconds - seconds) + self.rules.window
 
 
 @dataclass(frozen=True)
 class _Listed:
-    """A lane, with what is known of its places at other replicas."""
+    """A lane, with its places at other replicas."""
 
     lane: Lane
     distant: list[DistantPlace]
     line: Line | None
 
     def places(self, most: int | None) -> list[Place | DistantPlace]:
-        """Return the first places, in their order."""
+        """Return the first places, the oldest first."""
         lane = self.lane
         here = lane.places() if most is None else list(islice(lane, most))
         if self.line is None:
@@ -168,7 +170,7 @@ class _Listed:
         return places[:most]
 
     def identifying(self) -> Identifying | None:
-        """Return the shard that is identifying, after an answer of any replica."""
+        """Return the shard that is identifying, whichever replica has answered it."""
         if self.lane.identifying is not None or self.line is None:
             return self.lane.identifying
         return self.line.identifying.get(self.lane.rate_limit_key)
@@ -225,7 +227,7 @@ async def _lane(listed: _Listed, turns: _Turns, most: int | None, steps: Steps) 
 async def _delay_to_reset(
     starts: SessionStarts, statuses: list[LaneStatus], window: float, steps: Steps
 ) -> None:
-    """Let the tickets for which the day has no start left follow its reset, a window apart."""
+    """Move the ETAs for which no session start is left to after the reset, one window apart."""
     if not starts.enforced or starts.remaining is None or starts.spent:
         return
     if sum(lane.waiting for lane in statuses) <= starts.remaining:
@@ -240,7 +242,7 @@ async def _delay_to_reset(
 
 
 def _by_turn(lane: LaneStatus) -> Iterator[tuple[float, int, TicketStatus]]:
-    """Go over the connected tickets of a lane by their turns."""
+    """Iterate over the connected tickets of a lane, the earliest ETA first."""
     held = sorted((t for t in lane.tickets if t.state == "held"), key=attrgetter("eta"))
     waiting = (ticket for ticket in lane.tickets if ticket.state == "waiting")
     in_order = merge(waiting, held, key=attrgetter("eta"))

@@ -1,4 +1,4 @@
-"""The places of each shard, also while its client is away."""
+"""The places of each shard, including those whose client is away."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _order = attrgetter("order")
 class Places:
     """Gives a place to each ticket, and keeps it for a while when the client leaves.
 
-    The connected clients of a shard always have the first of its places. A client that times out
-    and asks again can arrive before the server sees that its first connection is closed. So it does
-    not matter which of a shard's clients leaves.
+    The connected clients of a shard always have its first places, whichever client leaves: a client
+    that times out and asks again can arrive before the server sees that its first connection is
+    closed.
 
     Args:
-      store: which shares the places with other replicas, and whose rules say how long an empty
+      store: shares the places with other replicas. Its rule ``place_seconds`` is how long an empty
         place is kept; 0 keeps none.
     """
 
     def __init__(self, store: WindowStore) -> None:
         self._store = store
         self._numbers = count()
-        # In their order: first those of connected clients, then the empty ones.
+        # The oldest first. The places of connected clients come before the empty places.
         self._of_shard: dict[int | None, list[Place]] = {}
 
     def take(self, ticket: Ticket) -> Place:
@@ -52,7 +52,7 @@ class Places:
     def leave(self, ticket: Ticket) -> Place:
         """Empty the last place that a client of the ticket's shard has, and return it.
 
-        The client that had that place gets the ticket's.
+        The client that had that place gets the ticket's place.
         """
         place = last = ticket.place
         places = self._of_shard.get(ticket.shard, [])
@@ -68,10 +68,10 @@ class Places:
         return last
 
     def move(self, place: Place, since: float, joined_at: float) -> list[Place]:
-        """Change the time of a place, which is not listed, and return places to give up.
+        """Change the time of a place that is in no lane, and return the places to end.
 
-        If a client has it, those are older places of its shard without one: other replicas have
-        taken them over.
+        If the place has a client, these are the older places of its shard that have none: other
+        replicas have taken them over.
         """
         places = self._of_shard.get(place.shard, [])
         index = _index(places, place)
@@ -97,7 +97,7 @@ class Places:
 
 
 def _index(places: list[Place], place: Place) -> int | None:
-    """Find a place; one that was made while ``place_seconds`` was 0 is not listed."""
+    """Return the index of a place; None without a shard, or if ``place_seconds`` was 0."""
     index = bisect_left(places, place.order, key=_order)
     return index if index < len(places) and places[index] is place else None
 

@@ -52,10 +52,10 @@ class Queue:
     """Releases one ticket per window, for each rate limit key.
 
     Args:
-      store: what is known of earlier releases.
+      store: remembers earlier releases, and grants the claims of keys.
       max_concurrency: number of rate limit keys; 0 releases every ticket at once, and while it is
         None no ticket is released.
-      observers: what to tell of releases and of whatever else happens.
+      observers: called with each event.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Queue:
         return sum(map(len, self.lanes.values()))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Own the dispatchers: each lane has one from its first place until its last."""
+        """Run the dispatchers until closed: each lane has one while it has places."""
         with self._open:
             async with trio.open_nursery() as nursery:
                 if self._gate is not None:
@@ -99,21 +99,21 @@ class Queue:
                 try:
                     await trio.sleep_forever()
                 finally:
-                    # Here and not later: the nursery must never be asked after it has closed.
+                    # Here and not later: a nursery that has closed cannot start a dispatcher.
                     self._dispatchers = None
         self._closed.set()
 
     async def close(self) -> None:
-        """Release no more tickets, and return when the answers under way are out.
+        """Release no more tickets, and return when the answers being written are complete.
 
-        Other replicas may take over the places then.
+        After that, other replicas may take over the places.
         """
         self._open.cancel()
         await self._closed.wait()
         await self.store.retire()
 
     def dismiss(self) -> None:
-        """Let every waiting client go without an answer, and keep no places."""
+        """End the requests of all waiting clients without an answer, and keep no places."""
         for place in self._all_places():
             ticket = place.ticket
             self._places.end(place, "gone")
@@ -121,13 +121,13 @@ class Queue:
                 ticket.dismiss()
 
     def send_away(self) -> None:
-        """Let every waiting client go without an answer; the places of named shards stay."""
+        """End the requests of all waiting clients without an answer; named shards keep places."""
         for place in self._all_places():
             if place.ticket is not None:
                 place.ticket.dismiss()
 
     def change_rules(self, rules: Rules) -> None:
-        """Hold to other rules from now on. Tickets keep waiting, for at least one more window."""
+        """Change the rules. Tickets keep waiting, for at least one window of the new rules."""
         self.store.change_rules(rules)
         if rules.releases_per_window is not None and self._gate is None:
             self._gate = Gate()
@@ -139,13 +139,13 @@ class Queue:
         """Change the number of rate limit keys: all places move to their new lanes.
 
         Args:
-          number: as for the constructor. Clients that wait when it becomes 0 are let go: they ask
-            again, and are released at once.
+          number: as for the constructor. When it becomes 0, the requests of waiting clients end
+            without an answer: the clients ask again, and are released at once.
         """
         if number == self.max_concurrency:
             return
         if not number:
-            self.max_concurrency = number  # the store keeps its windows of the former one
+            self.max_concurrency = number  # the store keeps the windows of the former number
             if number == 0:
                 self.dismiss()
             return
@@ -162,7 +162,7 @@ class Queue:
                 self._report_if_unkeyed(place.ticket)
 
     async def update_budget(self, budget: DiscordBudget) -> None:
-        """Take over Discord's figures for the day's session starts."""
+        """Give Discord's figures for the day's session starts to the store."""
         await self.store.update_budget(budget)
         self._retry_claims()
         self.report(StartsChanged(self.store.session_starts()))
@@ -176,15 +176,15 @@ class Queue:
 
     @property
     def is_open(self) -> bool:
-        """Whether tickets are released; false once it closes."""
+        """Whether tickets are released; false once :meth:`close` was called."""
         return not self._open.cancel_called
 
     def report(self, event: Event) -> None:
-        """Tell the observers what happens."""
+        """Pass an event to all observers."""
         for observe in self._observers:
             observe(event)
 
-    # --- a ticket's way: all of this runs in the task of its request, see Ticket ------------------
+    # --- tickets: turn(), join(), release() and leave() run in the task of the request, see Ticket
 
     def turn(
         self, shard: int | None, *, confirm: bool = False
@@ -192,11 +192,11 @@ class Queue:
         """Make the context that waits for a shard's turn, and whose body answers the client.
 
         The window starts when the body ends. A body that is cancelled, or that raises
-        :class:`NotAnswered`, has not answered: its slot goes to the next ticket, at once. One that
-        fails otherwise may have, so its slot counts as used.
+        :class:`NotAnswered`, has not answered: its slot goes to the next ticket, at once. A body
+        that fails otherwise may have answered, so its slot counts as used.
 
         The body of a confirmed ticket goes on after the answer until the client closes its
-        response, which cancels it, or until its time is over.
+        response, which cancels the body, or until ``confirm_seconds`` are over.
 
         Args:
           shard: the shard that will identify; None if the client named none, which counts as 0.
@@ -212,12 +212,12 @@ class Queue:
         self._list(self._places.take(ticket))
 
     def release(self, ticket: Ticket) -> None:
-        """Let a ticket that was answered give up its place."""
+        """End the place of a ticket that was answered."""
         self._places.end(ticket.place, "released")
         self.released += 1
 
     def leave(self, ticket: Ticket) -> None:
-        """Let a ticket go without an answer. A named shard's place stays for a while."""
+        """Remove a ticket without an answer. The place of a named shard is kept for a while."""
         self.abandoned += 1
         self.report(Abandoned(ticket.shard))
         self._list(self._places.leave(ticket))
@@ -237,7 +237,7 @@ class Queue:
             self._list(place)
 
     def _list(self, place: Place) -> None:
-        """Put a place into the lane of its key, in its current state; an empty place may expire."""
+        """List a place in the lane of its key, or end it if it is empty and its time is over."""
         if place.state == "chosen":
             return  # its dispatcher lists it again when the outcome is known
         place.unlist()
@@ -255,7 +255,7 @@ class Queue:
         if ticket.shard is None and self.max_concurrency and self.max_concurrency > 1:
             self.report(Unkeyed(self.max_concurrency))
 
-    # --- a lane's way: all of this runs in the task of its dispatcher -----------------------------
+    # --- lanes: _dispatch() and what it calls run in the task of the lane's dispatcher ------------
 
     async def _dispatch(self, lane: Lane) -> None:
         """Release the tickets of a lane, until it has no places any more."""
@@ -278,22 +278,25 @@ class Queue:
             await self._withdraw(lane)
 
     async def _withdraw(self, lane: Lane) -> None:
-        """Make way for other replicas. Cancelled, it could break the claim of another lane."""
+        """Tell other replicas that no ticket here waits for the key of a lane.
+
+        Shielded, because cancelling it could break the claim of another lane.
+        """
         with trio.CancelScope(shield=True):
             await self.store.withdraw(lane.rate_limit_key)
 
     def _next_claim(self, lane: Lane) -> float:
-        """Return when to claim a lane's key, infinite while there is nothing to claim it for."""
+        """Return when to claim a lane's key; infinite while no ticket can be released."""
         if self.max_concurrency is None or not lane.waiting:
             return math.inf
         return lane.claim_at
 
     async def _claim(self, lane: Lane) -> None:
-        """Claim the key for the first ticket, and release that ticket or wait as the store says."""
+        """Claim the key for the first ticket, and release that ticket or wait as the store asks."""
         gate = self._gate
         if gate is not None:
             await gate.enter(lane)
-        with trio.CancelScope(shield=True):  # a claim is used or given back, whatever comes
+        with trio.CancelScope(shield=True):  # so that the claim is used or given back
             claimed = await self._claim_for_first(lane, gate)
             if claimed is None:
                 return
@@ -308,8 +311,8 @@ class Queue:
         lane.retry_claim()
 
     async def _claim_for_first(self, lane: Lane, gate: Gate | None) -> tuple[Place, Claim] | None:
-        """Claim the key for the first place of a lane, and return both if the store agrees."""
-        lane.claim_at = math.inf  # set back by whatever changes until the store has answered
+        """Claim the key for the first place of a lane, and return both if the store grants it."""
+        lane.claim_at = math.inf  # a change before the store answers sets it to -inf again
         try:
             place = lane.first()
             if place is None or place.ticket is None:
@@ -321,7 +324,7 @@ class Queue:
             if isinstance(outcome, Refusal):
                 self._wait(lane, place, outcome)
                 return None
-            # Open earlier than expected, for example after another replica's answer from Discord.
+            # The key may have opened early, for example because another replica has asked Discord.
             lane.opens_at = min(lane.opens_at, asked_at)
             return place, outcome
         finally:
@@ -343,7 +346,7 @@ class Queue:
             lane.claim_at = lane.opens_at
 
     def _hold(self, place: Place, seconds: float) -> None:
-        """Let a shard that starts too often wait; its place stays where it is."""
+        """Hold a shard that starts too often; its place keeps its position."""
         if place.state != "waiting":
             return
         self.report(Held(place.shard, seconds))
@@ -377,9 +380,9 @@ class Queue:
                 self._list(place)
 
     async def _start_window(self, lane: Lane, claim: Claim, answer: Answered) -> None:
-        """Let the window of a release start: after the answer, or when the shard has identified."""
+        """Start the window of a release: after the answer, or when the shard has identified."""
         at, confirmed = answer.at, False
-        confirm_seconds = self.store.rules.confirm_seconds  # not those of a later change
+        confirm_seconds = self.store.rules.confirm_seconds  # the rules may change meanwhile
         if claim.confirm:
             lane.identifying = Identifying(claim.shard, answer.at)
             try:
@@ -392,14 +395,14 @@ class Queue:
                 self.report(Identified(claim.shard, at, at - answer.at))
             else:
                 self.report(NotConfirmed(claim.shard, at, confirm_seconds))
-        # If the queue closes before, the lease of the claim keeps the key closed.
+        # If the queue closes before this, the lease of the claim keeps the key closed.
         with trio.CancelScope(shield=True):
             await self.store.start_window(claim, at, confirmed=confirmed)
         self.report(StartsChanged(self.store.session_starts()))
 
     def _report_release(self, lane: Lane, place: Place, answer: Answered) -> None:
         due = max(lane.opens_at, answer.ticket.connected_at, place.held_until)
-        due = min(due, answer.at)  # a store may open a key earlier than it said
+        due = min(due, answer.at)  # the store may open a key earlier than it announced
         self.report(
             Released(
                 shard=place.shard,
@@ -412,7 +415,7 @@ class Queue:
         )
 
     def _retry_claims(self) -> None:
-        """Let all dispatchers claim again: a session start may be left that was not before."""
+        """Let all dispatchers claim again: the reason of an earlier refusal may be gone."""
         for lane in self.lanes.values():
             lane.opens_at = min(lane.opens_at, trio.current_time())
             lane.retry_claim()

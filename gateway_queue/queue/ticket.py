@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class NotAnswered(Exception):
-    """A client has left, or is let go, before the first byte of its answer."""
+    """A client has left, or was dismissed, before the first byte of its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,44 +27,44 @@ class Slot:
     """The right to answer one client, once."""
 
     claim: Claim
-    """The claimed key, and until when the claim is good."""
+    """The claim of the key, with the times until which it can be used."""
     outcome: trio.MemorySendChannel[float]
-    """Receives the time of the answer (:func:`trio.current_time`). It is closed without one if the
-    client was not answered; then the next ticket gets the slot. A confirmed ticket's receives the
-    time of the confirmation too, or is closed without one."""
+    """Receives the time of the answer (:func:`trio.current_time`). If the client was not answered,
+    it is closed without a time, and the next ticket gets the slot. If the ticket is confirmed, it
+    also receives the time of the confirmation, or is closed without it."""
 
 
 class Turn(Protocol):
-    """What the caller needs to answer a client whose turn it is."""
+    """The interface by which the caller answers a client whose turn it is."""
 
     @property
     def answer_by(self) -> float:
-        """When the answer has to be out (:func:`trio.current_time`)."""
+        """The latest time at which the answer may be written (:func:`trio.current_time`)."""
 
     @property
     def confirm_seconds(self) -> float:
         """How long a confirmed ticket may take from its answer to its confirmation."""
 
     def answered(self) -> None:
-        """Note that the answer of a confirmed ticket is out.
+        """Note that the answer of a confirmed ticket is written.
 
-        From then on, the end of its client's connection confirms it.
+        From then on, the client confirms the ticket by closing its response.
         """
 
 
 class Ticket:
     """A connected client, and the channel on which its slot comes.
 
-    As a context it waits for the slot; see :meth:`Queue.turn`. All of it runs in the task of the
-    client's request, except :meth:`offer`.
+    As a context it waits for the slot; see :meth:`Queue.turn`. The context runs in the task of the
+    client's request; :meth:`offer` and :meth:`dismiss` are called from other tasks.
 
     Args:
       queue: where it waits.
       shard: the shard that it asks for; None if the client named none.
-      confirm: whether the client will say when it has identified.
+      confirm: whether the client will confirm that the shard has identified.
     """
 
-    # A context made by a generator takes 0.8 kB more for each client.
+    # A class, because a context made by a generator takes 0.8 kB more for each client.
     __slots__ = (
         "_has_answer",
         "_queue",
@@ -88,7 +88,7 @@ class Ticket:
         self.connected_at = trio.current_time()
         self._queue = queue
         self._has_answer = False
-        # Room for one slot: a channel without any refuses a slot while its receiver is not waiting.
+        # A buffer for one slot: without it, a slot could be sent only while its receiver waits.
         self._send, self._receive = trio.open_memory_channel[Slot](1)
 
     async def __aenter__(self) -> Turn:
@@ -114,7 +114,7 @@ class Ticket:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Tell the dispatcher what became of the slot."""
+        """Tell the dispatcher whether the slot was used."""
         with self._slot.outcome as outcome:
             if error is None or (
                 isinstance(error, Exception) and not isinstance(error, NotAnswered)
@@ -127,7 +127,7 @@ class Ticket:
 
     @property
     def answer_begins_by(self) -> float:
-        """Until when an answer may begin."""
+        """The latest time at which an answer may begin (:func:`trio.current_time`)."""
         return self._slot.claim.begin_by
 
     @property
@@ -150,26 +150,26 @@ class Ticket:
         self._send.send_nowait(slot)
 
     def dismiss(self) -> None:
-        """Let the client go without an answer."""
+        """End the request of the client without an answer."""
         self._send.close()
 
     @property
     def is_dismissed(self) -> bool:
-        """Whether the client was let go; the ticket is still in its place for a moment."""
+        """Whether :meth:`dismiss` was called; the ticket may keep its place for a moment."""
         return not self._send.statistics().open_send_channels
 
     def _leave(self) -> None:
-        """Leave the queue. A slot may have come in the moment in which the client left."""
+        """Leave the queue, and give back a slot that came in the same moment."""
         self._queue.leave(self)
         with suppress(trio.WouldBlock, trio.EndOfChannel):
             self._receive.receive_nowait().outcome.close()
 
 
 class UnpacedTicket:
-    """A ticket where ``max_concurrency`` is 0: it waits for nothing.
+    """A ticket while ``max_concurrency`` is 0: it is answered at once.
 
     Args:
-      queue: which counts it.
+      queue: counts the ticket.
     """
 
     answer_by = math.inf

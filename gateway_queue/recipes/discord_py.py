@@ -24,7 +24,8 @@ _FIRST_DELAY, _LONGEST_DELAY = 1.0, 10.0
 """Seconds until the queue is asked again after an error; they double each time."""
 
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_read=300.0)
-"""Seconds. A queue whose machine has vanished sends nothing; otherwise the place is kept."""
+"""Seconds without data until the shard asks again, because the machine of the queue may have
+vanished. If it has not, the shard keeps its place."""
 
 _HEARTBEAT = 1
 """The opcode of the one message that a shard may send before it has identified."""
@@ -90,7 +91,7 @@ class _Queue:
 
 
 _Base: Any = object
-"""Stands for the library's websocket, which comes next among the base classes."""
+"""Replaces, for type checkers, the library's websocket, which is the next base class."""
 
 
 class _AskingWebSocket(_Base):  # type: ignore[misc]
@@ -129,7 +130,7 @@ class _AskingWebSocket(_Base):  # type: ignore[misc]
 
     async def _identify_in_turn(self) -> None:
         ready = self.wait_for("READY", lambda _: True)
-        self.call_hooks = _call_no_hook  # the library's own sleeps for 5 s
+        self.call_hooks = _call_no_hook  # the library's own hook sleeps for 5 s
         send = self.send
         held = _Held(send)
         self.send = held.hold
@@ -145,10 +146,10 @@ class _AskingWebSocket(_Base):  # type: ignore[misc]
 
 
 class _Held:
-    """Messages of a shard that has not identified: Discord closes a connection that sends any.
+    """Keeps messages until the shard has identified: otherwise, Discord closes its connection.
 
     Args:
-      send: sends one, as text.
+      send: sends a message, as text.
     """
 
     def __init__(self, send: Callable[[str], Awaitable[None]]) -> None:
@@ -163,15 +164,16 @@ class _Held:
             self._messages.append(message)
 
     async def release(self) -> None:
-        """Send what has been kept."""
+        """Send the kept messages."""
         for message in self._messages:
             await self._send(message)
 
 
 class _Launched(asyncio.Event):
-    """What py-cord, disnake and nextcord wait for before they call ``on_ready``.
+    """The event that py-cord, disnake and nextcord wait for before they call ``on_ready``.
 
-    They set it when all shards are connected. It has to last until all shards have identified.
+    They set it when all shards are connected. Waiting for this event also waits for the turns of
+    shards that have not identified yet.
     """
 
     def __init__(self) -> None:

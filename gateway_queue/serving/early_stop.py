@@ -1,4 +1,4 @@
-"""SIGTERM while the program still imports its modules."""
+"""Handles SIGTERM while the program still imports its modules."""
 
 from __future__ import annotations
 

@@ -9,20 +9,20 @@ from random import randint
 import trio
 
 IDLE_SECONDS = (5, 18)
-"""How long a client may be silent until the kernel asks after it: for each client another time
-between these. A kernel that asks after all of a fleet at once drops what is more than it can keep
-(net.core.netdev_max_backlog, 1000 on most machines), and clients that are there seem not to be."""
+"""Seconds for which a client may be silent until the kernel probes it: a random time between these
+for each client. If the kernel probed a whole fleet at once, it would drop all packets over
+net.core.netdev_max_backlog (1000 on most machines), and connected clients would seem to be gone."""
 
 INTERVAL_SECONDS = 3
-"""How long until it asks again, if there is no answer."""
+"""Seconds until the kernel sends another probe, if there is no answer."""
 
 PATIENCE_SECONDS = 25
-"""How long without an answer until the kernel closes the connection. It asks every client at least
-three times, and is done within 30 s."""
+"""Seconds without an answer until the kernel closes the connection. It sends every client at least
+three probes, and closes the connection of a vanished one within 30 s."""
 
 
 def keep_alive(stream: trio.SocketStream) -> None:
-    """Let the kernel watch over a connection; a Unix socket needs no such thing."""
+    """Turn on TCP keep-alive for a connection; a Unix socket does not need it."""
     with suppress(OSError):
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
@@ -30,5 +30,5 @@ def keep_alive(stream: trio.SocketStream) -> None:
             ("TCP_KEEPINTVL", INTERVAL_SECONDS),
             ("TCP_USER_TIMEOUT", PATIENCE_SECONDS * 1000),
         ):
-            if hasattr(socket, name):  # all are Linux's, some are others' too
+            if hasattr(socket, name):  # Linux has all of these, other systems have some
                 stream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

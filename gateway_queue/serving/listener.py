@@ -15,8 +15,8 @@ def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
     """Bind and listen.
 
     Args:
-      host: all addresses of this name; ``localhost`` has two on many machines.
-      port: the same for all of them; 0 is any free one.
+      host: the name of the addresses to bind; ``localhost`` has two on many machines.
+      port: the same for all addresses; 0 picks a free port.
       backlog: connections that the kernel keeps ready.
 
     Raises:
@@ -48,7 +48,7 @@ def address(listener: socket.socket) -> str:
 
 
 def _listen(family: int, address: str, port: int, backlog: int) -> socket.socket:
-    # The wildcard of IPv6 stands for IPv4 too, as it does for most servers.
+    # The IPv6 wildcard includes IPv4, as in most servers.
     listener = socket.create_server(
         (address, port), family=family, backlog=backlog, dualstack_ipv6=address == "::"
     )

@@ -71,7 +71,7 @@ def exit_with_usage_error(error: BadSetting) -> NoReturn:
 
 
 def prepare() -> Settings:
-    """Make this process ready to serve, in every way to start it, and read its settings."""
+    """Make this process ready to serve, however it is started, and return its settings."""
     settings = prepare_process()
     try:
         hypercorn.install()
@@ -89,8 +89,8 @@ def prepare_process() -> Settings:
         exit_unable_to_serve(str(error))
     if settings.redis_url is None and not _is_sole_worker():
         exit_unable_to_serve(
-            "a second worker would release twice as fast as the limit, for each has windows of "
-            "its own: run hypercorn with --workers 1, or let them share theirs with REDIS_URL"
+            "a second worker would release twice as fast as the limit, because each worker would "
+            "keep its own windows: run hypercorn with --workers 1, or set REDIS_URL to share them"
         )
     logs.configure(settings)
     _raise_open_files_limit()
@@ -99,10 +99,10 @@ def prepare_process() -> Settings:
 
 
 def exit_unable_to_serve(line: str) -> NoReturn:
-    """End the server, in every way to start it, with one line on stderr.
+    """End the server with one line on stderr, however it was started.
 
-    Hypercorn has no place for an app that does not start: it continues without the app, or prints
-    the stacks of all its tasks, and reports success although its workers failed.
+    Hypercorn cannot handle an app that does not start: it continues without the app, or prints the
+    stacks of all its tasks, and reports success although its workers failed.
     """
     print(line, file=sys.stderr, flush=True)
     parent = multiprocessing.parent_process()
@@ -114,9 +114,9 @@ def exit_unable_to_serve(line: str) -> NoReturn:
 def _is_worker_of_hypercorns_command() -> bool:
     """Return whether the parent is Hypercorn's command, and not a program that uses Hypercorn.
 
-    Hypercorn spawns its workers. So Python imports the main module of the parent here, too, or if
-    that is a package's, passes on its path. A process that the app starts has the same main module,
-    but does not run a function of Hypercorn.
+    Hypercorn spawns its workers. So Python also imports the main module of the parent here or, if
+    that is the main module of a package, passes on its path. A process that the app starts has the
+    same main module, but does not run a function of Hypercorn.
     """
     started = getattr(multiprocessing.current_process(), "_target", None)
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or sys.argv[0])
@@ -174,18 +174,19 @@ def hold_file(path: Path) -> bool:
 
 
 def _raise_open_files_limit() -> None:
-    """Let every client have its socket: the usual soft limit is 1024, the hard one far higher."""
+    """Allow a socket for every client: the soft limit is mostly 1024, the hard one far higher."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS grants less than its hard limit says
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _tune_garbage_collector() -> None:
-    """Collect seldom: going over the objects of thousands of waiters makes releases late.
+    """Collect seldom: to scan the objects of thousands of waiting clients makes releases late.
 
-    Measured with 9,000 waiters: worst lateness 287 ms before, 6 ms after, and 43 % less CPU. To
-    look at 50,000 new objects takes 15 ms, which showed in a storm, so it is at most 5,000; then
-    it takes 2.5 million until the older ones are looked at, too, as many as 20,000 waiters have.
+    Measured with 9,000 waiting clients: worst lateness 287 ms before, 6 ms after, and 43 % less
+    CPU. To scan 50,000 new objects takes 15 ms, which delays releases under heavy load. So the
+    collector scans 5,000 new objects at a time. It scans older objects only after 2.5 million new
+    ones, as many as 20,000 waiting clients have.
     """
     gc.collect()
     gc.freeze()

@@ -1,7 +1,7 @@
-"""The window store: what must be known about earlier releases before the next one.
+"""The window store: remembers the earlier releases that decide when the next one may happen.
 
-When each rate limit key opens, how many session starts the day has left, and which shards start so
-often that they have to wait.
+It stores when each rate limit key opens, how many session starts the day has left, and which shards
+start so often that they have to wait.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from gateway_queue.store.starts_by_shard import StartsByShard
 
 IN_FLIGHT_WINDOWS = 6
-"""A released shard has identified after so many windows, or it will not any more. Until then
-Discord's figure may be without it."""
+"""After this number of windows, a released shard has identified, or it never does. Until then,
+Discord's figure may not include its session start."""
 
 USUAL_TOTAL = 1000
-"""Session starts a day that Discord grants all but the largest bots."""
+"""Session starts per day that Discord grants to all bots except the largest."""
 
 Source = Literal["discord", "configured"]
 
@@ -33,14 +33,14 @@ class Rules:
     window: float
     """Seconds between two IDENTIFYs of one key, as Discord demands."""
     hold: bool
-    """Whether every key opens only some time after the start. A process that has just started
-    cannot know when its predecessor released last."""
+    """Whether every key stays closed for some time after the start. A process that has just started
+    cannot know when the process before it released last."""
     session_start_limit: int | None = None
     """See :class:`~gateway_queue.store.budget.Budget`."""
     loop_free_starts: int = 0
     """See :class:`~gateway_queue.store.loop_guard.LoopGuard`."""
     releases_per_window: int | None = None
-    """The most releases in any one window over all keys; None sets no limit beside the keys."""
+    """The most releases in any one window over all keys; None sets no such limit."""
     margin: float = 0.0
     """Seconds added to the window after a release that is not confirmed, for the time in which a
     shard may identify after its answer."""
@@ -66,9 +66,9 @@ class Claim:
     confirm: bool = False
     """Whether the client confirms its IDENTIFY."""
     begin_by: float = math.inf
-    """Until when an answer may begin (:func:`trio.current_time`)."""
+    """The latest time at which an answer may begin (:func:`trio.current_time`)."""
     answer_by: float = math.inf
-    """When the answer has to be out. A window later, another replica can get the key."""
+    """The latest time at which it may be written. A window later, another replica can claim."""
     token: str = ""
     """Identifies this claim among those of all replicas."""
 
@@ -98,7 +98,7 @@ class DiscordBudget:
     remaining: int
     resets_at: float
     asked_at: float
-    """When it was asked: starts since then, and those just before, are not in ``remaining``."""
+    """When Discord was asked. Starts after this, or just before, may not be in ``remaining``."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class SessionStarts:
     resets_in: float
     """Seconds until some of the used starts are available again."""
     resumes_in: float
-    """Seconds until shards may start again if none is left: later than Discord's reset, because a
-    start at the very reset may count for the day before."""
+    """Seconds until shards may start again if no start is left: later than Discord's reset, because
+    a start at the moment of the reset may count for the day before."""
     source: Source | None
 
     @property
@@ -127,7 +127,7 @@ class SessionStarts:
 
 
 class Standing(Protocol):
-    """A place in the queue, as far as other replicas need it.
+    """What other replicas need to know of a place in the queue.
 
     Times are of :func:`trio.current_time`.
     """
@@ -138,7 +138,7 @@ class Standing(Protocol):
 
     @property
     def shard(self) -> int | None:
-        """The shard that has it; None if the client named none."""
+        """The shard whose place it is; None if the client named none."""
 
     @property
     def since(self) -> float:
@@ -146,11 +146,11 @@ class Standing(Protocol):
 
     @property
     def joined_at(self) -> float:
-        """When the first client came that had this place."""
+        """When the first client of this place connected."""
 
     @property
     def connected_at(self) -> float | None:
-        """When its client came; None while it has none."""
+        """When its client connected; None while it has no client."""
 
     @property
     def expires_at(self) -> float:
@@ -158,7 +158,7 @@ class Standing(Protocol):
 
     @property
     def confirm(self) -> bool:
-        """Whether its client will say when it has identified."""
+        """Whether its client will confirm that the shard has identified."""
 
     @property
     def held_until(self) -> float:
@@ -167,7 +167,10 @@ class Standing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DistantPlace:
-    """A place that other replicas know of. Times are of :func:`trio.current_time`."""
+    """A place whose client is away, or waits at another replica.
+
+    Times are of :func:`trio.current_time`, except ``since``.
+    """
 
     replica: str
     """The replica where its client waits, or has waited."""
@@ -188,7 +191,7 @@ class Identifying:
 
     shard: int | None
     since: float
-    """When its answer was out, or a moment before (:func:`trio.current_time`)."""
+    """When its answer was written, or a moment before (:func:`trio.current_time`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +209,15 @@ class Line:
 
 
 class WindowStore(Protocol):
-    """Remembers releases.
+    """Remembers releases, and grants claims.
 
     A caller that has claimed a key either releases one ticket and starts the window, or gives the
     key back. A claim includes one of the day's session starts. A store that cannot be reached
     refuses claims; once it can be reached, it is told what it has missed.
 
-    Each async method may suspend, also where one store does not: meanwhile tickets come and leave,
-    other keys are claimed, and the number of keys changes. If a claim is cancelled while it waits,
-    the store gives it back.
+    Each async method may suspend, even if it does not in one of the stores. Meanwhile tickets come
+    and leave, other keys are claimed, and the number of keys changes. If a claim is cancelled while
+    it waits, the store gives it back.
     """
 
     @property
@@ -223,7 +226,7 @@ class WindowStore(Protocol):
 
     @property
     def fault(self) -> Fault | None:
-        """Why the store cannot be reached, if it cannot."""
+        """Why the store cannot be used; None if it can."""
 
     async def claim(
         self, key: int, shard: int | None, came_at: float, *, confirm: bool = False
@@ -232,10 +235,11 @@ class WindowStore(Protocol):
 
         Args:
           key: the rate limit key.
-          shard: whose start it will be; None if the client did not say.
-          came_at: the time of its place, see :meth:`place_time`. Where several replicas have a
-            ticket for the key, the oldest goes first.
-          confirm: whether the client will say when it has identified. Such a claim lasts longer.
+          shard: the shard that will start; None if the client named none.
+          came_at: the time of its place, see :meth:`place_time`. If several replicas have a ticket
+            for the key, the oldest ticket goes first.
+          confirm: whether the client will confirm that the shard has identified. Such a claim lasts
+            longer.
         """
 
     async def start_window(self, claim: Claim, at: float, *, confirmed: bool = False) -> None:
@@ -244,15 +248,15 @@ class WindowStore(Protocol):
         Args:
           claim: the claim that was used.
           at: when the window starts (:func:`trio.current_time`).
-          confirmed: whether the shard has identified before. Otherwise it may do so a little later,
-            and the margin is added to the window.
+          confirmed: whether the shard has identified already. Otherwise it may identify a little
+            later, so the margin is added to the window.
         """
 
     async def give_back(self, claim: Claim) -> None:
         """Open a claimed key again, because no client was answered.
 
-        The caller claims the key again or withdraws: for a moment, its older tickets keep their
-        place before those of other replicas.
+        The caller then claims the key again, or withdraws. Until then, for a moment, its older
+        tickets still go before younger ones of other replicas.
         """
 
     async def withdraw(self, key: int) -> None:
@@ -261,18 +265,19 @@ class WindowStore(Protocol):
     def place_time(self) -> float:
         """Return the time of a place that begins now: seconds of a clock that all replicas share.
 
-        It is never earlier than that of an earlier place here.
+        It is never earlier than the time of an earlier place of this replica.
         """
 
     def follow_moves(self, move: Callable[[Standing, float, float], None]) -> None:
-        """Set what is called with a place that has another time than it seems here.
+        """Set the function to call when the time of a place changes.
 
-        So it is if the shard was connected to another replica before. The second argument is the
-        time by the clock of all replicas, the third by that of trio.
+        It changes if the shard has an older place at another replica, or if the shared clock was
+        set. The arguments are the place, its new time by the shared clock, and when its first
+        client connected (:func:`trio.current_time`).
         """
 
     def share(self, place: Standing) -> None:
-        """Tell other replicas of a place: it is new, its client has come or left, or it is held."""
+        """Tell other replicas that a place is new or held, or that its client has come or left."""
 
     def unshare(self, place: Standing) -> None:
         """Tell other replicas that a place has ended."""
@@ -286,15 +291,15 @@ class WindowStore(Protocol):
     def change_rules(self, rules: Rules) -> None:
         """Change the rules.
 
-        What is known of earlier releases stays, and no key opens for one window of the new rules.
-        Claims of before stay good.
+        Earlier releases stay known, and earlier claims stay valid. No key opens for one window of
+        the new rules.
         """
 
     def regroup(self, max_concurrency: int) -> None:
         """Change the number of rate limit keys. Earlier claims remain valid.
 
-        A key that shares a shard with one of before that is claimed or closed opens no sooner than
-        that one.
+        A key opens no sooner than each former key that is claimed or closed and shares a shard
+        with it.
         """
 
     async def update_budget(self, budget: DiscordBudget) -> None:
@@ -302,7 +307,7 @@ class WindowStore(Protocol):
 
     @property
     def starts_by_shard(self) -> StartsByShard:
-        """Return which shards have started, also at other replicas if this replica knows it."""
+        """The session starts of each shard, including those known from other replicas."""
 
     def session_starts(self) -> SessionStarts:
         """Return the day's session starts, as far as this replica knows them."""

@@ -8,27 +8,27 @@ from dataclasses import replace
 from gateway_queue.store import IN_FLIGHT_WINDOWS, USUAL_TOTAL, DiscordBudget, SessionStarts, Source
 
 DAY = 24 * 60 * 60.0
-"""Seconds in which a bot has its session starts:
+"""Seconds of the period for which Discord grants session starts:
 https://discord.com/developers/docs/events/gateway#session-start-limit-object"""
 
 
 class Budget:
     """Counts session starts, and compares them with the limit. Times are in seconds, of one clock.
 
-    Until Discord's figures come, a start counts for 24 hours: so no day has more than the limit,
-    whenever it begins. Discord's day ends at its reset. Here it ends one window later, because a
-    start at the very reset may still count for the day before.
+    Until Discord's figures are known, a start counts for 24 hours, so that no period of 24 hours
+    has more starts than the limit. Discord's day ends at its reset. Here it ends one window later,
+    because a start at the moment of the reset may still count for the day before.
 
     Args:
       window: seconds between two releases of one rate limit key.
-      limit: starts a day; 0 enforces none, also none of Discord's, None enforces only Discord's.
+      limit: starts per day; 0 enforces no limit, not even Discord's; None enforces only Discord's.
     """
 
     def __init__(self, window: float, limit: int | None) -> None:
         self._set(window, limit)
         self._discord_budget: DiscordBudget | None = None
         self._claimed = 0
-        # Where nothing is enforced, there is no need to count to more than the last warning.
+        # Without a limit, nothing needs a higher count than the last warning.
         self._starts = deque[float](maxlen=self._configured or USUAL_TOTAL)
 
     def _set(self, window: float, limit: int | None) -> None:
@@ -44,7 +44,7 @@ class Budget:
             self._starts = deque(self._starts, maxlen=limit or USUAL_TOTAL)
 
     def claim(self, now: float) -> float:
-        """Take one start and return 0, or return when some are free again if none is left."""
+        """Take one start and return 0; if none is left, return the seconds until one is."""
         seen = self.seen_at(now)
         if seen.enforced and seen.remaining is not None and seen.remaining <= self._claimed:
             return seen.resumes_in
@@ -61,12 +61,12 @@ class Budget:
         self._starts.append(at)
 
     def update_budget(self, budget: DiscordBudget) -> None:
-        """Take over Discord's figures. Starts that they may be without stay counted."""
+        """Adopt Discord's figures. Starts that they may not include stay counted."""
         self._discord_budget = budget
         self._starts = deque(self._starts, maxlen=max(1, budget.total))
 
     def seen_at(self, now: float) -> SessionStarts:
-        """Return how many starts are used, at a time that never goes back."""
+        """Return the session starts at a time, which is never earlier than in the last call."""
         if self._discord_budget is not None:
             return self._seen_with(self._discord_budget, now)
         while self._starts and self._starts[0] + DAY <= now:

@@ -1,4 +1,4 @@
-"""Shards that start again and again, in the memory of this process."""
+"""Holds shards that start again and again, counted in the memory of this process."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from collections import OrderedDict, deque
 
 HOUR = 60 * 60.0
 FIRST_DELAY, LONGEST_DELAY = 15.0, 600.0
-"""Seconds from a start to the next one of the same shard, when the free ones are used up."""
+"""Seconds from a start to the next one of the same shard when its free starts are used up. They
+double with each start, up to the longest delay."""
 
 
 class LoopGuard:
     """Makes a shard wait that starts too often. Times are in seconds, of one clock.
 
     Args:
-      free_starts: how many a shard has in any hour without waiting; 0 turns the guard off.
+      free_starts: starts that a shard has in any hour without waiting; 0 turns the guard off.
     """
 
     def __init__(self, free_starts: int) -> None:
         self._free_starts = free_starts
-        # Each shard's starts of the last hour; the shard whose last start is the oldest in front.
+        # The starts of each shard in the last hour; first the shard whose last start is the oldest.
         self._starts: OrderedDict[int | None, deque[float]] = OrderedDict()
 
     def change(self, free_starts: int) -> None:
-        """Change the number, see the constructor. Earlier starts stay counted."""
+        """Change the number of free starts. Earlier starts stay counted."""
         self._free_starts = free_starts
 
     def wait(self, shard: int | None, now: float) -> float:

@@ -18,7 +18,7 @@ class MemoryStore:
     """A :class:`~gateway_queue.store.WindowStore` for a server that runs alone.
 
     Args:
-      rules: to hold each key for a window from now, among others.
+      rules: of the queue. If ``hold`` is set, each key stays closed for one window from now.
     """
 
     fault = None
@@ -45,7 +45,7 @@ class MemoryStore:
         if wait := self._loop_guard.wait(shard, now):
             return Refusal(wait, "shard")
         if (wait := self._windows.opens_at(key) - now) > 0:
-            return Refusal(min(wait, self.rules.window), "key")  # a claim that is out ends later
+            return Refusal(min(wait, self.rules.window), "key")  # infinite if claimed
         if wait := self._pace.wait(now):
             return Refusal(wait, "queue")
         if wait := self._budget.claim(now):

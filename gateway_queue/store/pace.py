@@ -9,7 +9,7 @@ class Pace:
     """Limits the releases in any one window over all keys. Times are in seconds, of one clock.
 
     Args:
-      window: its length.
+      window: the length of a window.
       most: how many releases one window may have; None limits none.
     """
 
@@ -31,7 +31,7 @@ class Pace:
             del self._over_at[0]
         if self._most is None or len(self._over_at) + self._claimed < self._most:
             return 0.0
-        # A claim that is out ends at the earliest a window from now.
+        # The window of a claimed release ends no earlier than one window from now.
         return self._over_at[0] - now if self._over_at else self._window
 
     def claim(self) -> None:

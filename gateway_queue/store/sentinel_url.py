@@ -1,4 +1,4 @@
-"""The URL of a primary that sentinels name, without what it takes to connect there."""
+"""The URL of a primary that sentinels name. This module does not import the Redis client."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class SentinelUrl:
     """``redis+sentinel://[USER:PASSWORD@]HOST:PORT,HOST:PORT/SERVICE[/DATABASE]``."""
 
     sentinels: tuple[tuple[str, int], ...]
-    """The host and port of each."""
+    """The host and port of each sentinel."""
     service: str
-    """What the sentinels call the primary and its replicas."""
+    """The name that the sentinels have for the primary and its replicas."""
     database: int
     username: str | None
     password: str | None
@@ -37,7 +37,7 @@ def parse_sentinel_url(text: str) -> SentinelUrl:
     """Read a URL.
 
     Raises:
-      ValueError: it is not of this form.
+      ValueError: the text does not have the form of :class:`SentinelUrl`.
     """
     url = _URL.fullmatch(text)
     if url is None:

@@ -29,7 +29,7 @@ class StartsByShard:
 
         Args:
           token: identifies the start.
-          shard: that started; None if its client did not say.
+          shard: the shard that started; None if its client named none.
           at: when it started.
         """
         if token in self._starts:

@@ -11,15 +11,15 @@ class Windows:
     """The keys that are claimed, or closed until some time. Times are of one monotonic clock.
 
     Args:
-      first_opening: no key opens before.
+      first_opening: no key opens before this time.
     """
 
     def __init__(self, first_opening: float) -> None:
         self._first_opening = first_opening
         self._max_concurrency = 1
-        # Until when, by key; infinite while a key is claimed. The last one that changed is last.
+        # When each key opens; infinite while it is claimed. The key that changed last is the last.
         self._closed: dict[int, float] = {}
-        # The same for other numbers of keys: by the number and the key.
+        # The same for former numbers of keys, by number and key.
         self._former: dict[tuple[int, int], float] = {}
 
     def opens_at(self, key: int) -> float:
@@ -36,11 +36,11 @@ class Windows:
         return max(self._first_opening, self._closed.get(key, -math.inf), *shared)
 
     def hold(self, until: float) -> None:
-        """Open no key before some time."""
+        """Keep all keys closed until some time."""
         self._first_opening = max(self._first_opening, until)
 
     def claim(self, claim: Claim) -> None:
-        """Close a key until :meth:`close` or :meth:`open` says more."""
+        """Close a key until :meth:`close` or :meth:`open` is called."""
         self._note(claim, math.inf)
 
     def close(self, claim: Claim, until: float, now: float) -> None:

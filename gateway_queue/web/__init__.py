@@ -1,1 +1,1 @@
-"""The web: what a client sees of the queue."""
+"""The HTTP interface of the queue."""

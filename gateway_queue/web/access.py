@@ -1,4 +1,4 @@
-"""Which bot a request asks for, and whether it may."""
+"""Finds the bot that a request names, and checks the token of the request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Access:
 
     Args:
       bots: all bots.
-      auth_token: opens every bot; None if a bot without a token of its own is open to all.
+      auth_token: is valid for every bot. If it is None, a bot without its own token needs none.
     """
 
     def __init__(self, bots: Bots, auth_token: str | None) -> None:
@@ -26,7 +26,7 @@ class Access:
         self._guard = Guard(auth_token)
 
     def check_server(self, scope: HTTPScope) -> None:
-        """Check a request for what concerns all bots.
+        """Check a request to an endpoint that concerns all bots.
 
         Raises:
           Unauthorized: it does not have the server's token.
@@ -44,7 +44,7 @@ class Access:
         service = self._bots.get(next(iter(names))) if len(names) == 1 else None
         self._guard_of(service).check(scope["headers"])
         if service is None:
-            raise BadParameter("bot must be the name of one bot that this server has")
+            raise BadParameter("bot must be the name of one bot of this server")
         if service.labels:
             bind_contextvars(**service.labels)
         return service

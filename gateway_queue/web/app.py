@@ -45,26 +45,26 @@ OF_ONE_BOT = frozenset({"/status", "/dashboard", "/events"})
 ENDPOINTS = PUBLIC | OF_ONE_BOT | {"/metrics", "/favicon.ico"}
 
 LISTENING_SECONDS = 3600
-"""How long a page gets events until it has to ask again. This ends the events of a page that does
-not read them, which HTTP/2 allows."""
+"""Seconds for which a page gets events until it has to ask again. This ends the events of a page
+that does not read them, which HTTP/2 allows."""
 
 
 class GatewayQueue(QuartTrio):
     """The app; its queue opens when it starts to serve.
 
     Args:
-      prepare: makes the process ready at that moment, and returns its settings.
-      fail: ends the process, with one line that says why it cannot serve.
+      prepare: called at that moment; makes the process ready, and returns its settings.
+      fail: ends the process, with one line that gives the reason.
     """
 
     bots: Bots
     room: Room
     addresses: tuple[str, ...] = ()
-    """Where the command listens; for the log."""
+    """The addresses that the command listens on; for the log."""
 
     def __init__(self, prepare: Callable[[], Settings], fail: Callable[[str], NoReturn]) -> None:
         super().__init__("gateway_queue", static_folder=None)
-        self.config["MAX_CONTENT_LENGTH"] = 0  # bodies are dropped, not kept
+        self.config["MAX_CONTENT_LENGTH"] = 0  # discards bodies
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
         self.json.sort_keys = False  # type: ignore[attr-defined]
         self._prepare = prepare
@@ -83,7 +83,7 @@ class GatewayQueue(QuartTrio):
 
     async def _start(self) -> None:
         settings = self._prepare()
-        # Under Hypercorn's own command, its next line says where it listens.
+        # Hypercorn's own command logs its addresses in the next line.
         addresses = {"addresses": self.addresses} if self.addresses else {}
         log.info("gateway-queue starts", version=__version__, **addresses, **in_log(settings))
         self.bots = Bots(settings, self._refuse_token)
@@ -110,13 +110,13 @@ class GatewayQueue(QuartTrio):
         return self._access.service(cast("HTTPScope", request.scope))
 
     async def _list_beside(self, service: Service) -> list[BotSummary]:
-        """Describe all bots, if there are several, beside the default one."""
+        """Describe all bots, if this is the default one of several; otherwise list none."""
         if not self.bots.are_several or service is not self.bots.default:
             return []
         return await summaries(self.bots.services())
 
     async def _readyz(self) -> Response | dict[str, str]:
-        """Say whether tickets can be released."""
+        """Answer whether tickets can be released."""
         if fault := self.bots.default.not_ready():
             return problem_response(HTTPStatus.SERVICE_UNAVAILABLE, fault)
         return {"status": "ready"}
@@ -132,18 +132,18 @@ class GatewayQueue(QuartTrio):
         return long_response(document, "application/json")
 
     async def _show_metrics(self) -> Response:
-        """Hand the metrics to Prometheus."""
+        """Answer with the metrics, for Prometheus."""
         text, content_type = self.bots.metrics.exposition(request.headers.get("accept", ""))
         return Response(text, content_type=content_type)
 
     async def _write_event(self, service: Service) -> str | None:
         if service not in self.bots.services().values():
-            return None  # its bot is gone
+            return None  # its bot was removed
         bots = await self._list_beside(service)
         return await self._page.live(await take(service), service.labels, bots)
 
     async def _dashboard(self) -> Response:
-        """Show the queue to people."""
+        """Answer with a page that shows the queue."""
         service = self._asked_for()
 
         async def write() -> bytes:
@@ -156,7 +156,7 @@ class GatewayQueue(QuartTrio):
         return response
 
     async def _listen(self) -> Response:
-        """Keep a page up to date."""
+        """Answer with the events that keep a page up to date."""
         service = self._asked_for()
         gzip = request.accept_encodings["gzip"] > 0
         events = b"" if request.method == "HEAD" else self._feeds.listen(service, gzip=gzip)
@@ -170,7 +170,7 @@ class GatewayQueue(QuartTrio):
     def asgi_app(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> Coroutine[Any, Any, None]:
-        # Not async itself, which would keep one more coroutine for each request that stalls.
+        # Not async: that would keep one more coroutine per request that stalls.
         if scope["type"] == "lifespan":
             return self._live(scope, receive, send)
         if scope["type"] != "http":
@@ -186,7 +186,7 @@ class GatewayQueue(QuartTrio):
         return self._access.service(scope).queue.turn
 
     def _refusal(self, path: str, scope: HTTPScope) -> RequestError | None:
-        """Return why a request may not have the answer of an endpoint; None if it may."""
+        """Return why an endpoint refuses a request; None if it answers the request."""
         try:
             if path in OF_ONE_BOT:
                 if self._is_open_to_all:
@@ -196,16 +196,16 @@ class GatewayQueue(QuartTrio):
                 self._access.check_server(scope)
         except (Unauthorized, OtherHost) as refusal:
             return refusal
-        except BadParameter:  # the endpoint tells what is wrong
+        except BadParameter:  # the endpoint answers with the error
             pass
         return None
 
     async def _live(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
-        """Run what serves besides requests; if it fails, Hypercorn would go on without it."""
+        """Run the app's lifespan. If it fails, end the process: Hypercorn would continue."""
         if not trio.lowlevel.in_trio_run():
-            self._fail("this server has no trio: run it with hypercorn --worker-class trio")
+            self._fail("this server does not run trio: use hypercorn --worker-class trio")
         try:
             await super().asgi_app(scope, receive, send)
         except Exception:
@@ -220,7 +220,7 @@ class GatewayQueue(QuartTrio):
 
 
 async def healthz() -> dict[str, str]:
-    """Say that the process serves."""
+    """Answer that the process serves."""
     return {"status": "ok"}
 
 
@@ -270,6 +270,6 @@ def long_response(document: bytes, content_type: str) -> Response:
 def _path(target: str) -> str:
     """Return the path of a request target, also of one in absolute form (RFC 9112, 3.2.2).
 
-    It takes anything, where a parser of URLs would refuse some.
+    It accepts any target. A URL parser would refuse some of them.
     """
     return re.sub(r"\A[a-zA-Z][a-zA-Z0-9+.-]*://[^/]*", "", target)

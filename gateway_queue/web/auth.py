@@ -28,18 +28,17 @@ class Guard:
     """Checks requests for a token.
 
     Args:
-      tokens: what requests must contain, one of them; without any, every request is accepted.
-        Those that are None do not count.
+      tokens: the accepted tokens; each None is ignored. Without any, every request is accepted.
     """
 
     def __init__(self, *tokens: str | None) -> None:
         self._tokens = [token.encode() for token in tokens if token is not None]
 
     def check(self, headers: Headers) -> None:
-        """Look at the headers of a request.
+        """Check the headers of a request.
 
         Raises:
-          Unauthorized: they do not have the token in them.
+          Unauthorized: they do not contain an accepted token.
         """
         if not self._tokens:
             return
@@ -52,16 +51,16 @@ class Guard:
         given = _token_in(credentials[0])
         if given is None:
             raise Unauthorized(
-                "the scheme must be Bearer or Basic: send Authorization: Bearer TOKEN"
+                "the authorization scheme must be Bearer or Basic: send Authorization: Bearer TOKEN"
             )
         if not any(hmac.compare_digest(given, token) for token in self._tokens):
             raise Unauthorized("the token is wrong")
 
 
 def _token_in(credentials: bytes) -> bytes | None:
-    """Return the token of Bearer credentials, or the password of Basic ones, under any user.
+    """Return the token of Bearer credentials, or the password of Basic credentials of any user.
 
-    Without a known scheme return None.
+    Return None for any other scheme.
     """
     scheme, _, value = credentials.partition(b" ")
     match scheme.lower():

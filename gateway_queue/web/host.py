@@ -19,20 +19,20 @@ class OtherHost(RequestError):
 
 
 def check_host(scope: HTTPScope) -> None:
-    """Look at the host that a request over the loopback interface names.
+    """Check the Host header of a request over the loopback interface.
 
-    A site can let its own name lead to 127.0.0.1, and a browser would let its pages read what the
-    server answers. A name without dots belongs to no site.
+    A site can make its own name resolve to 127.0.0.1. Then a browser lets pages of this site read
+    the server's answers. A name without dots belongs to no site.
 
     Raises:
-      OtherHost: it is neither an address nor a local name.
+      OtherHost: the header has neither an address nor a local name.
     """
     if not scope["server"] or not _is_loopback(scope["server"][0]):
         return
     for name, value in scope["headers"]:
         if name == b"host" and not _is_local(value.decode("latin-1")):
             raise OtherHost(
-                "this server is reached over the loopback interface: use the name localhost, "
+                "this host name is not accepted over the loopback interface: use localhost, "
                 "or set AUTH_TOKEN"
             )
 

@@ -11,20 +11,20 @@ CONTENT_TYPE = "application/problem+json"
 
 
 class RequestError(Exception):
-    """A request that gets an error at once; the message says why to the client."""
+    """A request that gets an error at once; the message tells the client why."""
 
     status: ClassVar[HTTPStatus]
     headers: ClassVar[tuple[tuple[bytes, bytes], ...]] = ()
 
 
 def problem(status: HTTPStatus, detail: str) -> bytes:
-    """Write a problem document without a type of its own: the status says it all."""
+    """Write a problem document without its own type: the status is enough."""
     document = {"title": status.phrase, "status": status.value, "detail": detail}
     return json.dumps(document).encode()
 
 
 def page(status: HTTPStatus, detail: str) -> bytes:
-    """Write the same for a browser."""
+    """Write a problem as HTML, for a browser."""
     title = f"{status.value} {status.phrase}"
     hint = "<p>Reload this page, and enter the token as the password, with any user name."
     return (

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 from gateway_queue.web.problems import RequestError
 
 SHARD_MAX = 2**31 - 1
-"""Shard ids are 32-bit in every library that we know; more is a mistake of the caller."""
+"""Shard ids have 32 bits in every library that we know; a larger number is a client's mistake."""
 
 PARAMETERS_MAX = 100
 """Parameters of a request. To read thousands of them takes long."""
@@ -19,13 +19,13 @@ SHARD_ALONE = re.compile(rb"shard=([0-9]{1,9})")
 
 
 class BadParameter(RequestError):
-    """A parameter of a ticket request is not valid."""
+    """A parameter of a request is not valid."""
 
     status = HTTPStatus.BAD_REQUEST
 
 
 def asked_for(query: bytes) -> tuple[int | None, bool]:
-    """Read a raw query string: the shard, None if it names none, and whether it will confirm.
+    """Return the shard of a raw query string (or None), and whether the client will confirm.
 
     Raises:
       BadParameter: ``shard`` is not one whole number from 0 to ``SHARD_MAX``, or ``confirm`` is
@@ -44,7 +44,7 @@ def asked_for(query: bytes) -> tuple[int | None, bool]:
 
 
 def shard_in(query: bytes) -> int | None:
-    """Read the shard that a raw query string names, if it names one.
+    """Return the shard of a raw query string, or None.
 
     Raises:
       BadParameter: ``shard`` is not one whole number from 0 to ``SHARD_MAX``.
@@ -90,7 +90,7 @@ def shard_number(text: str) -> int:
     Raises:
       BadParameter: it is not a whole number from 0 to ``SHARD_MAX``.
     """
-    # int() takes far more than digits, but not thousands of them.
+    # int() also accepts other characters than digits, and fails for thousands of digits.
     if not re.fullmatch("[0-9]{1,100}", text, re.ASCII) or int(text) > SHARD_MAX:
         raise BadParameter(f"shard must be a whole number from 0 to {SHARD_MAX}, not {text[:50]!r}")
     return int(text)

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import trio
 
 PART_BYTES = 2**14
-"""How much of a document is handed to a connection at a time."""
+"""The part of a document that is handed to a connection at a time."""
 
 
 class Shared:
     """Long documents. To write many of them at the same time would delay releases.
 
-    A request gets a document that was begun after it came.
+    No request gets a document whose writing began before the request came.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Shared:
         """Return a document.
 
         Args:
-          name: what is equal for requests that may get the same document.
+          name: identifies the document: requests with the same name may share it.
           write: writes it.
         """
         begun = self._begun
@@ -40,6 +40,6 @@ class Shared:
 
 
 async def parts(document: bytes) -> AsyncIterator[bytes]:
-    """Cut a document, so that a connection holds little of it."""
+    """Cut a document into parts, so that a connection keeps little of it in memory."""
     for start in range(0, len(document), PART_BYTES):
         yield document[start : start + PART_BYTES]

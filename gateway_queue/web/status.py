@@ -25,12 +25,12 @@ TICKETS_PER_STEP = 100
 async def status_document(
     service: Service, shard: int | None = None, bots: Sequence[BotSummary] = ()
 ) -> bytes:
-    """Describe the queue as JSON, in steps: a release that is due does not wait for the whole.
+    """Describe the queue as JSON, in steps, so that a release does not wait for all of it.
 
     Args:
-      service: whose queue it is.
-      shard: if given, only its tickets are listed, and more is said of it.
-      bots: to list beside it.
+      service: the bot.
+      shard: if given, only tickets of this shard are listed, and the shard is described.
+      bots: summaries to add.
     """
     identify_seconds = service.recent.usual_identify_seconds()
     lanes = await overview.lanes(service.queue, identify_seconds=identify_seconds)
@@ -163,7 +163,7 @@ def _ticket(ticket: overview.TicketStatus) -> dict[str, Any]:
 
 
 def _json_object(fields: dict[str, Any]) -> dict[str, Any]:
-    """Round what is in seconds, and write null for what is not known."""
+    """Round all times, and write null for the times that are not known."""
     return {
         name: (round(value, 3) if math.isfinite(value) else None)
         if isinstance(value, float)

@@ -1,4 +1,4 @@
-"""What a list of all bots shows of each."""
+"""Summaries of bots, for the list of all bots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway_queue.service import Service
 from gateway_queue.store import SessionStarts
 
 TICKETS_OF_KEY = 20
-"""Tickets to look at for the next release. Those behind them are seldom the first to go."""
+"""Tickets to look at for the next release. Tickets behind these are seldom the next."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class BotSummary:
     """In seconds; infinite if no ticket waits, or if it is not known."""
     starts: SessionStarts
     not_ready: str | None
-    """Why no ticket can be released, if so."""
+    """Why no ticket can be released; None if tickets can be released."""
 
     @property
     def trouble(self) -> str | None:
-        """What holds the bot's tickets, if anything does."""
+        """Why tickets of the bot are not released; None if they are."""
         if self.not_ready:
             return self.not_ready
         return "the day's session starts are spent" if self.starts.spent else None
 
 
 async def summaries(services: Mapping[str, Service]) -> list[BotSummary]:
-    """Describe bots, in their order."""
+    """Describe bots, in the given order."""
     return [await _summary(name, service) for name, service in services.items()]
 
 

@@ -1,7 +1,7 @@
-"""Ticket requests: whatever is asked, wherever, stalls until its turn.
+"""Ticket requests: a request with any method and path stalls until its turn.
 
-Most clients take any answer at all for a permission. So a ticket request gets exactly one of the
-answers below, and where none is right it stays without: held until its client leaves.
+Most clients treat any answer as permission to identify. So a ticket request gets one of the answers
+below. If none of them is right, it gets no answer, and stays open until its client leaves.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ JSON = ((b"content-type", b"application/json"),)
 END: HTTPResponseBodyEvent = {"type": "http.response.body", "body": b"", "more_body": False}
 
 ANSWER_SECONDS = 0.8
-"""The longest that the write of an answer may take: the next ticket waits for it."""
+"""The longest time, in seconds, to write an answer: the next ticket waits for it."""
 
 
 REFUSED_SECONDS = 1.5
-"""How long the rest of a refused request may take, so that its client gets to read the answer."""
+"""Seconds to wait for the rest of a refused request, so that its client can read the answer."""
 
 
 class NoRoom(Exception):
@@ -48,7 +48,7 @@ class NoRoom(Exception):
 
 
 class Room:
-    """Counts the tickets that wait, of all bots, and those whose clients identify.
+    """Counts the tickets of all bots: those that wait, and those whose shards are identifying.
 
     Args:
       most: how many may wait at a time.
@@ -63,11 +63,11 @@ class Room:
         """Check that one more ticket may wait.
 
         Raises:
-          NoRoom: it may not.
+          NoRoom: too many tickets wait already.
         """
         is_full = self.waiting >= self._most
         if is_full and not self._was_full:
-            log.warning("MAX_WAITING is reached: further connections are closed")
+            log.warning("MAX_WAITING is reached: connections of further tickets are closed")
         self._was_full = is_full
         if is_full:
             raise NoRoom
@@ -82,11 +82,11 @@ class Turns(Protocol):
 
 
 class TicketRequest:
-    """One request, from its arrival to its answer; its client's leaving cancels it.
+    """One request, from its arrival to its answer. A disconnect cancels it.
 
     Args:
-      admit: lets the request in, or raises :class:`RequestError`.
-      room: where it waits.
+      admit: accepts the request, or raises :class:`RequestError`.
+      room: counts the request while it waits.
     """
 
     __slots__ = ("_admit", "_is_http_1", "_receive", "_room", "_scope", "_send")
@@ -141,7 +141,7 @@ class TicketRequest:
                 is_answered = True
                 if confirm:
                     turn.answered()
-                    await trio.sleep(turn.confirm_seconds)  # the client's leaving cancels it
+                    await trio.sleep(turn.confirm_seconds)  # a disconnect cancels it
             if confirm and not self._is_http_1:
                 await self._end()
             await self._end_http_1()
@@ -163,22 +163,22 @@ class TicketRequest:
             self._room.waiting -= 1
 
     async def _note_stall(self) -> None:
-        """Let the server know that this is a ticket; other servers than ours do not ask."""
+        """Tell the server that this is a ticket. Other servers than ours have no such extension."""
         if note := self._scope.get("extensions", {}).get(TICKET):
             await cast("Callable[[], Awaitable[None]]", note)()
 
     async def _end_http_1(self) -> None:
-        """End the exchange when all of the request is here.
+        """End the exchange when the whole request has arrived.
 
-        In the middle of an upload HTTP/1 has to reset the connection to end the exchange, which can
-        take the answer from a client that reads it only when all is sent.
+        To end it in the middle of an upload, HTTP/1 has to reset the connection. Then a client that
+        reads the answer only after its upload may lose the answer.
         """
         if self._is_http_1:
             await self._receive()
             await self._end()
 
     def _explain(self, refused: RequestError) -> tuple[str, bytes]:
-        """Write an error for a program, or for a person if a browser asks."""
+        """Write an error as JSON, or as HTML for a browser."""
         accepted = (value for name, value in self._scope["headers"] if name == b"accept")
         if any(b"text/html" in value for value in accepted):
             return "text/html; charset=utf-8", page(refused.status, str(refused))
@@ -204,7 +204,7 @@ class TicketRequest:
         by: float = math.inf,
         stays_open: bool = False,
     ) -> None:
-        """Hand the answer to the socket in time.
+        """Write the answer to the socket in time.
 
         Raises:
           NotAnswered: the client has left before the first byte.
@@ -234,7 +234,7 @@ class TicketRequest:
         await self._hand_over(END, trio.current_time() + ANSWER_SECONDS)
 
     async def _hand_over(self, message: ASGISendEvent, by: float) -> None:
-        """Send all of it: even at the end of a good answer Hypercorn says that its client left."""
+        """Send a message, shielded: Hypercorn reports a disconnect even at the end of an answer."""
         try:
             with trio.fail_at(by, shield=True):
                 await self._send(message)

@@ -1,1 +1,1 @@
-"""Measures a gateway queue from outside, and compares it with the least that its server needs."""
+"""Measures a gateway queue from outside, and compares it with what Hypercorn alone needs."""

@@ -23,8 +23,8 @@ DRAWN = {"hold", "churn", "lateness"}
 """Scenarios of the chart."""
 
 SHORTER, LONGER = 0.1, 1.8
-"""The chart also has queues of so many times ``--waiters``. 18,000 clients are possible where a
-process may open 20,000 files."""
+"""The chart also has queues of 0.1 and of 1.8 times ``--waiters``: by default up to 18,000 clients,
+which a limit of 20,000 open files allows."""
 
 
 SECONDS = {
@@ -38,14 +38,14 @@ SECONDS = {
     "restart": 6,
     "passthrough": 7,
 }
-"""How long one run of each scenario takes with 10,000 waiters on a machine with 2 cores."""
+"""Seconds that one run of each scenario takes with 10,000 waiters on a machine with 2 cores."""
 
 TOTAL = """By default each scenario runs three times, and four of them on the floor as well: about 9
 minutes. A chart takes as long again."""
 
 
 class Measurement(NamedTuple):
-    """One scenario, once."""
+    """One run of one scenario."""
 
     report: Report
     scenario: str
@@ -169,7 +169,7 @@ def _scenarios() -> str:
 def _plan(
     report: Report, scenarios: Sequence[str], subjects: dict[str, Subject]
 ) -> Iterator[Measurement]:
-    """List what to measure: server and floor in turn, because the machine may change its speed."""
+    """List what to measure: server and floor in turn, because a machine's speed may change."""
     for _ in range(report.runs):
         for scenario in scenarios:
             for name, subject in subjects.items():

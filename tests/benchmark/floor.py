@@ -1,8 +1,7 @@
-"""The floor: what Hypercorn takes for a request that only stalls, or is answered at once.
+"""The floor: what Hypercorn needs for a request that only stalls, or is answered at once.
 
-A bare ASGI function, under Hypercorn as it is, with the server settings and the garbage collector
-of the queue. Nothing that stalls requests under this server can cost less, unless it changes the
-server.
+A bare ASGI function under unchanged Hypercorn, with the server settings and the garbage collector
+of the queue. An app can cost less only if it changes Hypercorn.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Crowd:
     """Clients of one server, which leave when they have an answer.
 
     Args:
-      address: of the server.
+      address: host and port of the server.
       keep_asking: whether they ask again instead, each on its connection.
     """
 
@@ -70,7 +70,7 @@ class Crowd:
         self._selector.close()
 
     def come(self, number: int) -> None:
-        """Connect so many clients, as fast as possible."""
+        """Connect ``number`` clients, as fast as possible."""
         for _ in range(number):
             client = Client(self._address, next(self._shards))
             self.clients[client] = None
@@ -78,7 +78,7 @@ class Crowd:
             self._look(0)
 
     def leave(self, clients: Iterable[Client]) -> None:
-        """Let some of them hang up, as fast as possible."""
+        """Disconnect some clients, as fast as possible."""
         for client in clients:
             self._end(client)
 

@@ -1,4 +1,4 @@
-"""What was measured, as a table and as JSON."""
+"""Shows the measurements as a table, and writes them as JSON."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.benchmark.scenarios import Figures
 
 
 class Report:
-    """Figures by scenario, name and subject: one of each run.
+    """Figures by scenario, name and subject: one for each run.
 
     Args:
-      waiters: how many there were.
+      waiters: number of waiting clients.
       runs: how often each scenario was measured.
     """
 
@@ -31,7 +31,7 @@ class Report:
         )
 
     def add(self, scenario: str, subject: str, figures: Figures) -> None:
-        """Take what one run has measured."""
+        """Add the figures of one run."""
         for name, figure in figures.items():
             self._figures[scenario][name][subject].append(figure)
         self._load.append(os.getloadavg()[0])
@@ -58,7 +58,7 @@ class Report:
         return table
 
     def _subjects(self) -> list[str]:
-        """Return the names of all that was measured, in the order of their first figures."""
+        """Return the names of all subjects, in the order of their first figures."""
         figures = (names for scenario in self._figures.values() for names in scenario.values())
         return list(dict.fromkeys(subject for names in figures for subject in names))
 

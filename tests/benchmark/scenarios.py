@@ -15,12 +15,12 @@ from tests.harness import PATIENCE, free_port
 Figures = dict[str, float]
 
 STALLED = 3600.0
-"""Seconds of a window that is longer than a measurement, so that it has no release."""
+"""Seconds of a window that is longer than any measurement, so that no release falls into it."""
 
 WINDOW = 0.1
 RELEASES, FEW_RELEASES = 200, 12
-"""Gaps that are measured: enough for a 99th percentile that is not the maximum, unless the server
-has its own window of some seconds."""
+"""Numbers of gaps to measure. With 200 gaps, the 99th percentile is not the maximum. Few gaps
+are measured if the window of a server is longer than 1 s."""
 
 BUSY_WINDOW = 0.05
 """A short window, because these scenarios last only seconds and need enough gaps."""
@@ -28,7 +28,7 @@ BUSY_WINDOW = 0.05
 RESTART_WINDOW = 2.0
 
 ASKERS = 32
-"""Connections that keep the server busy, and few enough not to wait for each other."""
+"""Connections: enough to keep the server busy, and too few to delay each other."""
 
 IDLE_SECONDS = PASSTHROUGH_SECONDS = 5.0
 
@@ -190,7 +190,7 @@ def _gather(target: Target, crowd: Crowd, waiters: int, at_once: int = 1000) -> 
 
 
 def _wait_for_answers(target: Target, crowd: Crowd, number: int) -> None:
-    """Wait until so many more clients have been answered."""
+    """Wait for ``number`` more answers."""
     number += len(crowd.answers)
     patience = number * target.window + PATIENCE
     if not crowd.watch(lambda: len(crowd.answers) >= number, patience):

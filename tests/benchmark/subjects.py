@@ -1,4 +1,4 @@
-"""What is measured: servers that are started for each measurement, or one that runs somewhere."""
+"""The servers to measure: started for each measurement, or one that runs already."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Died(Exception):
 
 @dataclass
 class Target:
-    """A server while it is measured, its processes together."""
+    """A server while it is measured. All figures are sums over its processes."""
 
     address: tuple[str, int]
     pids: list[int]
@@ -105,19 +105,19 @@ def floor(window: float, **variables: object) -> Iterator[Target]:
 
 @contextmanager
 def started(*command: str, window: float, **variables: object) -> Iterator[Target]:
-    """Start a server by its command, with a window of so many seconds."""
+    """Start a server by its command, with a window in seconds."""
     with serving(*command, WINDOW_SECONDS=window, **variables) as server:
         process = server.process
         yield Target(("127.0.0.1", server.port), [process.pid], window, process)
 
 
 def running(url: str, window: float, pid: int | None) -> Subject:
-    """Measure a server that runs already.
+    """Return the subject for a server that runs already.
 
     Args:
-      url: where, such as ``http://127.0.0.1:5000``.
+      url: of the server, such as ``http://127.0.0.1:5000``.
       window: seconds between two of its releases.
-      pid: its process; without it, all that listen at its port.
+      pid: id of its process; None measures all processes that listen at its port.
     """
     parts = urlsplit(url)
     if not parts.hostname:

@@ -116,7 +116,7 @@ class Client:
         with trio.move_on_at(identifies_at):
             await response.ended.wait()
         if trio.current_time() < identifies_at:
-            # The server has ended. An IDENTIFY that is already on its way arrives all the same.
+            # The server has ended. An IDENTIFY that is already on its way still arrives.
             if scenario.store == "memory" or habits.random() < 0.7:
                 return False
             await trio.sleep_until(identifies_at)
@@ -167,7 +167,7 @@ class Client:
             return
         left = self._faults_end_at - trio.current_time()
         if self._random.random() < 0.6:
-            # While a request of the process is on its way to Redis, or its answer back.
+            # Hang up while a request of the process, or its answer, is on its way.
             with trio.move_on_after(left):
                 for _ in range(self._random.choice((1, 1, 2, 3))):
                     await process.sends.park()

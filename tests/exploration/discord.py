@@ -13,7 +13,7 @@ DAY = 24 * 60 * 60.0
 
 
 class SimulatedDiscord:
-    """Counts session starts by true time, and answers with its limits."""
+    """Counts session starts by the simulation's clock, and answers with its limits."""
 
     def __init__(self, record: Record, random_source: random.Random) -> None:
         scenario = record.scenario
@@ -39,7 +39,7 @@ class SimulatedDiscord:
 
     @property
     def limit(self) -> int:
-        """How many starts this day may have, by Discord and by the user."""
+        """The most session starts in this day: Discord's total, or a lower SESSION_START_LIMIT."""
         own = self._record.scenario.session_start_limit
         return min(self._total, own) if own else self._total
 

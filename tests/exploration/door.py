@@ -29,7 +29,7 @@ class Door(Protocol):
     async def ask(self, part: Part, call: Call) -> Response | None:
         """Ask for a shard, and wait. A client that gives up cancels this.
 
-        It notes in the record of the run what the process sees of the call (``arrived``,
+        The door notes in the record of the run what the process sees of the call (``arrived``,
         ``chosen``, ``left``, ``confirmed``), and ``answered`` at the moment when the answer is on
         the wire.
 
@@ -130,7 +130,7 @@ class _Visit:
                 self._call.failure = repr(error)
                 self._record.step(self._call, "failed")
                 self._record.wrong.append(("no-failure", f"{self._call}: {error!r}"))
-                await trio.sleep_forever()  # as the request is held until its client leaves
+                await trio.sleep_forever()  # the server holds the request, too
 
     async def _answer(self, answer_by: float) -> None:
         """Put the answer on the wire, if it is not too late and the client has not left."""

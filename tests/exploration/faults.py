@@ -1,4 +1,4 @@
-"""The faults of a run: each happens, lasts for a while, and is over."""
+"""The faults of a run: each of them starts, lasts for some time, and ends."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from tests.exploration.redis_server import SimulatedRedis
 from tests.exploration.scenario import DISCORD_FAULTS
 
 CONNECTED_SECONDS = 1.5
-"""When all processes are connected. One that need not hold its keys at the start has been told that
-nothing was released before: until it is connected, no data of what others release may be lost."""
+"""Seconds until all processes are connected to Redis.
+
+A process with ``HOLD_ON_START=false`` assumes that nothing was released before its start. So until
+it is connected, Redis must not lose what other processes release.
+"""
 
 
 class Faults:
-    """Lets the faults of a bot's scenario happen, at times that its seed chooses.
+    """Starts the faults of a bot's scenario, at times that its seed chooses.
 
-    Those of processes and of Redis concern all bots, and happen once for all of them.
+    Faults of processes and of Redis affect all bots, so only the first bot's scenario starts them.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Faults:
         }
 
     async def run(self) -> None:
-        """Let faults happen until the time for them is over, and mend everything then."""
+        """Start faults until ``fault_seconds`` are over, and then repair everything."""
         scenario, source = self._record.scenario, self._random
         with trio.move_on_at(scenario.fault_seconds):
             async with trio.open_nursery() as nursery:
@@ -111,7 +114,7 @@ class Faults:
 
     async def _freeze(self) -> None:
         if process := self._fleet.any(self._random):
-            if self._random.random() < 0.5:  # in the moment of a request
+            if self._random.random() < 0.5:  # at the moment of a request to Redis
                 with trio.move_on_after(self._window):
                     await process.sends.park()
             process.freeze()
@@ -136,7 +139,7 @@ class Faults:
                 await self._reset()
 
     async def _slow_way_down(self) -> None:
-        """Let the answers of Redis come too late for one process, but within a second."""
+        """Delay what Redis answers to one process: too late to use, but within a second."""
         process = self._fleet.any(self._random)
         if process is None or process.way_latency:
             return
@@ -152,7 +155,7 @@ class Faults:
                 part.bot.record.slow_ways.append(slow)
 
     async def _cut_off(self) -> None:
-        """Let nothing get from one process to Redis or back for some time."""
+        """Hold back all traffic between one process and Redis for some time."""
         if process := self._fleet.any(self._random):
             process.cut_off()
             try:
@@ -258,7 +261,8 @@ class Faults:
     async def _set_clock_often(self) -> None:
         """Set the clock by small steps, again and again.
 
-        Only one of these faults at a time: all steps within a second must be small together.
+        Only one such fault runs at a time, because the sum of all steps within a second must be
+        small.
         """
         if self._clock_is_unsteady:
             return
@@ -276,7 +280,7 @@ class Faults:
             self._redis.adjust_clock(step)
 
     async def _let_clock_jump(self, far: float) -> NoReturn:
-        """Set the clock forward or back, and to the right time again soon."""
+        """Set the clock forward or back, and soon to the right time again."""
         while True:
             await self._last(0.2, 2)
             step = self._random.uniform(-far, far)
@@ -287,10 +291,10 @@ class Faults:
                 self._redis.adjust_clock(-step)
 
     async def _take_over(self) -> SimulatedRedis | None:
-        """Let another server take over that lacks the last writes, while the former one goes on.
+        """Make a server without the last writes the primary, while the former one keeps running.
 
         Returns:
-          The former one; None if another server has taken over meanwhile.
+          The former primary; None if another server has taken over meanwhile.
         """
         former = self._redis
         copy = former.data.copy()
@@ -301,7 +305,7 @@ class Faults:
         return former
 
     async def _fail_over_by_sentinels(self) -> None:
-        """Let another server take over, and sentinels learn of it at different times, or not."""
+        """Make another server the primary; sentinels learn of it at different times, or never."""
         former = await self._take_over()
         if former is None:
             return
@@ -319,7 +323,7 @@ class Faults:
                 sentinel.cut_off_from, sentinel.named = None, len(self._primaries.servers) - 1
 
     def _cut_off_from(self, aware: list[SimulatedSentinel]) -> None:
-        """Leave a process with the former server, and with the sentinel that still names it."""
+        """Cut a process off from all sentinels but the one that still names the former primary."""
         if process := self._fleet.any(self._random):
             self._record.note(f"{process} is cut off from two sentinels")
             for sentinel in aware:
@@ -334,7 +338,7 @@ class Faults:
             self._redis.lose("no replica uses the former server any more")
 
     async def _fail_over_in_cluster(self) -> None:
-        """Let another node take over, and the former one notice later."""
+        """Make another node the primary; the former primary notices it later."""
         former = await self._take_over()
         if former is None:
             return

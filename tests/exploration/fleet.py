@@ -23,7 +23,7 @@ class Fleet:
         bots: Sequence[Bot],
     ) -> None:
         self.processes: list[Process] = []
-        """All processes of the run, also those that have ended, by number."""
+        """All processes of the run, in the order of their numbers, also those that have ended."""
         self._nursery = nursery
         self._history = history
         self._primaries = primaries

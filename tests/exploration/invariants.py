@@ -1,6 +1,7 @@
-"""What must hold in every run, each as a function over its record.
+"""The invariants: what must hold in every run, each as a function of its record.
 
-Each returns an explanation of what is wrong, or None. Times are true times.
+Each function returns an explanation of what is wrong, or None. Times are of the simulation's clock,
+not of the clock of Redis, which may be wrong.
 """
 
 from __future__ import annotations
@@ -23,43 +24,44 @@ TOLERANCE = 1e-6
 """For floating point only: the clock is the simulation's."""
 
 NEXT = 1e-9
-"""Tells the places of calls that arrive in the same instant apart."""
+"""Seconds between the places of two calls that arrive at the same instant."""
 
 ADOPTION = 4.0
-"""Seconds, besides a window, in which a process has adopted what Discord has told it: it finishes
-the answers under way, and asks Redis, first."""
+"""Seconds, in addition to a window, until a process uses new limits of Discord: first it finishes
+the answers under way, and asks Redis."""
 
 CLAIM_SECONDS = 1.1
 """The longest time from the choice of a ticket to its turn: what Redis may take to answer."""
 
 NOTICE_SECONDS = 6.0
-"""In this time, a process notices that Redis answers too late."""
+"""Seconds until a process notices that Redis answers too late."""
 
 CONNECT_SECONDS = 0.5
-"""How long it takes to connect, also again, and to claim then, on a fast way to Redis."""
+"""Seconds to connect or reconnect to Redis and then to claim, on a fast network."""
 
 CONNECT_ROUND_TRIPS = 12
 
 MOMENT = 0.02
-"""What a process needs to choose a ticket, with a millisecond for each key that waits its turn."""
+"""Seconds that a process needs to choose a ticket, with 1 ms for each key that waits to claim."""
 
 KNOWN_DEAD_SECONDS = 5.0
-"""In this time every replica knows that one was killed, and which places are free."""
+"""Seconds until every replica knows that another one was killed, and which places are free."""
 
 HOUR = 3600.0
 
 DRIFT = 0.001
-"""What a clock of Redis may be wrong by, where a rule does not speak of windows."""
+"""The relative error of a clock of Redis that is allowed, except for windows: 0.1%."""
 
 Invariant = Callable[[Record], str | None]
 
 
 def information_lost(record: Record) -> str | None:
-    """Say why the past cannot be known any more. This is the one list of exemptions.
+    """Explain why earlier session starts cannot be known any more, or return None if they can.
 
-    Rules 7 and 8 count what has happened before. They are exempt where every place that knew is
-    gone: a process with its own memory has ended, or Redis has lost data (or its clock was set, so
-    that its times mean nothing) and a process that could restore them has ended, too.
+    The invariants ``budget`` and ``crash-loop`` count earlier session starts. They do not apply if
+    no process has the counts any more: a process with its own memory has ended, or Redis has lost
+    data (or its clock was set, which makes its times meaningless) and a process that could restore
+    them has ended, too.
     """
     ended = [process for process in record.processes if process.ended_at is not None]
     ended = [process for process in ended if (process.ended_at or 0) < record.ended_at]
@@ -73,10 +75,10 @@ def information_lost(record: Record) -> str | None:
 
 
 def is_claim_lost(record: Record, call: Call) -> bool:
-    """Tell whether the claim of a confirmed ticket is not known any more: an exemption, too.
+    """Return whether the claim of a confirmed ticket is lost, so that its key may open earlier.
 
-    The process that had it has ended, and it had only its own memory, or Redis has lost data since.
-    Or Redis has lost data, and the process could not reach it for as long as the others waited.
+    The process with the claim has ended, and the claim was only in its memory, or Redis has lost
+    data. Or Redis has lost data, and the process did not reach it again within a lease.
     """
     scenario, at, process = record.scenario, call.answered_at or 0, call.process
     until = at + scenario.confirm_seconds + scenario.unconfirmed_window
@@ -92,10 +94,10 @@ def is_claim_lost(record: Record, call: Call) -> bool:
 
 
 def is_loss_hidden(record: Record, earlier: Call, later: Call) -> bool:
-    """Tell whether a process could not notice that a claim was lost: an exemption, too.
+    """Return whether no process could notice that a claim was lost, so that a release may be early.
 
     Redis has loaded a copy from before the claim, without a restart. The last command of the
-    process is in the copy, and no process that has sent one since has reached Redis again.
+    process is in the copy. No process that sent a command after the copy has reached Redis again.
     """
     answered_at = earlier.answered_at or 0
     claimed_at = (later.chosen_at or 0) - _way_to_redis(record)
@@ -129,7 +131,7 @@ def next_release(record: Record, call: Call) -> float:
 
 
 def never_early(record: Record) -> str | None:
-    """Rule 1: neither two answers of one key, by Discord's keys, nor two IDENTIFYs are early."""
+    """Check that within one of Discord's keys no answer and no IDENTIFY comes too early."""
     scenario, answers = record.scenario, record.answers
     longest = scenario.confirm_seconds + scenario.unconfirmed_window
     for index, later in enumerate(answers):
@@ -161,7 +163,7 @@ def never_early(record: Record) -> str | None:
 
 
 def within_cap(record: Record) -> str | None:
-    """Section 2: at most MAX_CONCURRENCY releases in any one window, over all keys."""
+    """Check that any one window has at most MAX_CONCURRENCY releases, over all keys."""
     cap, answers = record.scenario.max_concurrency, record.answers
     if not record.scenario.has_token or not cap:
         return None
@@ -179,17 +181,17 @@ def within_cap(record: Record) -> str | None:
 
 
 def first_come_first_served(record: Record) -> str | None:
-    """Rule 2: within a process and a key, nobody who came later is chosen first."""
+    """Check that within a process and a key no client is chosen before one that came earlier."""
     return next((why for why, is_kept in _overtaken(record) if not is_kept), None)
 
 
 def place_kept(record: Record) -> str | None:
-    """Rule 6: a shard that comes back has its old place, before those who came since."""
+    """Check that a shard that asks again has its old place, ahead of shards that came since."""
     return next((why for why, is_kept in _overtaken(record) if is_kept), None)
 
 
 def oldest_first(record: Record) -> str | None:
-    """Section 2: within MAX_CONCURRENCY the oldest ticket whose key is open is released first."""
+    """Check that with MAX_CONCURRENCY the oldest ticket whose key is open is released first."""
     scenario = record.scenario
     if scenario.store == "redis" or not scenario.has_token or not scenario.max_concurrency:
         return None
@@ -199,9 +201,10 @@ def oldest_first(record: Record) -> str | None:
 
 
 def oldest_replica_first(record: Record) -> str | None:
-    """Section 5: oldest first over all replicas, without faults.
+    """Check that without faults the oldest ticket of all replicas is released first.
 
-    The clients of a shard can exchange their places, when a replica does not answer for a while.
+    Shards with several clients are left out: these can exchange their places when a replica does
+    not answer for a while.
     """
     scenario = record.scenario
     if scenario.store == "memory":
@@ -225,10 +228,10 @@ def oldest_replica_first(record: Record) -> str | None:
 
 
 def _agreed_at(record: Record) -> float:
-    """Return from when on the times of new tickets can be compared.
+    """Return the time from which on the times of new tickets can be compared.
 
     If the clock is set and data is lost, and a replica has not told Redis all of its tickets in
-    between, it moves those that Redis does not know to the time of the new clock.
+    between, the replica moves the tickets that Redis does not know to the time of the new clock.
     """
     changes = [(loss.at, loss.is_of_clock) for loss in record.losses]
     changes += [(at, True) for at in record.history.clock_steps]
@@ -244,7 +247,7 @@ def _agreed_at(record: Record) -> float:
 
 
 def shared_place_kept(record: Record) -> str | None:
-    """Rule 6: a shard has its old place at any replica, also after the end of its own one."""
+    """Check that a shard has its old place at any replica, also if the one it asked has ended."""
     scenario = record.scenario
     works = set(scenario.faults) <= {*PROCESS_ENDS, *DISCORD_FAULTS}
     if scenario.store == "memory" or not scenario.place_seconds or not works:
@@ -254,9 +257,9 @@ def shared_place_kept(record: Record) -> str | None:
 
 
 def _kept_places(record: Record) -> dict[Call, tuple[float, float]]:
-    """Return since when a shard has the place of a call, and from when on every replica knows.
+    """Return for each call since when its shard has the place, and when all replicas know it.
 
-    Only of shards that have one client: the clients of a shard can exchange their places.
+    Only for shards with one client: several clients of a shard can exchange their places.
     """
     way = _way_to_redis(record)
     by_shard = defaultdict[int, list[Call]](list)
@@ -301,7 +304,7 @@ def _kept_until(record: Record, call: Call) -> tuple[float, float]:
 
 
 def _give_or_take(record: Record) -> float:
-    """Return by how much younger tickets of other replicas may be that go first.
+    """Return how many seconds younger a ticket of another replica may be that is released first.
 
     With MAX_CONCURRENCY, Redis knows of one waiting ticket for each replica, not for each key.
     """
@@ -317,14 +320,14 @@ def _arrival(call: Call) -> tuple[float, float] | None:
 
 
 def _way_to_redis(record: Record) -> float:
-    """Return how much older a ticket has to be, so that Redis knows of it in time."""
+    """Return by how many seconds a ticket has to be older, so that Redis knows of it in time."""
     return 10 * record.scenario.latency + MOMENT + _clock_range(record)
 
 
 def _clock_range(record: Record) -> float:
-    """Return by how many seconds small steps may have falsified a time that Redis measures.
+    """Return by how many seconds small steps of the clock may falsify a time that Redis measures.
 
-    Windows are never too short all the same.
+    Even so, no window may be too short.
     """
     least, _, most = record.history.clock_offsets
     return most - least
@@ -377,10 +380,10 @@ def _younger_first(
 
     Args:
       record: of the run.
-      since: whom to look at: those that were chosen later.
-      slack: by how much it has to be older, and for how long its key has to have been open, if it
-        has another one.
-      place_of: tells since when a call has its place, and from when on that counts.
+      since: check only calls that were chosen after this time.
+      slack: seconds by which the other ticket must be older, and for which its key must have been
+        open, if the keys differ.
+      place_of: returns since when a call has its place, and from when on this counts.
       is_compared: chooses the pairs of calls to look at.
     """
     if _budget_may_be_spent(record):
@@ -392,7 +395,7 @@ def _younger_first(
         told = call.process.keys_at(at, adopted) | other.process.keys_at(at, adopted)
         if _share_a_key(call, other, told):
             return True
-        # Until others know that a process has ended, its ticket may go before on the other's key.
+        # Until others know that a process has ended, its tickets may still be ahead of the other.
         opens = max(_key_opens(record, other, at, but=call), _late_process_forgotten(record, at))
         return is_capped and opens < at - slack
 
@@ -419,7 +422,7 @@ def _younger_first(
 
 
 def budget_kept(record: Record) -> str | None:
-    """Rule 7: no more session starts in Discord's day than it and the user allow."""
+    """Check that Discord's day has no more session starts than Discord and the user allow."""
     scenario = record.scenario
     if scenario.session_start_limit == 0 or information_lost(record):
         return None
@@ -434,7 +437,7 @@ def budget_kept(record: Record) -> str | None:
 
 
 def crash_loops_slowed(record: Record) -> str | None:
-    """Rule 8: a shard that starts too often in an hour waits 15, 30, 60, … 600 s."""
+    """Check that a shard that starts too often in an hour waits 15, 30, 60, … 600 s."""
     free = record.scenario.loop_free_starts
     if not free or information_lost(record):
         return None
@@ -447,7 +450,7 @@ def crash_loops_slowed(record: Record) -> str | None:
         if recent:
             delay = loop_delay(free, len(recent))
             gap = at - max(map(_counts_from, recent))
-            # A start that Redis has lost is restored with the error of a way there and back.
+            # A start that Redis has lost is restored with the error of a round trip.
             error = TOLERANCE + (4 * record.scenario.latency if record.losses else 0)
             error += _clock_range(record)
             if gap < delay * (1 - DRIFT) - error:
@@ -464,7 +467,7 @@ def _counts_from(call: Call) -> float:
 
 
 def nobody_forgotten(record: Record) -> str | None:
-    """Rule 10: when faults end, every connected client is released in its turn."""
+    """Check that after all faults every connected client is released in its turn."""
     if record.unreleased:
         calls = ", ".join(f"{call} since {call.arrived_at:.3f}" for call in record.unreleased)
         waited = f"{record.ended_at - record.settled_at:.1f} s"
@@ -473,7 +476,7 @@ def nobody_forgotten(record: Record) -> str | None:
 
 
 def sent_away(record: Record) -> str | None:
-    """Section 5: no client stays with a process that cannot release, while another one can."""
+    """Check that no client stays with a process that cannot release, while another one can."""
     if record.scenario.faults != SLOW_WAY:
         return None
     for slow, since, until in record.slow_ways:
@@ -489,12 +492,12 @@ def sent_away(record: Record) -> str | None:
 
 
 def slots_used(record: Record) -> str | None:
-    """Rule 10: while a client waits that can be released, its key is used as soon as it opens."""
+    """Check that a key is used as soon as it opens, while a client waits that can be released."""
     scenario = record.scenario
     if _budget_may_be_spent(record):
         return None
     slack = MOMENT if scenario.store == "memory" else _delay_of_redis(record)
-    # On a slower way, a process may not have caught up before the next cut.
+    # On a slower network, a process may not have caught up before the next cut.
     possible = {*PROCESS_ENDS, *UNSTEADY_CLOCK, *(CUTS if scenario.latency < 0.01 else ())}
     calm_since = 0.0 if set(scenario.faults) <= possible else record.calm_since
     for call in record.calls:
@@ -524,12 +527,12 @@ def _delay_of_redis(record: Record) -> float:
     glances = 2 * min(scenario.window / 20, 0.05)
     longest = scenario.confirm_seconds + scenario.lease
     waits = glances + scenario.window / 10 + 12 * scenario.latency
-    # A step back makes a window longer, and after a step forward the next release waits.
+    # A step of the clock back makes a window longer; after a step forward the next release waits.
     return waits + 4 * DRIFT * longest + 2 * _clock_range(record) + MOMENT
 
 
 def _closed_until(record: Record, call: Call) -> float:
-    """Return until when a call that was chosen keeps its key at most, while nothing fails."""
+    """Return until when a chosen call keeps its key closed at most, if nothing fails."""
     scenario = record.scenario
     if call.answered_at is None:
         return call.ended_at or 0
@@ -550,7 +553,8 @@ def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None
     for one in record.calls:
         if one is not call and one is not but and one.chosen_at is not None and one.chosen_at <= at:
             told_then = one.process.keys_at(one.chosen_at, one.chosen_at - ADOPTION)
-            # Some other shard may have the one key by its number, and the other key by this one.
+            # A key of the former number of keys and a key of this one have a shard in common if
+            # they are equal modulo the greatest common divisor of both numbers.
             shared = {math.gcd(then, now) for then in told_then for now in told}
             if any(_share_a_key(one, call, {keys}) for keys in shared):
                 opens = max(opens, _closed_until(record, one))
@@ -558,7 +562,7 @@ def _key_opens(record: Record, call: Call, at: float, *, but: Call | None = None
 
 
 def _late_process_forgotten(record: Record, at: float) -> float:
-    """Return until when the end of a process may delay the others (section 5)."""
+    """Return until when a process that has ended may delay the other replicas."""
     scenario = record.scenario
     delay = 2 * scenario.window + scenario.margin
     return max(
@@ -587,7 +591,7 @@ def _handshake(record: Record) -> float:
 
 
 def _queue_opens(record: Record, call: Call, at: float) -> float:
-    """Return when the releases of all keys are fewer than MAX_CONCURRENCY, at the latest."""
+    """Return when fewer than MAX_CONCURRENCY windows are under way, at the latest."""
     scenario = record.scenario
     if not scenario.has_token or not scenario.max_concurrency:
         return 0.0
@@ -677,9 +681,9 @@ INVARIANTS: dict[str, Invariant] = {
     "no-crash": seen_during_the_run("no-crash"),
     # len(queue) is the number of clients that wait; two requests of one shard are two tickets.
     "length": seen_during_the_run("length"),
-    # When all have left: no ticket, no place, no task, no key of Redis without an end.
+    # When all clients have left: no ticket, no place, no task, no Redis key without an expiry.
     "nothing-left": seen_during_the_run("nothing-left"),
-    # Rule 9.
+    # A process that gets SIGTERM ends within STOP_SECONDS.
     "stops": seen_during_the_run("stops"),
 }
 
@@ -696,7 +700,7 @@ def broken(history: History, ignore: frozenset[str] = frozenset()) -> dict[str, 
 
 
 def _share_a_key(one: Call, other: Call, numbers: set[int]) -> bool:
-    """Tell whether two shards have the same key, whichever number of keys counts."""
+    """Return whether two shards have the same key with each of some numbers of keys."""
     return all(((one.shard or 0) - (other.shard or 0)) % keys == 0 for keys in numbers)
 
 
@@ -724,7 +728,7 @@ def _budget_may_be_spent(record: Record) -> bool:
 
 @dataclass(eq=False)
 class _Standing:
-    """A call, and the place that it has had for some time."""
+    """A call that waits, its place as a time (``rank``), and since when it has this place."""
 
     call: Call
     rank: float
@@ -732,7 +736,7 @@ class _Standing:
 
 
 def _overtaken(record: Record) -> Iterator[tuple[str, bool]]:
-    """Go over the calls that were chosen out of turn; tell whether a kept place was ignored."""
+    """Yield why each call was chosen out of turn, and whether it overtook a kept place."""
     for process in record.processes:
         yield from _overtaken_at(record, process)
 
@@ -740,7 +744,7 @@ def _overtaken(record: Record) -> Iterator[tuple[str, bool]]:
 def _overtaken_at(record: Record, process: ProcessRecord) -> Iterator[tuple[str, bool]]:
     scenario = record.scenario
     standing: dict[Call, _Standing] = {}
-    # By shard, the first arrival and the expiry of each place that nobody has.
+    # By shard, the first arrival and the expiry of each place without a client.
     empty = defaultdict[int, list[tuple[float, float]]](list)
     places = count()
     steps = (one for one in process.steps if one[1] not in {"confirmed", "unconfirmed"})
@@ -777,15 +781,15 @@ def _overtaken_at(record: Record, process: ProcessRecord) -> Iterator[tuple[str,
 def _is_before(
     record: Record, other: _Standing, mine: _Standing, told: set[int], now: float
 ) -> bool:
-    """Tell whether another call should have been chosen now.
+    """Return whether another call should have been chosen instead.
 
-    Not one of the same shard: they exchange their places when one of them leaves.
+    Calls of the same shard do not count: they exchange places when one of them leaves.
     """
     flight = CLAIM_SECONDS if record.scenario.store == "redis" else 0.0
     chosen_at = other.call.chosen_at
     rank, other_rank = mine.rank, other.rank
     if _was_elsewhere(record, mine.call):
-        # Each replica knows the time of Redis by a way there and back.
+        # Each replica knows the time of Redis with the error of a round trip.
         rank = min(rank, _place_since(record, mine.call) - _way_to_redis(record))
     if _was_elsewhere(record, other.call) or _may_be_forgotten(record, other.call):
         # If its replica did not answer for a while, another client of its shard may have its place.

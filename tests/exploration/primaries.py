@@ -1,4 +1,4 @@
-"""The servers of which one after the other is the primary, and the sentinels that name it."""
+"""The Redis servers that are the primary one after the other, and the sentinels that name it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRIMARY_PORT = 6379
 
 
 class Primaries:
-    """The servers of a run. Without sentinels and a cluster, there is one.
+    """The servers of a run. Without sentinels and a cluster, there is only one.
 
     Args:
       make_server: returns a new server, which is empty.
@@ -43,7 +43,7 @@ class Primaries:
         self.servers.append(self._next())
         self._standby = self._next() if scenario.cluster else None
         self.isolated: int | None = None
-        """The node of a cluster that takes itself for the primary, by its index, if any does."""
+        """Index of the former cluster node that still acts as the primary; None if none does."""
         self.sentinels = [SimulatedSentinel(self) for _ in range(SENTINELS)]
 
     @property
@@ -51,10 +51,10 @@ class Primaries:
         return self.servers[-1]
 
     def take_over(self, data: Database) -> None:
-        """Let another server become the primary, while the former one goes on.
+        """Make another server the primary, while the former one keeps running.
 
         Args:
-          data: what it knows.
+          data: of the new primary.
         """
         former, server = self.current, self._standby or self._next()
         server.data = data
@@ -74,9 +74,9 @@ class Primaries:
         return server
 
     def mend(self) -> None:
-        """Let everything find the primary.
+        """Let all processes and sentinels find the primary.
 
-        Former primaries of sentinels have ended. Those of a cluster are its nodes again.
+        With sentinels, former primaries serve no client any more. In a cluster, they are nodes.
         """
         for sentinel in self.sentinels:
             sentinel.is_up, sentinel.cut_off_from = True, None
@@ -89,7 +89,7 @@ class Primaries:
         self.isolated = None
 
     def pool(self, location: TCPLocation, host: Host) -> SimulatedPool | SentinelPool:
-        """Return what stands in for coredis's pool of connections to a server or a sentinel."""
+        """Return the stand-in for coredis's pool of connections to a server or a sentinel."""
         if location.host == "primary":
             servers = [*self.servers, self._standby]
             server = servers[location.port - PRIMARY_PORT]
@@ -116,7 +116,7 @@ def process_of(location: TCPLocation, database: int) -> int:
 
 
 class SimulatedSentinel:
-    """Names a primary. It can be down, and learns later than others of another primary."""
+    """Names a primary. It can be down, and it may learn late of a new primary."""
 
     def __init__(self, primaries: Primaries) -> None:
         self._primaries = primaries
@@ -134,7 +134,7 @@ class SimulatedSentinel:
 
 
 class SentinelPool:
-    """What stands in for coredis's pool: a link takes one connection to a sentinel from it."""
+    """Stands in for coredis's pool: a link takes one connection to a sentinel from it."""
 
     def __init__(self, sentinel: SimulatedSentinel, host: Host) -> None:
         self._sentinel = sentinel

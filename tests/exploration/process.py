@@ -26,7 +26,7 @@ from tests.exploration.redis_server import SimulatedPool
 from tests.exploration.scenario import Scenario
 
 STOP_SECONDS = 3.0
-"""How long a process may take to stop: 2 s by the contract, and 1 s for answers under way."""
+"""Seconds that a process may take to stop: 2 s, and 1 s for answers under way."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Process:
         return pool
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
-        """Live until stopped or killed."""
+        """Run until stopped or killed."""
         try:
             async with trio.open_nursery() as self.nursery:
                 link = self._open_link()

@@ -1,4 +1,7 @@
-"""What a run leaves behind for the invariants. Times are true times, in seconds."""
+"""The record of a run, which the invariants check.
+
+Times are in seconds of the simulation's clock, which is never wrong, unlike that of Redis.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class Call:
     process: ProcessRecord
     leaves_when_chosen: bool
     leaves_at: float
-    """When the process sees it leave, if it still waits then; infinite where it stays."""
+    """When the process sees its client leave, if it still waits then; infinite if it stays."""
     sent_at: float
     arrived_at: float | None = None
     chosen_at: float | None = None
@@ -38,16 +41,16 @@ class Call:
     closed_at: float | None = None
     """When its client closed the response to a confirmed ticket."""
     confirmed_at: float | None = None
-    """When the process saw that."""
+    """When the process noticed that the response was closed."""
     failure: str | None = None
-    """What went wrong in the server, if the request is held because of that."""
+    """The error of the server, if it holds the request because of an error."""
 
     def __str__(self) -> str:
         return f"call {self.number} (client {self.client}, shard {self.shard})"
 
     @property
     def waits(self) -> bool:
-        """Whether it stands in the queue."""
+        """Whether it waits in the queue."""
         return self.arrived_at is not None and self.chosen_at is None and self.ended_at is None
 
 
@@ -62,18 +65,18 @@ class ProcessRecord:
     ended_at: float | None = None
     was_killed: bool = False
     steps: list[tuple[float, Step, Call]] = field(default_factory=list)
-    """What its door has seen, in order."""
+    """What the door has noted about its calls, in order."""
     heard_at: list[float] = field(default_factory=list)
-    """When Redis has answered it."""
+    """When answers of Redis have reached it."""
     keys_told: list[tuple[float, int]] = field(default_factory=list)
-    """Discord's ``max_concurrency``, each time that Discord has told it."""
+    """When it learned the number of keys, and the number."""
 
     def keys_at(self, time: float, since: float) -> set[int]:
-        """Return the numbers of keys that it may go by at a time.
+        """Return the numbers of keys that the process may use at a time.
 
         Args:
-          time: when.
-          since: what was told before this time must have been adopted.
+          time: the time in question.
+          since: of the numbers that it learned until then, it uses only the last one.
         """
         before = [keys for at, keys in self.keys_told if at <= since]
         return {keys for at, keys in self.keys_told if since < at <= time} | set(before[-1:])
@@ -90,29 +93,29 @@ class Overspending:
 
 @dataclass(eq=False)
 class Loss:
-    """When Redis has lost data, or its clock was set, and how."""
+    """A loss of data in Redis, or a change of its clock."""
 
     at: float
     what: str
     prefix: str | None = None
-    """Of the keys that are concerned; None if all are."""
+    """Prefix of the affected keys; None if all keys are affected."""
     is_of_clock: bool = False
     """Whether only the clock was set."""
     copied_at: float | None = None
-    """From when a copy is, if it was loaded without any other change of the server."""
+    """When the copy was made that was loaded, if the server changed in no other way."""
 
 
 @dataclass(eq=False)
 class History:
-    """What happens in a run, of all bots."""
+    """What happens in a run, for all bots."""
 
     is_full: bool
     """Whether each request to Redis is noted, too."""
     lines: list[str] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     clock_offsets: tuple[float, float, float] = 0.0, 0.0, 0.0
-    """By how many seconds all small steps together have set the clock of Redis forward: the least
-    that this was, what it is now, and the most."""
+    """Seconds by which all small steps together have set the clock of Redis forward: the minimum so
+    far, the current value, and the maximum so far."""
     clock_steps: list[float] = field(default_factory=list)
     """When there was a small step."""
     records: list[Record] = field(default_factory=list)
@@ -133,7 +136,7 @@ class History:
         self.lines.append(f"{trio.current_time():12.6f}  {line}")
 
     def note_detail(self, line: Callable[[], str]) -> None:
-        """Note what is worth its time only when the history is read."""
+        """Note a line only in a full history, because it takes time to write."""
         if self.is_full:
             self.note(line())
 
@@ -148,26 +151,26 @@ class Record:
     processes: list[ProcessRecord] = field(default_factory=list)
     overspent: list[Overspending] = field(default_factory=list)
     cuts: list[float] = field(default_factory=list)
-    """When a connection to Redis was lost that can be used again at once."""
+    """When connections to Redis were cut that can be opened again at once."""
     slow_ways: list[tuple[ProcessRecord, float, float]] = field(default_factory=list)
     """Processes to which the answers of Redis came too late, from when and until when."""
     wrong: list[tuple[str, str]] = field(default_factory=list)
     """What was seen to be wrong during the run: the invariant's name and an explanation."""
     healed_at: float = 0.0
     settled_at: float = 0.0
-    """From when on no fault of before can delay anybody."""
+    """From when on no earlier fault can delay a release."""
     unreleased: list[Call] = field(default_factory=list)
     """Calls that were still connected when the run gave up on them."""
     ended_at: float = 0.0
 
     @property
     def calm_since(self) -> float:
-        """From when on no fault can delay anybody: without faults, from the start."""
+        """From when on no fault can delay a release: without faults, from the start."""
         return self.settled_at if self.scenario.faults else 0.0
 
     @property
     def losses(self) -> list[Loss]:
-        """Return what Redis has lost of this bot."""
+        """Return the losses that affect this bot."""
         own = None, self.scenario.redis_prefix
         return [loss for loss in self.history.losses if loss.prefix in own]
 

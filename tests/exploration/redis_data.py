@@ -30,7 +30,7 @@ Value: TypeAlias = Hash | SortedSet
 
 
 def word(value: object) -> bytes:
-    """Write an argument or a score as Redis does."""
+    """Encode an argument or a score as Redis does."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""A simulated Redis server, the way to it, and the faults of both."""
+"""A simulated Redis server, the network to it, and the faults of both."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ EPOCH = 1_800_000_000_000_000
 
 
 SMALL_STEP = 1.0
-"""Seconds by which a clock may be set, so that its times still mean something."""
+"""Seconds by which a clock may be set at most, so that its times can still be used."""
 
 
 class Host(Protocol):
     """Where a client of the server runs."""
 
     sends: trio.lowlevel.ParkingLot
-    """Who waits for the next request to be on its way."""
+    """Tasks that wait until the next request is sent."""
     way_latency: float
-    """By how much a request or a reply takes longer than those of other hosts."""
+    """Seconds that a request or a reply takes longer than those of other hosts."""
 
     @property
     def is_frozen(self) -> bool: ...
@@ -40,14 +40,14 @@ class Host(Protocol):
         """Wait while the process is frozen."""
 
     async def reachable(self) -> None:
-        """Wait while nothing gets from there to the server or back."""
+        """Wait while the host is cut off from the server."""
 
 
 class SimulatedRedis:
     """The server. It can crash, lose data, be slow, and have a wrong clock.
 
     Args:
-      nursery: where its connections live.
+      nursery: runs the tasks of its connections.
       history: where to note what happens.
       scenario: of any bot.
       random_source: chooses latencies and faults.
@@ -72,10 +72,10 @@ class SimulatedRedis:
         """In a cluster: returns the port of the node that has the keys."""
         self.port = 0
         self.loses_requests = self.loses_replies = 0.0
-        """Probabilities."""
+        """Probabilities that a message is lost."""
         self.stalls_until = 0.0
         self.extra_latency = 0.0
-        """The longest that a request or a reply takes besides the usual time."""
+        """The most seconds that are added to the usual time of a request or a reply."""
         self._latency = scenario.latency
         self._rate = scenario.clock_rate
         self._shown, self._shown_at = float(EPOCH), trio.current_time()
@@ -89,7 +89,7 @@ class SimulatedRedis:
         return int(self._shown + passed * self._rate * 1e6)
 
     def set_clock(self, seconds: float) -> None:
-        """Set its clock forward or back. After a long step, its times mean nothing any more."""
+        """Set its clock forward or back. After a long step, its times cannot be used any more."""
         self._step(seconds)
         self.lose(f"clock set by {seconds:.3f} s", is_of_clock=True)
 
@@ -104,7 +104,7 @@ class SimulatedRedis:
             self.history.note_clock_step(seconds)
 
     def follow_clock(self, other: SimulatedRedis, seconds: float) -> None:
-        """Have a clock that is some seconds ahead of that of another server."""
+        """Set the clock some seconds ahead of that of another server."""
         self._shown, self._shown_at = other.time() + seconds * 1e6, trio.current_time()
 
     def retire(self) -> None:
@@ -120,13 +120,13 @@ class SimulatedRedis:
         is_of_clock: bool = False,
         copied_at: float | None = None,
     ) -> None:
-        """Note that what it knows may be wrong or gone from now on.
+        """Note that data of the server may be wrong or lost from now on.
 
         Args:
           what: has happened.
-          prefix: of the keys that are concerned; None if all are.
+          prefix: of the affected keys; None if all keys are affected.
           is_of_clock: whether only its clock was set.
-          copied_at: from when a copy is, if it was loaded without any other change of the server.
+          copied_at: when the copy was made that was loaded, if nothing else has changed.
         """
         loss = Loss(trio.current_time(), what, prefix, is_of_clock, copied_at)
         self.history.losses.append(loss)
@@ -147,11 +147,11 @@ class SimulatedRedis:
             connection.reset(reason)
 
     def start_anew(self, data: Database, *, keeps_connections: bool = False) -> None:
-        """Become another process, with these data."""
+        """Restart as a new process with these data."""
         self.data = data
         self._new_replid()
         if keeps_connections:
-            if self.random.random() < 0.5:  # Redis 6 hands scripts to its replicas, 7 does not
+            if self.random.random() < 0.5:  # Redis 6 replicates scripts, Redis 7 does not
                 self._scripts.forget()
         else:
             self._scripts.forget()
@@ -218,10 +218,11 @@ class SimulatedRedis:
 
 
 class Connection:
-    """What coredis's pool hands out, as far as the store's own ``Connection`` uses it.
+    """Stands in for a connection of coredis's pool, as far as the store's ``Connection`` uses it.
 
-    Each way delivers in order. What was lost on a way holds up what comes after it, as in TCP. What
-    was sent before or while the host is cut off arrives later, also if the host has given up.
+    Each direction delivers in order. As in TCP, a lost message holds up all later messages of its
+    direction. Messages that were sent before or while the host is cut off arrive later, also if the
+    host has given up.
     """
 
     def __init__(self, server: SimulatedRedis, host: Host) -> None:
@@ -265,7 +266,7 @@ class Connection:
                 self._waiting.remove(request)
 
     def close(self, reason: str) -> None:
-        """Close it from this side: what was sent may still get there."""
+        """Close it from the client's side: requests that were sent may still arrive."""
         if self._broken is None:
             self._broken = reason
             self._out.close()
@@ -274,7 +275,7 @@ class Connection:
                 request.fail(ConnectionLost(reason))
 
     def reset(self, reason: str) -> None:
-        """Lose it: what was sent gets nowhere any more."""
+        """Break it: requests that were sent do not arrive any more."""
         self._is_mute = True
         self.close(reason)
 
@@ -337,10 +338,10 @@ class _Request:
 
 
 class SimulatedPool:
-    """What stands in for coredis's pool: a link takes one connection from it."""
+    """Stands in for coredis's pool: a link takes one connection from it."""
 
     location = None
-    """Where a real pool connects to; the host of a node that does not name its own."""
+    """The address of a real pool, which is also the host of a node that reports no host."""
 
     def __init__(self, server: SimulatedRedis, host: Host) -> None:
         self._server = server

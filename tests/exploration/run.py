@@ -144,7 +144,7 @@ class _Run:
         await self._compare_tasks()
 
     async def _compare_tasks(self) -> None:
-        """Compare the tasks of each process with those of one that never had a client."""
+        """Compare the tasks of each process with those of a process that never had a client."""
         old = {process: process.tasks() for process in self._fleet.alive}
         await self._fleet.start(self._scenario.replicas)
         longest = max(record.scenario.window for record in self._history.records)
@@ -175,7 +175,7 @@ class _BotRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether all clients have started, or left."""
+        """Whether all clients are done: their shards have started, or they have given up."""
         return all(client.is_done for client in self._clients)
 
     def _parts(self) -> list[Part]:
@@ -221,7 +221,7 @@ class _BotRun:
         if scenario.store == "redis" and any(one.was_killed for one in self._record.processes):
             return True  # its last claim may have been used, so it counts
         if any(one.ended_at for one in self._record.processes):
-            # A claim of a process that was stopped while Redis was away stays counted.
+            # A claim of a process that was stopped while Redis was unreachable stays counted.
             return any(part.queue.store.session_starts().spent for part in self._parts())
         return scenario.session_start_limit <= len(self._record.answers)
 

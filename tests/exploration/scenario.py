@@ -1,4 +1,4 @@
-"""What one run is made of, all chosen from its seed."""
+"""The scenario of a run, which its seed chooses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CHOICES = (
     "sentinels",
     "cluster",
 )
-"""What is no fault, but can be left out of the scenarios like one."""
+"""Parts of a scenario that are no faults, but that ``--without`` can leave out as well."""
 
 ALL_KINDS = (
     *PROCESS_FAULTS,
@@ -77,7 +77,7 @@ class Scenario:
     keys: int
     """Discord's ``max_concurrency`` at the start; without a token also what is configured."""
     max_concurrency: int | None
-    """The cap of all keys together; None without one."""
+    """The most releases per window over all keys; None if there is no such limit."""
     window: float
     margin: float
     confirm_seconds: float
@@ -101,7 +101,7 @@ class Scenario:
 
     @property
     def source(self) -> str:
-        """Name what chooses the behaviour of this bot's clients and of its Discord."""
+        """The seed of what this bot's clients and its Discord do."""
         return f"bot {self.bot} of {self.seed}" if self.bot else str(self.seed)
 
     @property
@@ -166,7 +166,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
     """Choose the scenario of a bot.
 
     Args:
-      seed: chooses it.
+      seed: chooses the scenario.
       without: the kinds of fault, or of :data:`CHOICES`, that must not be in it.
     """
     source = random.Random(f"scenario {seed}")

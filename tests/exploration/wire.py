@@ -1,7 +1,6 @@
 """The real app under the real Hypercorn, over in-memory connections, on any clock of trio's.
 
-On a mock clock about 500 times as fast as real time with 2 to 12 clients, see
-:mod:`tests.exploration.wire_run`.
+On a mock clock it runs much faster than real time, see :mod:`tests.exploration.wire_run`.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class WireReplica:
     """One process of the server.
 
     Args:
-      settings: those of its environment.
+      settings: the settings from its environment.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -53,7 +52,7 @@ class WireReplica:
         self.accepts = False
         self.ended = trio.Event()
         self.ends: dict[ServerEnd, None] = {}
-        """Its connections. It is no set: the order of a set differs from run to run."""
+        """Its connections. Not a set, because the order of a set differs from run to run."""
         self._wrapped = ASGIWrapper(cast("ASGIFramework", self.app))
         self._config = Config.from_object(server)
         self._state: LifespanState = {}

@@ -1,4 +1,4 @@
-"""Checks the rules of the queue on what was sent on the wire, by true time."""
+"""Checks the rules of the queue against the bytes on the wire and their exact times."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ REFUSALS = (
     Refusal("shard=-1", "shard must be a whole number from 0 to 2147483647, not '-1'"),
     Refusal("shard=1&shard=2", "shard is given twice, with different values"),
     Refusal("shard=1&confirm=yes", "confirm must be true or false, not 'yes'"),
-    Refusal("bot=nobody", "bot must be the name of one bot that this server has"),
+    Refusal("bot=nobody", "bot must be the name of one bot of this server"),
     Refusal(
         "confirm=true",
         "confirm=true needs shard=N: the queue has to know which shard confirms",
@@ -58,13 +58,13 @@ REFUSALS = (
 
 @dataclass(eq=False)
 class WireTicket:
-    """One request for a slot. Times are true times, in seconds."""
+    """One request for a slot. Times are in seconds of the run's clock."""
 
     name: str
     shard: int | None
     protocol: str
     watch: Callable[[WireTicket, Moment], None]
-    """Is called at each of its moments."""
+    """Is called at each :data:`Moment` of the ticket."""
     confirm: bool = False
     """Whether the client closes the response when it has identified."""
     method: Method = "GET"
@@ -192,7 +192,7 @@ class _WireClient:
         """The ends of answers, as positions in all bytes that the server has sent."""
 
     async def run(self) -> None:
-        """Read until the server closes the connection, or this client."""
+        """Read until the server or this client closes the connection."""
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             while data := await self.end.receive_some(self.pace[0]):
                 self._read += len(data)
@@ -268,10 +268,10 @@ class _WireClient:
     # Bytes of the server
 
     def _take(self, data: bytes) -> None:
-        """Take what was read."""
+        """Handle the bytes that were read."""
 
     def _sent(self, data: bytes) -> None:
-        """Look at what the server has sent."""
+        """Check the bytes that the server has sent."""
         raise NotImplementedError
 
     def _begins(self, ticket: WireTicket, at: float) -> None:

@@ -1,4 +1,4 @@
-"""Random histories of clients of HTTP/1.1 and HTTP/2 at one replica, checked by true time.
+"""Random histories of clients of HTTP/1.1 and HTTP/2 at one replica, checked by exact times.
 
 Some replicas have several bots. Each rule is checked for each bot.
 

@@ -1,6 +1,6 @@
-"""A stand-in for Discord: here its HTTP API, which can also fail; in other modules its gateway.
+"""A stand-in for Discord. This module has its HTTP API, which can also fail, others its gateway.
 
-It has the part of the API that the queue and the libraries request when they start.
+Of the API, it has the part that the queue and the libraries request when they start.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ APPLICATION = {
 }
 
 Trick = Callable[[BaseHTTPRequestHandler], None]
-"""Answers one request instead of Discord."""
+"""Answers one request in another way than Discord usually does."""
 
 
 @dataclass
@@ -56,14 +56,14 @@ class FakeDiscord:
     """Milliseconds, as in the answer of Discord."""
     max_concurrency: int = 1
     tricks: deque[Trick] = field(default_factory=deque)
-    """What to do with the next requests, one for each."""
+    """How to answer the next requests, one trick for each."""
     requests: list[tuple[float, str, dict[str, str]]] = field(default_factory=list)
     """Time, path and headers of each request."""
     url: str = ""
     gateway_url: str = "wss://x"
 
     def documents(self) -> dict[str, Any]:
-        """Return what Discord answers with when all is well, by the last part of the path."""
+        """Return Discord's usual answers, by the last part of the path."""
         limit = {
             "total": self.total,
             "remaining": self.remaining,
@@ -79,7 +79,7 @@ class FakeDiscord:
         }
 
     def answer_to(self, path: str) -> Trick:
-        """Answer as Discord does when all is well."""
+        """Return Discord's usual answer to a path."""
         for end, document in self.documents().items():
             if path.endswith(end):
                 return answer(200, json.dumps(document).encode(), content_type="application/json")

@@ -1,6 +1,7 @@
 """The gateway of a stand-in for Discord: it enforces the limits of IDENTIFY, and counts.
 
-As much of the protocol as the libraries need: https://discord.com/developers/docs/events/gateway
+It has the part of the protocol that the libraries need:
+https://discord.com/developers/docs/events/gateway
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.fake_discord.latency import Latency, delay
 
 
 class Op(IntEnum):
-    """What a message is for."""
+    """The opcode of a message."""
 
     DISPATCH = 0
     HEARTBEAT = 1
@@ -90,7 +91,7 @@ class Gateway:
     seconds_to_ready: float = 0.0
     """Seconds from the arrival of IDENTIFY until READY is sent."""
     latency: Latency | None = None
-    """Of the network; None for no delay. IDENTIFYs are counted when they arrive here."""
+    """Of the network; None for no delay. An IDENTIFY counts when it arrives here."""
     acknowledges: bool = True
     """Whether heartbeats are acknowledged. If not, connections are dead but open."""
     identifies: list[Identify] = field(default_factory=list)
@@ -100,7 +101,7 @@ class Gateway:
     over_budget: int = 0
     """How many IDENTIFYs came when the day's session starts were spent."""
     trio_token: trio.lowlevel.TrioToken = field(init=False)
-    """Of the event loop in which it runs."""
+    """Of the event loop in which the gateway runs."""
     _opens_at: dict[int, float] = field(default_factory=dict, init=False)
     _sessions: dict[str, _Session] = field(default_factory=dict, init=False)
     _links: set[_Link] = field(default_factory=set, init=False)
@@ -251,14 +252,14 @@ class _Session:
 
 
 def _compressor(stream: str = "") -> Callable[[bytes], bytes] | None:
-    """Return what compresses each message as a part of one stream; None for no compression."""
+    """Return a function that compresses each message as a part of one stream, or None."""
     match stream:
         case "zlib-stream":
             zlib_stream = zlib.compressobj()
             return lambda message: (
                 zlib_stream.compress(message) + zlib_stream.flush(zlib.Z_SYNC_FLUSH)
             )
-        case "zstd-stream":  # hikari takes it from Python 3.14 on
+        case "zstd-stream":  # hikari asks for it on Python 3.14 or later
             zstd_stream = import_module("compression.zstd").ZstdCompressor()
             return partial(zstd_stream.compress, mode=zstd_stream.FLUSH_BLOCK)
         case _:
@@ -295,7 +296,7 @@ class _Link:
 def enforcing(
     window: float, *, max_concurrency: int = 1, remaining: int = 1000, **options: Any
 ) -> Iterator[Gateway]:
-    """Run all of the stand-in until the end of the context, in threads of this process.
+    """Run the API and the gateway until the end of the context, in threads of this process.
 
     Args:
       window: seconds of Discord's own window.

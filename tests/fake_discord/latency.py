@@ -22,7 +22,7 @@ class Latency:
 async def delay(
     latency: Latency, port: int, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Serve on a new port, which is the start value, and pass all data on to another port."""
+    """Listen on a new port, the start value, and pass all data on to another port."""
     randomness = random.Random(latency.seed)
 
     async def connect(client: trio.SocketStream) -> None:

@@ -23,15 +23,15 @@ RECIPES = README.parent / "gateway_queue" / "recipes"
 SHARDS, PROCESSES = 24, 4
 QUEUE_IN_RECIPES = "http://127.0.0.1:5000"
 JAVASCRIPT = {"discord.js", "@discordjs/ws", "discordeno", "oceanic.js", "eris"}
-"""The recipes that start with one block that they share."""
+"""The recipes that start with the block for JavaScript."""
 
 
 def recipe(library: str, port: int, *, confirm: bool = True) -> str:
-    """Return what the README tells the users of a library to write, for a queue on this port.
+    """Return the README's recipe for a library, for a queue on this port.
 
     Args:
       library: its name in the README.
-      port: where the queue is.
+      port: of the queue.
       confirm: whether shards confirm; if not, they ask for ordinary tickets in the same way.
     """
     titles = ("JavaScript", library) if library in JAVASCRIPT else (library,)
@@ -84,7 +84,7 @@ def slots_wasted(queue: Server, window: float) -> int:
 
 
 class Library(Protocol):
-    """How to run a bot on a library. Environment variables contain the rest."""
+    """How to run a bot on a library. The rest is in the environment, see :meth:`Bots.start`."""
 
     @property
     def name(self) -> str:
@@ -98,7 +98,7 @@ class Library(Protocol):
         """Return what starts a process.
 
         Args:
-          port: where the queue is; None to go without.
+          port: of the queue; None for no queue.
           confirm: see :func:`recipe`.
         """
 
@@ -124,11 +124,11 @@ class Bots:
     """The processes of a fleet.
 
     Args:
-      library: what all of them run on.
+      library: of all bots.
       gateway: where their shards start sessions.
       command: starts a process.
       folder: with the files that users copy next to their bots.
-      log: where they write to.
+      log: receives their output.
     """
 
     def __init__(
@@ -188,12 +188,12 @@ class Bots:
 def running_bots(
     library: Library, gateway: Gateway, port: int | None, *, confirm: bool = True
 ) -> Iterator[Bots]:
-    """End all processes at the end of the context, and show what they have written if it fails.
+    """Return a fleet. The end of the context kills it, and prints its output after an error.
 
     Args:
       library: see :class:`Bots`.
       gateway: see :class:`Bots`.
-      port: where the queue is; None to go without.
+      port: of the queue; None for no queue.
       confirm: see :func:`recipe`.
     """
     command = library.command(port, confirm=confirm)

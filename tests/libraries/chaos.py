@@ -1,4 +1,4 @@
-"""The history that every library has to survive without an Invalid Session."""
+"""The crashes and restarts that every library has to survive without an Invalid Session."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WINDOW = 0.25
 """Seconds: the queue's window and Discord's own. The time that a shard takes to identify does not
 scale with it, but confirmed tickets do not depend on that time."""
 MARGIN = 1.0
-"""Seconds that a restarted queue holds longer: a shard may identify after the end of its queue."""
+"""Seconds that a restarted queue holds longer: a shard may identify after its queue was killed."""
 LONG = 5 * PATIENCE
 """Seconds that a fleet may take to start, on a busy machine."""
 
@@ -68,7 +68,7 @@ def wait_until_all_are_up(gateway: Gateway) -> None:
 
 
 def a_waiting_shard(queue: Server) -> int:
-    """Wait until a shard waits."""
+    """Wait until a shard waits for its turn, and return its number."""
     found: list[int] = []
 
     def look() -> bool:
@@ -119,7 +119,7 @@ def fleet_after_chaos(library: Library, max_concurrency: int) -> Iterator[Fleet]
     assert gateway.early == []
 
 
-def gets_many_without_the_queue(library: Library) -> None:
+def gets_invalid_sessions_without_the_queue(library: Library) -> None:
     """Start the fleet without the queue, and wait for Invalid Sessions."""
     with (
         enforcing(5) as gateway,

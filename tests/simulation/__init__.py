@@ -1,4 +1,4 @@
 """A fleet of simulated shards against the real server and the stand-in for Discord.
 
-``scripts/simulate --help`` says what it can do.
+``scripts/simulate --help`` lists its options.
 """

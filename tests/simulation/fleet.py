@@ -20,7 +20,7 @@ from tests.simulation.ways import Way
 
 @dataclass(frozen=True)
 class Wait:
-    """From when a shard first asked for its turn to its session (:func:`trio.current_time`)."""
+    """When a shard first asked for its turn, and when it had a session (on trio's clock)."""
 
     shard: int
     asked_at: float
@@ -59,7 +59,7 @@ class Fleet:
                 nursery.start_soon(self._run_process, number)
 
     async def kill_process(self) -> None:
-        """Let all shards of any one process crash; it starts again."""
+        """Crash all shards of a random process; it starts again."""
         random.choice(list(self._processes.values())).cancel()
 
     async def _run_process(self, number: int) -> None:

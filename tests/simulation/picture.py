@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.simulation.report import DISCORDS_WINDOW, Outcome, summary, thinned
 
 WIDTH, HEIGHT, GAP = 320, 220, 85
-"""Of a diagram, and between two."""
+"""The size of a diagram, and the gap between two diagrams, in units of the SVG."""
 
 LEFT, TOP, BOTTOM = 85, 90, 60
 
@@ -74,7 +74,7 @@ def _diagram(outcome: Outcome, place: int, shards: int, longest: float) -> Itera
 
 
 def _marks(most: float) -> list[float]:
-    """Return round numbers from 0 up to some number, a few of them."""
+    """Return a few round numbers from 0 up to ``most``."""
     power = 10.0 ** math.floor(math.log10(most))
     sizes = [power / 10 * step for step in STEPS] + [power * step for step in STEPS]
     size = next(size for size in sizes if most / size <= 6)

@@ -1,4 +1,4 @@
-"""What a simulation has shown, in seconds of Discord's clock."""
+"""The results of a simulation, in seconds of Discord's clock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Outcome:
     gateway: Gateway
     waits: Sequence[Wait]
     up: Sequence[tuple[float, int]]
-    """How many shards had a session, and when that was looked at (:func:`time.monotonic`)."""
+    """Samples: the time (:func:`time.monotonic`), and how many shards had a session then."""
 
     @property
     def is_reset(self) -> bool:
@@ -40,12 +40,12 @@ class Outcome:
 
     @property
     def took(self) -> float:
-        """How long it took until all shards were up, or the token was reset."""
+        """Seconds until all shards were up, or until the token was reset."""
         return self._discords_seconds(self.up[-1][0] - self.up[0][0])
 
     @property
     def at_least(self) -> float:
-        """The limit: one session per window, for the key that has most of them."""
+        """The shortest possible start-up: one session per window, for the key with the most."""
         return (max(map(len, self._starts_by_key())) - 1) * DISCORDS_WINDOW
 
     @property
@@ -85,9 +85,9 @@ class Outcome:
 
 
 def overtaken(waits: Iterable[Wait], window: float) -> int:
-    """Count the shards of a key that waited while another one came later and was up before them.
+    """Count the shards of a key that were overtaken: another shard came later and was up earlier.
 
-    Later by more than a window: shards that come at the same time have no order.
+    "Later" means by more than a window, because shards that come at the same time have no order.
     """
     later_first = sorted(waits, key=lambda wait: -wait.asked_at)
     earliest = [math.inf]

@@ -1,4 +1,4 @@
-"""Ways in which shards wait until they may identify: the queue, and what users do otherwise."""
+"""Ways in which shards wait until they may identify: the queue, and what users do without it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ExpiringLock:
     Args:
       keys: number of rate limit keys.
       second: real seconds per second of Discord's clock.
-      expiry: seconds on Discord.
+      expiry: seconds of Discord's clock until a lock expires.
     """
 
     def __init__(self, keys: int, second: float, expiry: float) -> None:
@@ -78,7 +78,7 @@ class AskQueue:
     """The real server, asked over plain sockets: thousands of clients share a machine with it.
 
     Args:
-      ports: where it is; if there are replicas, each shard asks one after the other.
+      ports: one for each replica; each shard asks them in turn, from a random one on.
       patience: seconds after which a client gives up and asks again at once.
       retry_after: seconds until it asks again after an error.
     """
@@ -94,7 +94,7 @@ class AskQueue:
             yield
 
     async def _wait(self, shard: int) -> trio.SocketStream:
-        """Return the connection of the request that is answered; its close confirms."""
+        """Return the connection of the answered request; closing it confirms the ticket."""
         for attempt in count(random.randrange(len(self._ports))):
             port = self._ports[attempt % len(self._ports)]
             with (

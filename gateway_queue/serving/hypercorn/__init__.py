@@ -1,11 +1,11 @@
-"""Hypercorn, changed where stalled requests need it.
+"""Changes Hypercorn where requests that stall need it.
 
 Hypercorn has no setting for any of this, so subclasses of some of its classes take their place
-when the app starts, in every way to run it. ``.github/UPSTREAM.md`` lists what Hypercorn could
-take over.
+when the app starts, however it is run. ``.github/UPSTREAM.md`` lists the changes that Hypercorn
+could adopt.
 
-What is private or undocumented, which rule of the queue needs it, what happens without it, and
-which test notices a change of Hypercorn:
+The table lists the private and undocumented parts of Hypercorn that are used, which rule of the
+queue needs them, what happens without them, and which test notices a change of Hypercorn:
 
 ==============================  ===============================  =================================
 used                            needed for                       without it; noticed by
@@ -14,11 +14,11 @@ used                            needed for                       without it; not
 ``protocol_send``,              once; an answer that cannot be   read timeout, a slow reader keeps
 ``send_lock``, ``idle_task``    written frees its slot           the next ticket waiting;
                                                                  ``test_hardening``
-``TaskGroup._nursery``,         a disconnect cancels the         two tasks and a channel more for
+``TaskGroup._nursery``,         a disconnect cancels the         two more tasks and a channel for
 ``_nursery_manager``,           request; 25 % less memory for a  each request; ``test_requests``,
 ``spawn_app``                   waiting client                   ``test_hypercorn``
 ``HTTPStream.app_send``,        a ticket is never answered by    500 for a ticket, which clients
-``state``, ``closed``           a 5xx; a client that left takes  take for a permission;
+``state``, ``closed``           a 5xx; a client that left takes  treat as permission to identify;
                                 no slot                          ``test_hypercorn``
 ``H11Protocol.can_read``,       a disconnect behind pipelined    a vanished client takes a slot;
 ``_handle_events``,             bytes is noticed; head and body  ``test_requests``, ``test_wire``
@@ -41,13 +41,13 @@ used                            needed for                       without it; not
                                 deadline
 ``H2Protocol.stream_send``      head, body and end are one       a client gets a part of an
                                 write                            answer; ``test_http2``
-``H2Protocol.priority``         to forget one of 900 streams     a client that ends its requests
+``H2Protocol.priority``         removing one of 900 streams      a client that ends its requests
                                 does not take 3 ms               delays releases; ``test_attack``
 ``H2Protocol.connection``,      frames are counted before h2     floods delay releases by seconds;
 ``handle``, ``initiate``        parses them                      ``test_attack``
-``H2Protocol``, ``H11Protocol`` 1000 requests are no limit; a    tickets are lost, or a secret gets
-``keep_alive_requests``,        change of the protocol is for    into the log; ``test_attack``
-``_check_protocol``             the first request only
+``H2Protocol``, ``H11Protocol`` more than 1000 requests; only    tickets are lost, or a secret gets
+``keep_alive_requests``,        the first request can change     into the log; ``test_attack``
+``_check_protocol``             the protocol
 ``TCPServer.protocol``,         a closed connection frees its    reconnecting clients fill the
 ``ProtocolWrapper.protocol``    memory at once                   memory; ``test_attack``
 ``HTTPStream.handle``,          the app tells tickets from       half-closed clients get no answer
@@ -75,14 +75,15 @@ from gateway_queue.serving.hypercorn.stream import Stream
 
 
 class UnknownHypercorn(Exception):
-    """Hypercorn has another class, or none, where one of ours is to be used."""
+    """A class of Hypercorn that one of ours has to replace is missing, or is another class."""
 
 
 def install() -> None:
-    """Let Hypercorn use the classes below.
+    """Replace classes of Hypercorn with the classes below.
 
     Raises:
-      UnknownHypercorn: without one of them, releases would be early or tickets be answered 500.
+      UnknownHypercorn: one of them cannot be replaced. Without it, releases would be early, or
+        tickets would be answered 500.
     """
     for module, name, ours in (
         (hypercorn.trio.run, "TCPServer", Connection),

@@ -26,20 +26,20 @@ from gateway_queue.serving.keep_alive import keep_alive
 log = structlog.stdlib.get_logger(__name__)
 
 SEND_SECONDS, SLOWEST_READER = 0.8, 10_000
-"""How soon a client has to read once the kernel's buffers are full, and how many bytes per second:
-the next ticket waits until an answer is written."""
+"""When the kernel's buffers are full, a client has ``SEND_SECONDS``, plus one second for each
+``SLOWEST_READER`` bytes, to read: the next ticket waits until an answer is written."""
 
 READ_BYTES = 2**15
-"""How much is read in one step."""
+"""The most bytes to read in one step."""
 
 SHORT_WAIT_SECONDS = 0.01
-"""A shorter wait for a turn does not extend the idle time."""
+"""A shorter wait for a turn does not extend the idle time of a connection."""
 
 GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
-"""What the kernel tells of a connection whose client neither sends nor reads any more."""
+"""The poll events of a connection whose client neither sends nor reads any more."""
 
 PROBES_MAX = 4
-"""The most probes of one connection before an answer."""
+"""The most probes before an answer, for each of ``ProbeClient.times``."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class ProbeClient(Event):
     """Finds out whether the client is still connected, just before a response is written."""
 
     times: int = 1
-    """How often in a row there must be nothing to read, if more than once."""
+    """How many probes in a row must find nothing to read. With 1, one probe is always enough."""
 
 
 class WaitForTurn(Event):
-    """A part of what was read is still to be handled."""
+    """A part of the data that was read is not handled yet."""
 
 
 class HoldsTicket(Event):
@@ -59,9 +59,9 @@ class HoldsTicket(Event):
 
 
 class Connection(TCPServer):
-    """A connection that is watched over by the kernel, which Hypercorn has no setting for.
+    """A connection with TCP keep-alive, for which Hypercorn has no setting.
 
-    And a fault in it ends this connection alone, where Hypercorn would end the server.
+    An error in it ends only this connection. Hypercorn would end the server.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Connection(TCPServer):
         except* trio.ClosedResourceError:
             pass  # closed during the handshake of TLS
         except* Exception as errors:  # noqa: BLE001
-            # Only the kinds: what an exception says may hold a header with a token.
+            # Only the types: the message of an exception may contain a header with a token.
             kinds = ", ".join(sorted({type(error).__name__ for error in _leaves(errors)}))
             log.warning("connection closed after an error", error=kinds)
         finally:
@@ -112,7 +112,7 @@ class Connection(TCPServer):
         self.idle_task.end_connection()
 
     async def _close(self) -> None:
-        """Close at once when the server stops: two more waits take a third of the time."""
+        """Close at once when the server stops: Hypercorn's two waits take a third of the time."""
         if trio.current_effective_deadline() == -math.inf:
             self._transport.socket.close()
         elif self._transport.socket.fileno() >= 0:
@@ -135,7 +135,7 @@ class Connection(TCPServer):
         return self._receive_tls(self.stream)
 
     async def _read(self, socket: trio.socket.SocketType) -> bytes:
-        """Receive as trio's stream does, which takes 1 kB more for each client that stalls.
+        """Receive like trio's stream, which would take 1 kB more for each client that stalls.
 
         Raises:
           trio.ClosedResourceError, trio.BrokenResourceError: as that does.
@@ -146,7 +146,7 @@ class Connection(TCPServer):
             if state != select.POLLIN and socket.fileno() >= 0:
                 await trio.lowlevel.wait_readable(socket)
                 state = self._state_in_kernel()
-            if state == select.POLLIN:  # a client that hangs up does not wait
+            if state == select.POLLIN:  # a disconnect does not wait
                 await self._wait_for_turn()
             if socket.fileno() < 0:
                 raise trio.ClosedResourceError
@@ -173,9 +173,10 @@ class Connection(TCPServer):
             self.idle_task.extend(waited)
 
     async def protocol_send(self, event: Event) -> None:
-        """Close on a client that does not read, where Hypercorn would wait for it.
+        """Handle an event; close the connection if its client does not read the data.
 
-        What comes while the connection is being closed is dropped; trio has an error for that.
+        Hypercorn would wait for such a client. Events that come while the connection is being
+        closed are dropped: trio raises an error for them.
         """
         with suppress(trio.BusyResourceError):
             # isinstance() is slow here: Hypercorn's events are abstract classes.
@@ -215,13 +216,13 @@ class Connection(TCPServer):
             if state & ~select.POLLIN:
                 await self.protocol.handle(Closed())
                 return
-            # What is unread, or is being read, may reset a stream.
+            # Data that is unread, or is being read, may reset a stream.
             idle_times = 0 if state & select.POLLIN else idle_times + 1
             if times in {1, idle_times}:
                 return
 
     def _state_in_kernel(self) -> int:
-        """Ask the kernel: trio may not have come to it yet, if thousands hang up at once."""
+        """Ask the kernel: if thousands disconnect at once, trio may not have noticed all yet."""
         if (descriptor := self._transport.socket.fileno()) < 0:
             return select.POLLNVAL
         poll = select.poll()
@@ -232,12 +233,12 @@ class Connection(TCPServer):
         try:
             self.send_lock.acquire_nowait()
         except trio.WouldBlock:
-            with trio.CancelScope(shield=True):  # HTTP/2 counts on each byte
+            with trio.CancelScope(shield=True):  # HTTP/2 needs every byte
                 await self.send_lock.acquire()
         try:
             read_by = trio.current_time() + SEND_SECONDS + len(data) / SLOWEST_READER
-            # A cancellation must not tear what is being written, but an answer may have to be out
-            # at a certain time.
+            # A cancellation must not cut off data that is being written. A deadline may, because an
+            # answer must not be written later.
             try:
                 with trio.fail_at(min(read_by, deadline()), shield=True):
                     await self.stream.send_all(data)
@@ -257,9 +258,9 @@ def _leaves(errors: BaseExceptionGroup[Exception]) -> Iterator[Exception]:
 
 
 class _Idle(TrioSingleTask):
-    """Sets a deadline on a connection that asks for nothing, where Hypercorn starts a task.
+    """Sets a deadline for a connection without a request. Hypercorn starts a task for this.
 
-    To start and end that task for each request took a quarter of its CPU time.
+    To start and end that task took a quarter of the CPU time of each request.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -267,16 +268,16 @@ class _Idle(TrioSingleTask):
         self._connection = trio.CancelScope()  # replaced when the connection has its tasks
 
     async def restart(self, task_group: Any, action: object) -> None:  # noqa: ARG002
-        """Take over the connection: Hypercorn calls this once it has its tasks."""
+        """Start the idle time. Hypercorn calls this once the connection has its tasks."""
         self._connection = task_group.cancel_scope
         self.begin()
 
     def begin(self) -> None:
-        """Let the idle time begin."""
+        """Start the idle time."""
         self._connection.deadline = trio.current_time() + self._seconds
 
     def end(self) -> None:
-        """Let the connection live while it has a request."""
+        """End the idle time: the connection stays while it has a request."""
         self._connection.deadline = math.inf
 
     def end_connection(self) -> None:

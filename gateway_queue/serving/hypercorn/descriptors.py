@@ -15,7 +15,7 @@ OTHERS = 40
 """File descriptors that the process needs for other things than connections."""
 
 RESERVED_PART, RESERVED_MAX = 0.25, 1000
-"""How much of the other descriptors is kept for connections without a ticket."""
+"""The fraction of the other descriptors, and the most of them, for connections without a ticket."""
 
 
 class Closable(Protocol):

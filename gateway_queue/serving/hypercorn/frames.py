@@ -1,4 +1,4 @@
-"""What an HTTP/2 client sends, frame by frame, before it is parsed."""
+"""Divides the data of an HTTP/2 client into frames, before it is parsed."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ HEAD_MAX = 10 * 1024
 """Bytes of the encoded headers of one request. h2 takes three times as much memory for them."""
 
 STEP_COST = 20
-"""What may be parsed in one step: 20 small frames take about half a millisecond."""
+"""The cost of the frames that are parsed in one step: half a millisecond for 20 small frames."""
 
 COSTS = {HEADERS: STEP_COST, SETTINGS: STEP_COST}
-"""What a frame costs in a step: one is a request, the other concerns all streams. Others cost 1."""
+"""The cost of a frame: HEADERS is a request, SETTINGS concerns all streams. Others cost 1."""
 
 ALLOWANCE, ALLOWANCE_PER_SECOND = 5000.0, 100.0
-"""How many frames a client may send that carry nothing, at once and in the long run. To end 900
-requests and to start them again takes 1800."""
+"""How many frames without data a client may send, at once and in the long run. To end 900 requests
+and to start them again takes 1800."""
 
 LITTLE = 256
-"""Bytes. A frame with less data than this carries nothing."""
+"""A DATA frame with fewer bytes than this counts as a frame without data."""
 
 
 class Excess(Exception):
-    """A client sends too many frames that carry nothing."""
+    """A client sends too many frames without data, or too long headers."""
 
 
 class Frames:
-    """Cuts what a client sends into steps, and counts."""
+    """Divides the data of a client into steps, and counts its frames."""
 
     def __init__(self) -> None:
         self.client_leaves = False
-        """Whether the client has said that it starts no more requests."""
+        """Whether the client has sent GOAWAY: it starts no more requests."""
         self._unread = bytearray()
         self._has_begun = False
         self._head_bytes = 0
@@ -51,9 +51,9 @@ class Frames:
         self._unread += data
 
     def next_step(self) -> bytes | None:
-        """Return the next part to parse; None without a whole frame.
+        """Return the next frames to parse; None without a whole frame.
 
-        A GOAWAY is not among them: after it, h2 would send no answer.
+        GOAWAY frames are left out: after a GOAWAY, h2 would send no answer.
 
         Raises:
           Excess: the connection should be closed.
@@ -79,7 +79,7 @@ class Frames:
         return self._take(end) if end or cost else None
 
     def credit(self, frames: float) -> None:
-        """Allow frames for a request that was answered."""
+        """Allow more frames without data, up to ``ALLOWANCE``."""
         self._allowance = min(ALLOWANCE, self._allowance + frames)
 
     def _take(self, size: int) -> bytes:

@@ -23,7 +23,7 @@ from gateway_queue.serving.hypercorn.stream import (
 from gateway_queue.serving.hypercorn.turns import turns
 
 PIPELINED_MAX = 2**16
-"""Bytes that a client may send ahead, behind a request that still stalls."""
+"""Bytes that a client may send after a request that still stalls."""
 
 
 HEAD_END = re.compile(rb"\n\r?\n")
@@ -36,7 +36,7 @@ class _Paused(Exception):
 
 
 class _PauseSignal:
-    """Stands in for the event on which Hypercorn waits, without reading, while h11 pauses."""
+    """Replaces the event on which Hypercorn waits, without reading, while h11 pauses."""
 
     async def clear(self) -> None:
         pass
@@ -61,12 +61,12 @@ class HTTP1(H11Protocol):
         self._unsent = b""
         self._unanswered: Stream | None = None
         self._news: ParkingLot | None = None
-        """For a client that has closed its sending side; others take less memory without it."""
+        """Wakes :meth:`handle`. Made when the client closes its sending side, to save memory."""
 
     async def handle(self, event: Event) -> None:
         """Ignore requests that are read after their client has left.
 
-        A client that only closed its sending side gets its answer, except to a ticket.
+        A client that has only closed its sending side still gets its answer, except to a ticket.
         """
         is_closed = type(event) is Closed
         self._is_closed |= is_closed
@@ -106,7 +106,7 @@ class HTTP1(H11Protocol):
                 await self.send(Closed())
 
     def _has_too_many_headers(self) -> bool:
-        """Count the lines of the next head: h11 takes long for many of them."""
+        """Return whether the next head has so many lines that h11 would take long for it."""
         if self.connection.their_state is not h11.IDLE:
             return False
         head = self.connection.trailing_data[0].lstrip(b"\r\n")
@@ -134,13 +134,14 @@ class HTTP1(H11Protocol):
     async def _check_protocol(self, event: h11.Request) -> None:
         """Let only the first request of a connection change the protocol.
 
-        Hypercorn would lose another one, and log its headers. A server may ignore the offer.
+        Hypercorn would lose any later request that offers this, and log its headers. A server may
+        ignore the offer.
         """
         if self.keep_alive_requests == 0:
             await super()._check_protocol(event)
 
     async def _create_stream(self, request: h11.Request) -> None:
-        """Ignore an offer of WebSockets, as a server may: the request is a request like any.
+        """Ignore an offer of WebSockets, as a server may: the request is handled like any other.
 
         A request with two lengths is the last one of its connection (RFC 9112, 6.1).
         """
@@ -157,7 +158,7 @@ class HTTP1(H11Protocol):
         await super()._create_stream(request)
 
     async def stream_send(self, event: StreamEvent) -> None:
-        """Pass on that a request is a ticket."""
+        """Tell the connection when a request becomes a ticket; pass on all other events."""
         if isinstance(event, TicketAdmitted):
             self._tell_news()
             await self.send(HoldsTicket())
@@ -165,12 +166,12 @@ class HTTP1(H11Protocol):
             await super().stream_send(event)
 
     async def _send_h11_event(self, event: H11SendableEvent) -> None:
-        """Send the head of an answer in one packet with what follows, as Hypercorn does not.
+        """Send the head of an answer in one packet with its body. Hypercorn sends two packets.
 
-        What follows the head when CONNECT is answered is no body (RFC 9110, 9.3.6).
+        After the head of an answer to CONNECT, nothing is sent: it has no body (RFC 9110, 9.3.6).
 
         Raises:
-          ClientGone: instead of the first packet.
+          ClientGone: the client has left before the first packet.
         """
         if self.connection.our_state is not h11.SWITCHED_PROTOCOL:
             try:
@@ -194,8 +195,8 @@ class HTTP1(H11Protocol):
     async def _send_error_response(self, status_code: int) -> None:
         """Answer data that is not a request; close without an answer after other errors.
 
-        The others are: 501 for a transfer coding that h11 does not know, 400 for a broken body
-        behind a request that stalls.
+        The other errors are: 501 for a transfer coding that h11 does not know, 400 for a broken
+        body of a request that stalls.
         """
         if status_code in NO_REQUEST and self.stream is None:
             await super()._send_error_response(status_code)

@@ -38,12 +38,12 @@ IGNORED = (
 
 
 UNREAD_MAX = 100
-"""Responses of one connection that wait until its client reads, besides those to tickets.
+"""The most responses of one connection that may wait until its client reads, not counting tickets.
 Thousands of them would end in the same moment."""
 
 
 class Buffer(StreamBuffer):
-    """What is left to send of a response."""
+    """The part of a response that is still to be sent."""
 
     def __init__(self, event_class: type[IOEvent]) -> None:
         super().__init__(event_class)
@@ -63,7 +63,7 @@ class Buffer(StreamBuffer):
 class Ready:
     """The streams that have something to write, in turn.
 
-    It stands in for Hypercorn's tree of priorities, which takes 3 ms to forget one of 900 streams.
+    It replaces Hypercorn's tree of priorities, which takes 3 ms to remove one of 900 streams.
     Responses are short, so their order does not matter.
     """
 
@@ -88,7 +88,7 @@ class Ready:
         self._ready[stream_id] = None
 
     def block(self, stream_id: int) -> None:
-        """Let a stream write no more."""
+        """Let a stream write nothing until it is unblocked."""
         self._ready.pop(stream_id, None)
 
     insert_stream, remove_stream = unblock, block
@@ -103,7 +103,7 @@ class HTTP2(H2Protocol):
     async def initiate(
         self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None
     ) -> None:
-        """Begin to count the time in which a client asks for nothing."""
+        """Start the connection, and the idle time in which its client has no request."""
         self._frames = Frames()
         self._unread: set[int] = set()
         self.priority = Ready()
@@ -114,7 +114,7 @@ class HTTP2(H2Protocol):
     async def handle(self, event: Event) -> None:
         """Parse what was read in steps, and end the responses of a closed connection.
 
-        The tasks that send them would never end.
+        Otherwise, the tasks that send these responses would never end.
         """
         if isinstance(event, RawData):
             await self._handle_steps(event.data)
@@ -147,7 +147,8 @@ class HTTP2(H2Protocol):
     async def stream_send(self, event: StreamEvent) -> None:
         """Keep the head of a response for its first part, and wait until the last is written.
 
-        A stream that ends without a whole response is reset: its client would wait on.
+        A stream that ends without a whole response is reset: otherwise, its client would keep
+        waiting.
 
         Raises:
           ClientGone: nothing of the response was written.
@@ -222,15 +223,15 @@ class HTTP2(H2Protocol):
             self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
 
     def _drop(self, data: h2.events.DataReceived) -> None:
-        """Give the client its credit back for data behind the answer."""
+        """Give back the flow control credit for data that comes after the answer."""
         self.connection.acknowledge_received_data(data.flow_controlled_length, data.stream_id)
 
     async def _send_data(self, stream_id: int) -> None:
         """Write the next part of a response, then wake its sender.
 
         Hypercorn wakes the sender first. A window starts when the sender continues, so the next
-        release was early. The head, the body and the end of the stream are one write, because
-        clients wait for the end, and because a client that leaves in between would get a part.
+        release would be early. The head, the body and the end of the stream are one write, because
+        clients wait for the end, and because a client that leaves in between would get only a part.
         """
         try:
             buffer = self.stream_buffers[stream_id]
@@ -276,9 +277,9 @@ class HTTP2(H2Protocol):
         self.connection.send_headers(head.stream_id, headers)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
-        """Take CONNECT, which Hypercorn reserves for WebSockets, as a request like any.
+        """Handle CONNECT, which Hypercorn reserves for WebSockets, like any other request.
 
-        A request that cannot be one ends its own stream, where Hypercorn ends the connection.
+        A request that is not valid ends only its stream. Hypercorn would end the connection.
         """
         headers = dict(request.headers)
         if headers[b":method"] == b"CONNECT":
@@ -291,5 +292,5 @@ class HTTP2(H2Protocol):
             await super()._create_stream(request)
             # At 1000 Hypercorn would end the connection, with all tickets on it.
             self.keep_alive_requests = 0
-            # Start its task now: trio starts tasks that were made in the same step in any order.
+            # Start its task now: trio starts tasks that were created in one step in any order.
             await trio.lowlevel.checkpoint()

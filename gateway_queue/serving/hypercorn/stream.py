@@ -20,14 +20,14 @@ HEADERS_MAX = 100
 class ClientGone(OSError):
     """A client has left before the first byte of its response was written.
 
-    ASGI asks for an OSError; Hypercorn has none.
+    ASGI requires an OSError for this; Hypercorn raises none.
     """
 
 
 class Stream(HTTPStream):
-    """A request that is closed without an answer if the app has none.
+    """A request that is closed without an answer if the app gives none.
 
-    Hypercorn answers 500, and many clients take any answer for a permission.
+    Hypercorn would answer 500, and many clients treat any answer as permission to identify.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -38,14 +38,17 @@ class Stream(HTTPStream):
         """Whether the whole request was read."""
 
     async def handle(self, event: Event) -> None:
-        """Let the app say, before it starts, that this request is a ticket."""
+        """Give the app, before it starts, the function that makes this request a ticket."""
         self.is_whole |= isinstance(event, EndBody)
         await super().handle(event)
         if isinstance(event, Request):
             self.scope["extensions"][TICKET] = self.become_ticket  # type: ignore[assignment]
 
     async def become_ticket(self) -> None:
-        """Note that this request stalls. Its client has gone when it sends no more."""
+        """Note that this request stalls.
+
+        From now on, a client that closes its sending side has left.
+        """
         self.is_ticket = True
         await self.send(TicketAdmitted(self.stream_id))
 

@@ -1,4 +1,4 @@
-"""Takes what clients send in small steps, one per turn of the event loop."""
+"""Handles what clients send in small steps, a few per turn of the event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import trio
 from trio.lowlevel import Abort, RaiseCancelT, RunVar, Task
 
 STEPS_MAX, SHORT_SECONDS = 4, 0.0004
-"""How many connections take a step in a turn if the last turn was short, otherwise one does."""
+"""How many connections take a step in a turn if the last one took less than this; otherwise one."""
 
 
 class Turns:
@@ -22,7 +22,7 @@ class Turns:
         self._waiting: dict[Task, None] = {}
         """The tasks that wait, in their order."""
         self._given = 0
-        """How many may take a step now."""
+        """How many tasks may take a step now."""
         self._given_at = 0.0
 
     async def wait(self) -> None:
@@ -58,7 +58,7 @@ class Turns:
         await trio.lowlevel.wait_task_rescheduled(leave)
 
     def _begin_step(self) -> None:
-        """Let the next ones take their steps in the next turn of the loop, if this is the last."""
+        """Begin a step; if it is the last of this turn, let the next tasks take theirs."""
         self._given -= 1
         if self._given:
             return

@@ -10,38 +10,39 @@ import trio
 MICROSECONDS = 1_000_000
 
 DRIFT = 0.001
-"""By how much, at most, the server's clock runs faster or slower than ours; a time daemon slews a
-clock by half of it."""
+"""The fraction by which, at most, the server's clock runs faster or slower than ours. A time daemon
+slews a clock by half of it."""
 
 
 def longest_there(seconds: float) -> float:
-    """Return what the server's clock may advance by in some seconds of ours, at most."""
+    """Return by how many seconds, at most, the server's clock advances in some seconds of ours."""
     return seconds * (1 + DRIFT)
 
 
 def longest_here(seconds: float) -> float:
-    """Return what our clock may advance by in some seconds of the server's, at most."""
+    """Return by how many seconds, at most, our clock advances in some seconds of the server's."""
     return seconds / (1 - DRIFT)
 
 
 class ServerClock:
     """Converts between the server's clock and :func:`trio.current_time`.
 
-    The server's is a clock that can be set. Then the windows that it measures are wrong, so each
-    answer is held against our own clock. That shows every step that is longer than the way to the
-    server and back takes. Time daemons and virtual machines set a clock by a little again and
-    again, so a release waits for as long as all steps of one window together may have shortened it,
-    see :meth:`longest_step`. After a longer step, what the clock has measured is of no use.
+    The server's clock can be set. Then the windows that it measures are wrong, so the time in each
+    answer is compared with our own clock. That shows every step that is longer than a round trip.
+    Time daemons and virtual machines set a clock by a little again and again. So a release waits,
+    in addition, for the time by which all steps during one window may have shortened that window,
+    see :meth:`longest_step`. After a step of more than ``small_step``, the store trusts no time of
+    this clock any more.
 
     Args:
-      memory: seconds that the longest window takes.
-      small_step: the most seconds that a clock may be set by without counting as another one.
+      memory: seconds of the longest window: for so long, steps are remembered.
+      small_step: the longest step, in seconds, after which the clock is still trusted.
     """
 
     def __init__(self, memory: float, small_step: float) -> None:
         self._memory = memory
         self._small_step = small_step
-        # The server's time less ours is between these two.
+        # The server's time minus ours is between these two.
         self._least, self._most = -math.inf, math.inf
         self._offset = 0.0
         self._seen_at = trio.current_time()
@@ -50,16 +51,17 @@ class ServerClock:
         self._steps = deque[tuple[float, float]]()
         self.was_set = False
         """Whether there was a small step, until the store has dealt with it."""
-        # The values of `_least` with the times of the next ones, as far as no later value is lower.
+        # The former values of `_least`, each with the time of the next one. A value is dropped if a
+        # later one is as low or lower, so the first is the lowest.
         self._former_least = deque[tuple[float, float]]()
 
     def agrees(self, now: int, asked_at: float, answered_at: float) -> bool:
         """Learn the clock from an answer, and return whether it was set by a small step at most.
 
         Args:
-          now: what the server's clock has shown, in microseconds.
-          asked_at: before that, here.
-          answered_at: after it, here.
+          now: the time that the server's clock has shown, in microseconds.
+          asked_at: when the command was sent, by our clock.
+          answered_at: when its answer came, by our clock.
         """
         drift = DRIFT * (answered_at - self._seen_at)
         self._seen_at = answered_at
@@ -71,7 +73,7 @@ class ServerClock:
             self._least, self._most = least, most
         else:
             self._least, self._most = max(self._least - drift, least), min(self._most + drift, most)
-        # No further than it has to, so that what is converted twice gives the same.
+        # Changed no more than necessary, so that converting a time twice gives the same result.
         self._offset = min(max(self._offset, self._least), self._most)
         self._remember(answered_at)
         return step <= self._small_step
@@ -83,7 +85,7 @@ class ServerClock:
     def set_back_by(self) -> float:
         """Return by how many seconds the clock was set back during one window.
 
-        It may be set forward again before another replica has noticed the first step.
+        The clock may be set forward again before another replica has noticed that step.
         """
         farthest = passed = 0.0
         for _, step in reversed(self._steps):
@@ -92,7 +94,7 @@ class ServerClock:
         return farthest
 
     def change(self, memory: float, small_step: float) -> None:
-        """Take over other figures, see the constructor; a window of before may still last."""
+        """Change the constructor's arguments; a longer ``memory`` stays, for earlier windows."""
         self._memory = max(self._memory, memory)
         self._small_step = small_step
 

@@ -30,7 +30,7 @@ GLANCE_KEYS = KEYS[:3]
 
 
 class Unreachable(Exception):
-    """Redis has not answered, or with an error; the message says why.
+    """Redis has not answered, or has answered with an error; the message says why.
 
     The command may have been carried out.
     """
@@ -48,17 +48,17 @@ class Known(NamedTuple):
 
 
 def connections(url: str, location: TCPLocation | None = None) -> ConnectionPool[Any]:
-    """Make what the connection of a link comes from, and lives in.
+    """Make the pool from which a link gets its connection.
 
     Args:
       url: of a server.
-      location: of another node of the cluster of this server, to connect to that one instead.
+      location: another node of this server's cluster, to connect to instead.
 
-    A pool replaces a lost connection behind the scenes. But the next one may lead to a server that
-    has missed what the last one was told. So each pool has one link, and each link one connection.
+    A pool replaces a lost connection by itself. But the next connection may lead to a server that
+    has missed the last commands. So each pool has one link, and each link one connection.
     """
     if url.startswith("rediss:") and "ssl_" not in url:
-        # Otherwise coredis would take the certificate of any host.
+        # Otherwise coredis would accept the certificate of any host.
         context = ssl.create_default_context()
         pool = ConnectionPool.from_url(url, decode_components=True, ssl_context=context)
     else:
@@ -71,7 +71,7 @@ class Connection:
     """A connection, from :meth:`open` until it is lost.
 
     Args:
-      pool: where to get it from, open.
+      pool: an open pool that makes the connection.
     """
 
     _connection: BaseConnection
@@ -150,7 +150,7 @@ class Connection:
         return None if policy == "noeviction" or fields.get("maxmemory") == "0" else policy
 
     async def cluster_nodes(self) -> set[TCPLocation]:
-        """Return the nodes of the cluster that the server belongs to, if it does and tells.
+        """Return the nodes of the server's cluster; none if it has none, or refuses to list them.
 
         Raises:
           Unreachable: there is no answer.
@@ -164,16 +164,16 @@ class Connection:
         return {TCPLocation(host.decode(), port) for host, port, *_ in nodes if host}
 
     def lose(self, reason: str) -> None:
-        """Use this connection no more."""
+        """Mark this connection as lost: it is not used any more."""
         if not self.lost.is_set():
             self.reason = reason
             self.lost.set()
 
     def close(self, reason: str) -> NoReturn:
-        """Use this connection no more.
+        """Mark this connection as lost, and raise an error.
 
         Raises:
-          Unreachable: with the first reason to do so.
+          Unreachable: always, with the first reason for which the connection was lost.
         """
         self.lose(reason)
         raise Unreachable(self.reason)

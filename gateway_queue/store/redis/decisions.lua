@@ -1,42 +1,45 @@
--- What the replicas decide together: each command is atomic, and its time is this server's.
+-- The decisions that all replicas share: each command is atomic, and uses this server's clock.
 --
--- Times are whole microseconds. A TOKEN names a claim and the start that comes of it; it ends with
--- the shard, if the client named one: REPLICA:NUMBER:SHARD. A list is a string of NAME=VALUE
--- entries, separated by spaces. N is a number of rate limit keys, K one of these keys.
+-- Times are whole microseconds. A TOKEN identifies a claim and the session start that follows from
+-- it: REPLICA:NUMBER:SHARD, where SHARD is empty if the client named none. A list is a string of
+-- NAME=VALUE entries, separated by spaces. N is a number of rate limit keys, K one of these keys.
 --
 -- KEYS[1] PREFIX:state   a hash: everything that must not be lost in part
 --   since                when this data began
 --   last                 when the last command came
 --   replid               the replication id of the server that wrote this data
---   retired:REPLICA      when that replica said that it stops
+--   retired:REPLICA      when that replica stopped
 --   starts_size          the size of PREFIX:starts after the last command
 --   shards_size          the size of PREFIX:shards after the last command
 --   line_size            the size of PREFIX:line after the last command
---   quick                the last replica that looked and whose way here is quick enough to release
---                        tickets, and when: REPLICA=TIME
+--   quick                the last replica that looked over a connection that is quick enough to
+--                        release tickets, and when: REPLICA=TIME
 --   kept_at              when the expiry of all keys was last put off
 --   changed_at           when a command last changed what other replicas have to learn (glance.lua)
 --   seen:REPLICA         when the last command of that replica came
 --   window:N:K           when the key opens; a claimed key opens when its lease ends
---   claim:N:K            a list: the token of the key's last claim, until it is used or given back, and
---                        when the answer has to be out
---   numbers              a list: until when a key of N is closed, at most
---   releases             a list: until when a token counts against releases_per_window; with a
---                        question mark, and when its answer has to be out, as long as it is claimed
---   identifying          a list: the tokens of confirmed claims that are not used yet, and N:K:UNTIL, when
---                        their leases end. Every replica restores them if this data is lost
+--   claim:N:K            a list: the token of the key's last claim, until it is used or given back,
+--                        and the latest time of the answer
+--   numbers              a list: by N, until when a key of N is closed, at most
+--   releases             a list: by token, until when it counts against releases_per_window; while
+--                        it is only claimed, also a question mark and the latest time of the answer
+--   identifying          a list: by token, N:K:UNTIL of each confirmed claim that is not used yet;
+--                        UNTIL is when its lease ends. Every replica restores them if this data is
+--                        lost
 --   total, remaining, resets_at, asked_at
---                        the session starts that Discord allows; not there without a token
+--                        the session starts that Discord allows; not set without a bot token
 -- KEYS[2] PREFIX:starts  a sorted set: the day's session starts, their tokens by time
 -- KEYS[3] PREFIX:shards  a hash: by shard, a list of its starts in the last hour, tokens and times
 -- KEYS[4] PREFIX:heads   a hash: by N:K, and by "queue" for all keys, a list of the replicas with a
---                        ticket that has to wait: when the ticket came, and when it asks again
--- KEYS[5] PREFIX:line    a hash: the places in the queue, for looking and for the next client of a shard.
---                        By shard, a list of its places, REPLICA:NUMBER and
---                        CAME,KEPT_UNTIL,CONFIRM,HELD_UNTIL: since when it counts, until when it is kept
---                        without a client (0: it has one), 1 for a confirmed ticket, and until when its
---                        shard has to wait because it starts too often. Places of no shard, and those over MOST_PLACES,
---                        have fields of their own: SHARD/REPLICA:NUMBER
+--                        ticket that has to wait: when the ticket came, and when the replica claims
+--                        again
+-- KEYS[5] PREFIX:line    a hash: the places in the queue, to show them, and for the next client of
+--                        a shard. By shard, a list of its places, REPLICA:NUMBER and
+--                        CAME,KEPT_UNTIL,CONFIRM,HELD_UNTIL: the time by which places are sorted,
+--                        until when it is kept without a client (0: it has one), 1 for a confirmed
+--                        ticket, and until when its shard has to wait because it starts too often.
+--                        Places of no shard, and those over MOST_PLACES, have fields of their own:
+--                        SHARD/REPLICA:NUMBER
 
 local HOUR = 3600 * 1000000
 local DAY = 24 * HOUR
@@ -45,11 +48,11 @@ local FIRST_DELAY, LONGEST_DELAY = 15 * 1000000, 600 * 1000000
 
 -- If the clock is set back by this at most, time stands still here until the clock has caught up.
 local SMALL_STEP = 1 * 1000000
--- A replica that has sent no command for so long is taken for dead.
+-- A replica that has sent no command for this time is considered dead.
 local DEAD_AFTER = 3 * 1000000
--- A list of more places of one shard would take long to read.
+-- The most places in the list of one shard: a longer list would take long to read.
 local MOST_PLACES = 8
--- The others wait meanwhile.
+-- About how many fields one list command reads: the other replicas wait meanwhile.
 local LISTED_AT_ONCE = 200
 
 local state, starts, shards, heads, line = unpack(KEYS)
@@ -100,8 +103,8 @@ end
 
 -- ---- whether this is still the data that the replicas know ------------------------------------
 
--- Identifies the history of the server's data: another one after a restart, a failover, or a copy
--- of another server's data. Empty where a server does not let a script ask.
+-- Returns the id of the history of the server's data. It changes with a restart, with a failover,
+-- and with a copy of another server's data. It is empty if the server does not let a script ask.
 local function current_replid()
   local info = redis.pcall('INFO', 'replication')
   return type(info) == 'string' and info:match('master_replid:(%w+)') or ''
@@ -112,7 +115,8 @@ local since, last, replid, starts_size, shards_size, line_size, kept_at, seen_he
     'kept_at', 'seen:' .. replica))
 local server = current_replid()
 
--- Each command is later than the one before.
+-- Returns the time of this command: later than that of the command before it, unless the clock was
+-- set back by more than SMALL_STEP.
 local function next_time()
   local clock = redis.call('TIME')
   local shown, after = clock[1] * 1000000 + clock[2], tonumber(last or 0) + 1
@@ -132,7 +136,7 @@ local function is_whole()
     and (seen_since ~= since or tonumber(seen_here or 0) >= seen_at)
 end
 
--- What is kept of confirmed claims when data begins anew, because their leases are long.
+-- The confirmed claims that are kept when data begins anew, because their leases are long.
 local kept_identifying
 
 -- Forgets all windows and claims; the replicas see another `since` and release nothing for a lease.
@@ -149,11 +153,11 @@ end
 if not is_whole() then
   begin_anew()
 end
--- A server without memory for more refuses this, before anything is changed.
+-- A server that is out of memory refuses this command, before anything is changed.
 redis.call('HSET', state, 'since', since, 'last', word(now), 'replid', server)
 
--- No key may expire before the others: that would look like a loss. So all are put off together,
--- and as soon as there is one more.
+-- No key may expire before the others: that would look like lost data. So their expiry is put off
+-- together, once an hour and as soon as there is a new key.
 local function put_off_expiry(starts_now, shards_now, line_now)
   local is_new = (starts_now > 0 and starts_size == '0') or (shards_now > 0 and shards_size == '0')
     or (line_now > 0 and line_size == '0')
@@ -168,15 +172,17 @@ end
 
 -- ---- the day's session starts -----------------------------------------------------------------
 
--- Returns how many are used, the total (-1: no limit is known), when some are free again, when the
--- next can be claimed then, how many are in PREFIX:starts, and whether the limit is Discord's.
+-- Returns how many starts are used, the total (-1: no limit is known), when some are free again,
+-- when the next one can be claimed if none is left, how many are in PREFIX:starts, and 1 if the
+-- limit is Discord's, otherwise 0.
 local function budget()
   local total, remaining, resets_at, asked_at = unpack(
     redis.call('HMGET', state, 'total', 'remaining', 'resets_at', 'asked_at'))
   if total then
     total, remaining, resets_at, asked_at =
       tonumber(total), tonumber(remaining), tonumber(resets_at), tonumber(asked_at)
-    -- One window later than Discord: a start at the very reset may count for the day before.
+    -- One window later than Discord: a start at the moment of the reset may count for the day
+    -- before.
     while now >= resets_at + window do
       remaining, asked_at, resets_at = total, resets_at, resets_at + DAY
       redis.call('HSET', state, 'remaining', word(remaining), 'asked_at', word(asked_at),
@@ -201,10 +207,10 @@ end
 
 local function is_recent(at)
   at = tonumber(at)
-  return at > now - HOUR and at <= now -- not by a clock that was set back since
+  return at > now - HOUR and at <= now -- it is later than now if the clock was set back
 end
 
--- Looks at two shards, so that those that start no more are forgotten in the course of time.
+-- Checks two random shards, so that shards that start no more are forgotten in the course of time.
 local function forget_some_shards()
   local some = redis.call('HRANDFIELD', shards, 2, 'WITHVALUES')
   for i = 1, #some, 2 do
@@ -214,8 +220,8 @@ local function forget_some_shards()
   end
 end
 
--- Counts a start, or corrects the time of one that is counted already: to the later one, because a
--- replica may restore a start without knowing when the shard identified.
+-- Counts a start. If it is counted already, the later time holds, because a replica may restore a
+-- start without knowing when the shard identified.
 local function count_start(token, at)
   at = math.min(math.max(at, tonumber(redis.call('ZSCORE', starts, token) or 0)), now)
   redis.call('ZADD', starts, word(at), token)
@@ -236,8 +242,8 @@ local function uncount_start(token)
   end
 end
 
--- How long a shard that starts too often has to wait. A claim that is still good for an answer may be
--- given back, so it does not count yet; it keeps the key closed.
+-- Returns how long a shard that starts too often has to wait. A claim does not count while its
+-- client may still be answered: it may be given back, and it keeps the key closed.
 local function shard_wait(shard, number, key)
   if free_starts == 0 or shard == '' then
     return 0
@@ -272,7 +278,8 @@ local function is_closed(until_when)
   return tonumber(until_when) > now
 end
 
--- Whether no replica has to know of a window any more, however cautious it is.
+-- Returns whether a window is over for all replicas, including those that wait longer: by their
+-- caution, which is at most a lease.
 local function is_past(until_when)
   return tonumber(until_when) + lease <= now
 end
@@ -314,14 +321,14 @@ local function forget_number(number, former)
   store_list(state, 'numbers', without(redis.call('HGET', state, 'numbers'), former))
 end
 
--- Returns how soon to ask again for what a claim keeps closed. Until its answer is out, the claim
--- may be given back at any time. After that, a shard is identifying, and a window follows.
+-- Returns after what time, at most, to ask again for a claimed key. Until answer_by, the claim may
+-- be given back at any time. After that, its shard is identifying, and a window follows.
 local function shortest_wait(answer_by)
   return now <= tonumber(answer_by) and glance or window
 end
 
--- Returns when a key opens, and in what time a claim that keeps it closed may end. While keys
--- of another number are closed, each counts for every key that some shard has besides.
+-- Returns when a key opens, and after what time, at most, to ask again if it is claimed. A closed
+-- key of another number of keys also closes each key that shares a shard with it.
 local function opens_at(number, key)
   local latest = tonumber(redis.call('HGET', state, 'window:' .. number .. ':' .. key) or 0)
   local closing, is_mixed = number .. ':' .. key, false
@@ -365,8 +372,8 @@ local function set_release(token, until_when, mark)
   end
 end
 
--- Returns when the releases of all keys are fewer than they may be, and in what time the first claim
--- among them may end.
+-- Returns when one more release is allowed over all keys, and after what time, at most, to ask
+-- again if some of the releases are only claimed.
 local function queue_opens_at()
   local ends, may_end_in = {}, math.huge
   if most_releases > 0 then
@@ -413,7 +420,7 @@ local function set_head(field, came_at, asks_at)
   expire(heads, 2 * lease)
 end
 
--- Lets the ticket of this replica, if there is one, go before others until it has asked again.
+-- Keeps the ticket of this replica, if there is one, ahead of others until it has asked again.
 local function keep_head(field, asks_at)
   for other, value in entries(redis.call('HGET', heads, field)) do
     if other == replica then
@@ -429,14 +436,14 @@ local function drop_head(field)
   end
 end
 
--- When the claim of a replica arrives at the latest that sends it at some time. Its caution is about as
--- long as the way here and back.
+-- Returns the latest time at which a claim arrives that a replica sends at some time. The caution
+-- of the replica is about as long as its round trip.
 local function asks_again_at(at, caution)
   return math.max(at, now) + math.min(2 * caution, window / 2)
 end
 
--- How long an older ticket of another replica goes before. A replica that does not ask when it
--- should is forgotten soon after.
+-- Returns how long to wait for an older ticket of another replica. A replica that does not ask when
+-- it should is ignored soon after.
 local function wait_for_older(field, came_at)
   local wait = 0
   for other, value in entries(redis.call('HGET', heads, field)) do
@@ -451,7 +458,7 @@ end
 
 -- ---- places ------------------------------------------------------------------------------------
 
--- Returns when a replica that does not answer any more was last seen; nil for one that does.
+-- Returns when a dead or retired replica was last seen; nil for any other replica.
 local function last_seen(owner)
   local seen, retired = unpack(redis.call('HMGET', state, 'seen:' .. owner, 'retired:' .. owner))
   local at = tonumber(retired or seen or 0)
@@ -464,13 +471,14 @@ local function read_place(name, value)
   place.owner = name:match('^[^:]*')
   place.kept_until = kept_until ~= '0' and tonumber(kept_until) or nil
   local seen = not place.kept_until and last_seen(place.owner)
-  -- While no client has it.
+  -- Until when the next client of the shard can take the place; nil while it has a client.
   place.free_until = seen and seen + kept_for or place.kept_until
   return place
 end
 
--- Whether a place can be forgotten. One that is over stays for a lease, and as long as its own replica
--- lives: a client may have come back to it in time, and the command that says so may still be on the way.
+-- Returns whether this command can forget a place. A place that is over stays for a lease, and its
+-- own replica does not forget it here: a client may have come back to it in time, and the command
+-- that tells this may still be on the way.
 local function is_past_place(place)
   return place.free_until and place.free_until + lease <= now and place.owner ~= replica
 end
@@ -507,9 +515,9 @@ local function index_of(places, name)
   end
 end
 
--- Lets a client have the oldest place of its shard that no client has at another replica, and that was
--- not over when this one connected: only later may it be known that the other replica is dead. The
--- client's own place is free instead, if it had one before.
+-- Gives a client the oldest free place of its shard at another replica, if that is older than its
+-- own. The place must not have been over when the client connected: that the other replica is dead
+-- may be known only later. If the client had a place before, that place is free instead.
 local function take_oldest(places, mine, connected, is_new)
   local oldest
   for i = 1, #places do
@@ -528,7 +536,7 @@ local function take_oldest(places, mine, connected, is_new)
   end
 end
 
--- Whether an older place of the shard may be free soon, because a client has it that may have left.
+-- Returns 1 if an older place of the shard may be free soon: its client may have left. Otherwise 0.
 local function expects_older(places, mine)
   for i = 1, #places do
     local other = places[i]
@@ -539,7 +547,7 @@ local function expects_older(places, mine)
   return 0
 end
 
--- Looks at two fields, so that the places of dead replicas are forgotten in the course of time.
+-- Checks two random fields, so that places of dead replicas are forgotten in the course of time.
 local function forget_some_places()
   local some = redis.call('HRANDFIELD', line, 2, 'WITHVALUES')
   for i = 1, #some, 2 do
@@ -563,9 +571,10 @@ local function end_place(name, shard)
   end
 end
 
--- Notes a place of this replica. KIND is n if the server has not answered of it before, or has lost it.
--- Another replica may have taken over a place that is not here any more; then its client counts since
--- it is connected. Returns the time of the place, and 1 if an older one of its shard may be free soon.
+-- Notes a place of this replica. KIND is n if this data does not have the place yet, or has lost
+-- it, otherwise k. If a place of KIND k is not here any more, another replica may have taken it
+-- over; then its time is when its client connected. Returns the time of the place, and 1 if an
+-- older place of its shard may be free soon.
 local function set_place(name, shard, kind, came, connected, kept_until, confirm, held_until)
   local places = read_places(shard ~= '' and redis.call('HGET', line, shard) or '')
   local alone, index = shard .. '/' .. name, index_of(places, name)
@@ -594,13 +603,14 @@ end
 
 -- ---- commands ---------------------------------------------------------------------------------
 
--- Whether the replica knows this data. If not, its times may be those of another clock; it notices by the
--- answer, and tells everything again.
+-- Whether the replica knows this data. If not, its times may be those of another clock. The replica
+-- learns this from the answer, and tells everything again.
 local is_known = seen_since == since
 
 local GRANTED, KEY_CLOSED, SHARD_HELD, QUEUE_CLOSED = 0, 1, 2, 3
 
--- A replica whose way here is too slow lets the others look, so that it knows of a quicker one.
+-- The commands that do not make other replicas look. The look of a replica with a slow connection
+-- is not among them: others then look too, and it learns of a quicker one.
 local IS_OWN_AFFAIR = {
   look = ARGV[FIRST_ARGUMENT + 1] == '1', announce = true, withdraw = true, list = true,
 }
@@ -618,20 +628,22 @@ local function answer(verdict, wait)
     is_discords}
 end
 
--- How long a claim has to wait for something that opens. A cautious replica waits for the last
--- part of its caution by itself, so that it does not have to ask twice.
+-- Returns how long a claim has to wait for something that opens. After a grant, a replica waits for
+-- the last part of its caution by itself, so that it does not have to ask twice.
 local function wait_for(opens, caution)
   return opens + math.max(0, caution - glance) - now
 end
 
--- Returns the verdict on a claim, and how long to wait; for a grant, how long all has been open.
+-- Returns the verdict on a claim, and how long to wait; for a grant, how long key and queue were
+-- open.
 local function decide(number, key, shard, came_at, caution)
   local held = shard_wait(shard, number, key)
   if held > 0 then
     return SHARD_HELD, held
   end
 
-  -- The key is checked first, so that QUEUE_CLOSED goes to a replica's oldest ticket whose key is open.
+  -- The key is checked first, so that QUEUE_CLOSED goes to the oldest ticket of a replica whose key
+  -- is open.
   local key_opens, may_end_in = opens_at(number, key)
   local wait = wait_for(key_opens, caution)
   if wait > 0 then
@@ -654,7 +666,7 @@ local function decide(number, key, shard, came_at, caution)
   if wait > 0 then
     return KEY_CLOSED, wait
   end
-  -- If all keys may release in each window, the tickets of one key need not wait for another key.
+  -- If all keys can release in each window, the tickets of one key need not wait for another key.
   wait = most_releases > 0 and most_releases < tonumber(number) and wait_for_older('queue', came_at) or 0
   if wait > 0 then
     return QUEUE_CLOSED, wait
@@ -665,12 +677,12 @@ end
 
 local commands = {}
 
--- its_lease: how long the key is closed if nothing more is heard of the claim.
+-- its_lease: how long the key is closed if no other command about the claim comes.
 -- caution: by how much this clock may have been set forward during a window.
 -- set_back_by: by how much it was set back, which other replicas may not have noticed.
 function commands.claim(number, key, token, its_lease, came_at, useless_at, caution, set_back_by)
   came_at, caution = tonumber(came_at), tonumber(caution)
-  -- A grant that comes late is of no use.
+  -- A late grant could not be used.
   if not is_known or now > tonumber(useless_at) or caution > lease then
     return answer(KEY_CLOSED, glance)
   end
@@ -719,7 +731,7 @@ function commands.start_window(number, key, token, started_ago, its_window)
   return answer(GRANTED, 0)
 end
 
--- A claim whose shard is identifying, which this server may have lost.
+-- Restores a claim whose shard is identifying: this server may have lost it.
 function commands.restore_claim(number, key, token, lease_left)
   restore_identifying(number, key, token, now + lease_left)
   return answer(GRANTED, 0)
@@ -737,8 +749,8 @@ function commands.give_back(number, key, token, caution)
   return answer(GRANTED, 0)
 end
 
--- A replica with a ticket that will claim the key for the first time at some time. A shard that starts too
--- often has to wait for longer, and others pass it.
+-- Announces a ticket of a replica that cannot claim yet, but will claim the key at asks_at. If its
+-- shard starts too often and has to wait for longer, the ticket does not go first.
 function commands.announce(number, key, shard, came_at, asks_at, caution)
   if not is_known then
     return answer(KEY_CLOSED, 0)
@@ -761,8 +773,8 @@ function commands.withdraw(number, key)
   return answer(GRANTED, 0)
 end
 
--- Changed places of this replica: NUMBER SHARD KIND CAME CONNECTED KEPT_UNTIL CONFIRM
--- HELD_UNTIL, where KIND is e for a place that has ended. Returns two numbers for each, see set_place().
+-- Changed places of this replica: NUMBER SHARD KIND CAME CONNECTED KEPT_UNTIL CONFIRM HELD_UNTIL,
+-- where KIND is e for a place that has ended. Returns two numbers for each, see set_place().
 function commands.share()
   if not is_known then
     return answer(GRANTED, 0)
@@ -782,7 +794,7 @@ function commands.share()
     told[#told + 1] = expects
   end
   forget_some_places()
-  expire(line, KEPT) -- its last place may have ended before the next one came
+  expire(line, KEPT) -- this key is new if its last place had ended before the next one came
   local reply = answer(GRANTED, 0)
   for i = 1, #told do
     reply[#reply + 1] = told[i]
@@ -790,8 +802,9 @@ function commands.share()
   return reply
 end
 
--- Looks at some places. Returns in addition where to go on (0: at the end), at the first call when each
--- key opens and the confirmed claims that are not used yet, and the places that are away or whose clients wait at other replicas:
+-- Lists some places. Returns in addition the cursor of the next call (0: this was the last one); at
+-- the first call, when each key opens, and the confirmed claims that are not used yet; and the
+-- places that are away or whose clients wait at other replicas:
 -- REPLICA:NUMBER SHARD CAME FREE_UNTIL CONFIRM HELD_UNTIL.
 function commands.list(cursor, number)
   local reply = answer(GRANTED, 0)
@@ -824,7 +837,7 @@ function commands.list(cursor, number)
   return reply
 end
 
--- This replica stops: its places are free from now on, and no replica has to wait for its tickets.
+-- Notes that this replica stops: its places are free now, and no replica waits for its tickets.
 function commands.retire()
   redis.call('HSET', state, 'retired:' .. replica, word(now))
   return answer(GRANTED, 0)
@@ -839,9 +852,9 @@ function commands.update_budget(total, remaining, resets_at, asked_at)
   return answer(GRANTED, 0)
 end
 
--- is_quick: 1 if this replica's way here is quick enough to release tickets, otherwise 0.
--- Returns in addition the server's replication id, how long ago another such replica looked, the
--- confirmed claims that are not used yet, and the starts from a time on: their tokens and times.
+-- is_quick: 1 if this replica's connection is quick enough to release tickets, otherwise 0.
+-- Returns in addition the server's replication id, how long ago another quick replica looked, the
+-- confirmed claims that are not used yet, and the starts since `from`: their tokens and times.
 function commands.look(from, is_quick)
   local quick, quick_at = entries(redis.call('HGET', state, 'quick'))()
   if is_quick == '1' then

@@ -1,5 +1,5 @@
--- Tells which bots a replica has to look at, of those that have nothing to do there: their data has
--- changed, or was lost. It writes nothing, so that two replicas do not keep each other busy.
+-- Tells a replica for which of its idle bots the data has changed or was lost. It writes nothing,
+-- because each write would make the other replicas look, too.
 --
 -- KEYS and ARGV have three words for each bot: PREFIX:state, PREFIX:starts and PREFIX:shards, see
 -- decisions.lua, and REPLICA, `since` and the time of the replica's last command, as it knows them.

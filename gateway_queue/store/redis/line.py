@@ -16,19 +16,19 @@ from gateway_queue.store import DistantPlace, Standing
 from gateway_queue.store.redis.clock import MICROSECONDS, ServerClock
 
 STEP_SECONDS = 2e-6
-"""Between the times of places that come at once: more than the rounding to microseconds."""
+"""Seconds between the times of places that begin at once: more than rounding to microseconds."""
 
 LEAST_STEP_SECONDS = 0.05
-"""A clock that differs by more from the one of before was set, or is another one."""
+"""Seconds. If the new offset of a clock differs by more, the clock was set, or is another one."""
 
 HOST_NAME_MAX = 24
-"""Characters of the machine's name in the name of a replica, which each place repeats."""
+"""Characters of the machine's name in the name of a replica, which every listed place contains."""
 
 PLACES_AT_ONCE = 100
 """Places in one command: a long one would make the other replicas wait."""
 
 ASK_AGAIN_SECONDS = 0.1
-"""Within this time, another replica mostly notices that a client has moved to this one."""
+"""Within this time, another replica usually notices that a client has left it for this one."""
 
 
 @dataclass(slots=True)
@@ -42,14 +42,14 @@ class _Shared:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One place, as the server is told of it."""
+    """The change of one place, as sent to the server."""
 
     number: int
     shard: int | None
     since: int
     """The time of the place in microseconds; 0 if it has ended."""
     words: str
-    """For the script."""
+    """The argument of the script."""
 
 
 class SharedLine:
@@ -61,14 +61,14 @@ class SharedLine:
         self._ended: dict[int, int | None] = {}
         """By number, the shards of places that the server still lists."""
         self._on_the_way: dict[int, None] = {}
-        # Places to ask for again with the next look, see `_Shared.expects`, and those to ask for
-        # sooner because this is new.
+        # Places to share again with the next look, see `_Shared.expects`, and places to share again
+        # sooner, because they have just begun to expect.
         self._expecting: dict[int, None] = {}
         self._newly_expecting: dict[int, None] = {}
         self._ask_again_at = math.inf
         self._is_closed = False
         self._move: Callable[[Standing, float, float], None]
-        # The server's clock less ours; unlike the clock's own, it outlasts a connection.
+        # The server's clock minus ours. Unlike the offset of ServerClock, it outlasts a connection.
         self._offset = 0.0
         self._latest = -math.inf
         self._has_changes = trio.Event()
@@ -82,7 +82,7 @@ class SharedLine:
         return self._latest
 
     def add(self, place: Standing) -> None:
-        """Note that a place is new, that its client has come or left, or that it is held."""
+        """Note that a place is new or held, or that its client has come or left."""
         if self._is_closed:
             return
         self._shared.setdefault(place.number, _Shared(place))
@@ -101,12 +101,12 @@ class SharedLine:
             self._has_changes.set()
 
     def close(self) -> None:
-        """Note no more changes, because other replicas take over all places."""
+        """Ignore further changes, because other replicas take over all places."""
         self._is_closed = True
 
     @property
     def has_places(self) -> bool:
-        """Whether the server lists places of this replica, or will."""
+        """Whether the server lists places of this replica, or will list some."""
         return bool(self._shared or self._ended)
 
     @property
@@ -138,10 +138,10 @@ class SharedLine:
         return changes
 
     def told(self, changes: list[Change], answers: Iterable[int], clock: ServerClock) -> None:
-        """Take over what the server knows of the places that it was told of.
+        """Apply the server's answers about changed places.
 
         Args:
-          changes: what it was told.
+          changes: the changes that the server was told of.
           answers: for each of them the time of the place, and 1 if an older one may be free soon.
           clock: of the server.
         """
@@ -154,7 +154,7 @@ class SharedLine:
                 continue
             shared.is_told = True
             if shared.place.connected_at is None:
-                continue  # the next client of the place is told
+                continue  # the answer about its next client will count
             if expects and shared.expects:
                 self._expecting[change.number] = None
             elif expects:
@@ -167,7 +167,7 @@ class SharedLine:
                 self._move(shared.place, since / MICROSECONDS, clock.when(since))
 
     def not_told(self, changes: list[Change]) -> None:
-        """Tell changes again, whose command had no answer."""
+        """Note changes again, because their command had no answer."""
         for change in changes:
             self._on_the_way.pop(change.number, None)
             if change.number in self._shared:
@@ -177,12 +177,12 @@ class SharedLine:
                 self._has_changes.set()
 
     def look_again(self, clock: ServerClock) -> None:
-        """Ask again for the older places of shards that have one at another replica."""
+        """Ask again whether older places of shards at other replicas are free now."""
         self._offset = -clock.when(0)
         self._ask_again(self._expecting)
 
     def tell_all(self, clock: ServerClock, *, is_lost: bool) -> None:
-        """Tell all places again.
+        """Tell the server of all places again.
 
         Args:
           clock: of the server.
@@ -200,9 +200,10 @@ class SharedLine:
         self._has_changes.set()
 
     def _shift(self, step: float) -> None:
-        """Move all places to the time of a clock that was set, or of another server."""
+        """Convert the times of all places to a clock that was set, or to that of another server."""
         self._latest += step
-        # Those that move ahead of the others first, so that none passes another one.
+        # If times increase, the latest place moves first, otherwise the oldest, so that no place
+        # passes another.
         places = (shared.place for shared in self._shared.values())
         for place in sorted(places, key=attrgetter("since"), reverse=step > 0):
             self._move(place, place.since + step, place.joined_at)
@@ -234,7 +235,7 @@ def distant_place(words: str, clock: ServerClock) -> tuple[str, DistantPlace]:
 
 
 def host_name() -> str:
-    """Return the name of this machine, as far as it can be a part of a replica's name."""
+    """Return the part of this machine's name that can be in a replica's name."""
     return re.sub("[^A-Za-z0-9.-]", "", socket.gethostname())[:HOST_NAME_MAX]
 
 
@@ -248,7 +249,7 @@ def _change(shared: _Shared, clock: ServerClock) -> Change:
     if place.connected_at is None:
         connected, kept_until = 0, clock.at(place.expires_at)
     else:
-        # By the clock of the place's time: the server's may have been set since.
+        # By the same clock as `since`: the server's clock may have been set later.
         later = place.connected_at - place.joined_at
         connected, kept_until = round((place.since + later) * MICROSECONDS), 0
     shard = "" if place.shard is None else place.shard

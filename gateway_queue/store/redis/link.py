@@ -18,19 +18,19 @@ from gateway_queue.store.redis.servers import Sentinels, Servers, ServersOfUrl
 from gateway_queue.store.sentinel_url import SCHEME, parse_sentinel_url
 
 CHANGED, LOST = 1, 2
-"""What ``glance.lua`` says of the data of a bot."""
+"""Answers of ``glance.lua`` about the data of a bot."""
 
 FIRST_RETRY, LONGEST_RETRY = 0.1, 1.0
-"""Seconds between two tries to connect, each time twice as many."""
+"""Seconds between two tries to connect. They double after each try, up to the longest."""
 
 LOOK_SECONDS = 1.0
-"""The longest time between two checks of a bot's data."""
+"""The longest time, in seconds, between two checks of a bot's data."""
 
 RESTING_AT_ONCE = 250
 """The most resting stores in one command: a long command delays releases."""
 
 TURN_SECONDS = 0.001
-"""Time between the checks of two stores, so that a release does not wait for hundreds of them."""
+"""Seconds between the checks of two stores, so that no release waits for hundreds of them."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -55,8 +55,8 @@ class Resting(Protocol):
 class Link:
     """Connects to a server, and again whenever the connection is lost.
 
-    Stores that are in doubt close the connection, for all stores: whatever makes one of them doubt,
-    such as a server that was restarted, concerns the others too.
+    A store that doubts its data closes the connection for all stores: the reason, such as a server
+    that was restarted, concerns the other stores too.
 
     Args:
       url: of the server, of a node of its cluster, or of its sentinels.
@@ -73,7 +73,7 @@ class Link:
     ) -> None:
         now = trio.current_time()
         self.fault: Fault | None = Fault("not connected to Redis yet", now, now)
-        """Why no store can use the server, if so."""
+        """Why no store can use the server; None if stores can."""
         self.count_error = count_error
         self.observe_round_trip = observe_round_trip
         self._free_at = -math.inf
@@ -108,7 +108,7 @@ class Link:
         """Check that no other server has taken over, as far as this replica can know.
 
         Raises:
-          Unreachable: one may have.
+          Unreachable: another server may have taken over.
         """
         if not self._servers.is_up_to_date():
             raise Unreachable("another server may have taken over")
@@ -121,7 +121,7 @@ class Link:
 
     @contextmanager
     def resting(self, store: Resting) -> Iterator[None]:
-        """Check a store's data meanwhile, with one command for all resting stores."""
+        """Make the context in which the link checks a store's data, in one command for all."""
         self._resting[store] = None
         try:
             yield
@@ -213,7 +213,7 @@ class Link:
             self.observe_round_trip(answered_at - asked_at)
             for store, verdict in zip(part, verdicts, strict=True):
                 if store not in self._resting:
-                    continue  # it looks by itself
+                    continue  # it checks its data itself now
                 store.note_answer(now, asked_at, answered_at)
                 if verdict == LOST:
                     connection.close("its data was lost")

@@ -1,4 +1,4 @@
-"""The interface of ``decisions.lua``: what it is told with each command, and what it answers."""
+"""The interface of ``decisions.lua``: the arguments of its commands, and its answers."""
 
 from __future__ import annotations
 
@@ -35,27 +35,30 @@ class ScriptReply(NamedTuple):
 
 
 def answer_seconds(rules: Rules) -> float:
-    """Return how long a claim is good for an answer."""
+    """Return for how many seconds a claim is good for an answer."""
     return min(rules.window, LONGEST_ANSWER)
 
 
 def usable_seconds(rules: Rules) -> float:
-    """Return how long the server's answer to a claim may take, to be in time for the client's."""
+    """Return how many seconds Redis may take for a claim, so that its client is still in time."""
     return answer_seconds(rules) / 2 - glance_seconds(rules)
 
 
 def glance_seconds(rules: Rules) -> float:
-    """Return how soon to ask again while another one answers, or should have asked."""
+    """Return after how many seconds, at most, a replica that waits for another one claims again.
+
+    The other replica answers a client, or is late with the claim for an older ticket.
+    """
     return min(rules.window / 20, 0.05)
 
 
 def lease_seconds(rules: Rules) -> float:
-    """Return how long a key stays closed if its claim is neither used nor given back."""
+    """Return for how many seconds a claim closes a key if it is neither used nor given back."""
     return rules.unconfirmed_window + answer_seconds(rules)
 
 
 def script_settings(rules: Rules) -> tuple[int, ...]:
-    """Return what each command begins with."""
+    """Return the settings that each command of the script begins with."""
     window, limit = rules.window, rules.session_start_limit
     return (
         # These are long enough also if the clock of the server runs faster than ours.
@@ -63,7 +66,7 @@ def script_settings(rules: Rules) -> tuple[int, ...]:
         microseconds(longest_there(lease_seconds(rules))),
         microseconds(longest_there(DAY)),
         microseconds(longest_there(IN_FLIGHT_WINDOWS * window)),
-        # How late a replica may ask, and still go first for its older ticket.
+        # How late a replica may claim, and still go first with its older ticket.
         microseconds(window / 10),
         microseconds(glance_seconds(rules)),
         -1 if limit is None else limit,

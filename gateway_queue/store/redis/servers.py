@@ -22,15 +22,15 @@ from gateway_queue.store.redis.connection import (
 from gateway_queue.store.sentinel_url import SentinelUrl
 
 ASK_SECONDS = 0.5
-"""How often each sentinel is asked, if its answers do not take longer."""
+"""Seconds between two questions to a sentinel, if its answers do not take longer."""
 
 FRESH_SECONDS = 2 * CALL_SECONDS
-"""How long an answer of a sentinel counts from its question: until the next answer, if both take as
-long as they may. A replica that was frozen has only old answers."""
+"""Seconds for which an answer of a sentinel counts, from its question on: until the next answer, if
+both take the longest time allowed. A replica that was frozen has only older answers."""
 
 OVERLAP_SECONDS = FRESH_SECONDS + 0.5
-"""After most sentinels have named another primary, a replica may use the former one for so long. In
-a cluster, it may connect to a node again that has lost the keys without knowing it."""
+"""Seconds for which a replica may use a former primary when most sentinels have named another. In a
+cluster, it may connect again to a node that does not know yet that it has lost the keys."""
 
 
 class Servers(Protocol):
@@ -44,7 +44,7 @@ class Servers(Protocol):
         """Make the context in which it can find servers."""
 
     async def find(self) -> ConnectionPool[Any]:
-        """Return where the next connection comes from.
+        """Return the pool of the next connection.
 
         Raises:
           Unreachable: no server is known.
@@ -57,21 +57,21 @@ class Servers(Protocol):
         """Return whether no other server has taken over, as far as this replica can know."""
 
     def note_nodes(self, nodes: Iterable[TCPLocation]) -> None:
-        """Take over the nodes of the cluster to which a connection has led."""
+        """Remember the nodes of the cluster that a connection has led to."""
 
     def note_failure(self, connection: Connection) -> None:
         """Note that no store could use a connection."""
 
 
 class ServersOfUrl:
-    """A server at a URL. If it is a node of a cluster, then the owner of the keys.
+    """The server at a URL. If it is a node of a cluster, the node that has the keys.
 
-    One of the other nodes may know the owner when the node of the URL or the owner is lost.
+    When one of these two nodes is lost, another node may know which node has the keys.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url
-        # Those to try one after the other; None is that of the URL.
+        # The nodes to try one after the other; None is the node of the URL.
         self._candidates = deque[TCPLocation | None]([None])
 
     @property
@@ -86,7 +86,7 @@ class ServersOfUrl:
         return connections(self._url, self._candidates[0])
 
     async def watch(self, connection: Connection) -> None:
-        pass  # a server that has been replaced refuses commands, or says where the keys are
+        pass  # a server that has been replaced refuses commands, or names the node with the keys
 
     def is_up_to_date(self) -> bool:
         return True
@@ -108,15 +108,15 @@ class ServersOfUrl:
 
 
 class Sentinels:
-    """The primary that most of some sentinels name.
+    """The primary that most of the sentinels name.
 
     A primary that fewer of them name may have been replaced without knowing it. Two replicas that
-    use different primaries would both release.
+    use different primaries would both release tickets of the same key.
     """
 
     def __init__(self, url: SentinelUrl) -> None:
         self._url = url
-        # What each has named last, and when it was asked.
+        # The primary that each sentinel has named last, and when it was asked.
         self._named: dict[TCPLocation, tuple[TCPLocation, float]] = {}
         self._changed = trio.Event()
         self._location: TCPLocation | None = None
@@ -158,7 +158,7 @@ class Sentinels:
         pass  # sentinels watch no cluster
 
     def note_failure(self, connection: Connection) -> None:
-        pass  # the sentinels say when there is another primary
+        pass  # the sentinels name another primary, if there is one
 
     def _primary(self) -> TCPLocation | None:
         since = trio.current_time() - FRESH_SECONDS

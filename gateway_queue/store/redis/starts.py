@@ -11,7 +11,7 @@ from gateway_queue.store.redis.script import shard_of
 from gateway_queue.store.starts_by_shard import StartsByShard
 
 KEPT_STARTS = 10_000
-"""More than any bot may start between two answers of Discord."""
+"""Session starts to remember: more than any bot may have between two answers of Discord."""
 
 STARTS_AT_ONCE = 500
 """Session starts in one command: a long one would make the other replicas wait."""
@@ -34,16 +34,16 @@ class KnownStarts:
         self.keep(limit)
         self._times: dict[str, float] = {}
         self.by_shard = StartsByShard()
-        """Also with the starts that need not be restored any more."""
-        # Own claims that will not be used, the last ones.
+        """Includes the starts that need not be restored any more."""
+        # The last own claims that will not be used.
         self._unused: dict[str, None] = {}
 
     def keep(self, limit: int | None) -> None:
-        """Keep as many starts as another limit needs."""
+        """Change how many starts are remembered: at least as many as the limit."""
         self._kept = max(KEPT_STARTS, limit or 0)
 
     def add(self, token: str, at: float) -> None:
-        """Remember a start, and forget those of a day before."""
+        """Remember a start, and forget the starts that are a day older."""
         self._times[token] = at
         self.by_shard.add(token, shard_of(token), at)
         while len(self._times) > self._kept or self._oldest() + DAY <= at:
@@ -53,7 +53,7 @@ class KnownStarts:
         return next(iter(self._times.values()))
 
     def forget_until(self, time: float) -> None:
-        """Forget the starts until some time."""
+        """Forget all starts up to some time."""
         self._times = {token: at for token, at in self._times.items() if at > time}
 
     def add_unused(self, token: str) -> None:
@@ -63,7 +63,7 @@ class KnownStarts:
             del self._unused[next(iter(self._unused))]
 
     def compare(self, listed: dict[str, float], since: float | None) -> None:
-        """Take over the starts of other replicas from the server's list.
+        """Update the starts of other replicas from the server's list.
 
         A start is listed from its claim on, so one that is not listed any more was given back.
 

@@ -56,20 +56,20 @@ from gateway_queue.store.redis.script import (
 from gateway_queue.store.redis.starts import KnownStarts
 
 REST_SECONDS = 600.0
-"""How long a store rests at most."""
+"""The longest time, in seconds, for which an idle store lets the link check its data."""
 
 SLOW_SECONDS = 3 * LOOK_SECONDS
-"""A replica for which no answer of the server was in time for so long cannot release tickets."""
+"""Seconds without a timely answer of the server, after which a replica cannot release tickets."""
 
 RESTORE_SECONDS = 2 * LOOK_SECONDS + FIRST_RETRY
-"""After so long, every replica that is connected has noticed that data was lost, and has restored
-the session starts that it knows."""
+"""Seconds after which every connected replica has noticed that data was lost, and has restored the
+session starts that it knows."""
 
 LIST_SECONDS = 0.5
-"""How long a list of all places is reused."""
+"""For how many seconds a list of all places is reused."""
 
 RETIRE_SECONDS = 0.5
-"""The longest time for the last commands when this server stops."""
+"""The longest time, in seconds, for the last commands when this server stops."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -79,7 +79,7 @@ class _Window(NamedTuple):
 
     claim: Claim
     at: float
-    """When it has started (:func:`trio.current_time`)."""
+    """When it started (:func:`trio.current_time`)."""
     seconds: float
     """How long it is."""
 
@@ -87,22 +87,22 @@ class _Window(NamedTuple):
 class RedisStore:
     """A :class:`~gateway_queue.store.WindowStore` for several replicas of a server.
 
-    A claim is a lease: the answer has to be out soon after it was sent for, and the lease ends a
-    window later. So the next release is never early, even if the time of the answer is lost.
+    A claim is a lease: the answer has to be written soon after the claim was sent, and the lease
+    ends a window later. So the next release is never early, even if the time of the answer is lost.
 
-    A server that was restarted, or has taken over from another one, may have missed the last
-    lease, and so may one that has lost data while the connection lived: the script notices, and its
-    data begins anew. So the answers count only when a whole lease has passed with the same data
-    and a clock that was not set, but for small steps. A new connection to a server where both are
-    still the same does not begin another lease. Each replica knows the session starts of all
-    replicas, and restores those that the server has lost.
+    A server that was restarted, has taken over from another one, or has lost data may have missed
+    the last lease. The script notices this, and its data begins anew. So no claim is sent until a
+    whole lease has passed with the same data, and with no step of the server's clock but small
+    ones. After a new connection to a server with the same data and clock, no other lease has to
+    pass. Each replica knows the session starts of all replicas, and restores those that the server
+    has lost.
 
     Args:
-      link: to the server.
+      link: the connection to the server.
       prefix: the first part of every key there.
-      rules: to hold each key for a lease from now, among others.
-      send_away: called while this replica's way to the server is too slow to release tickets, and
-        that of another one is not.
+      rules: of the queue. If ``hold`` is set, each key stays closed for one lease from now.
+      send_away: called while this replica's connection to the server is too slow to release
+        tickets, and that of another replica is quick enough.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class RedisStore:
         self._prefix = prefix
         self._send_away = send_away
         self._set_rules(rules)
-        # The stores of many bots look at different times of a second.
+        # The stores of many bots check their data at different times of a second.
         self._first_look = LOOK_SECONDS * (1 - crc32(prefix.encode()) / 2**32)
         self._replica = f"{host_name()}-{uuid4().hex[:12]}"
         self._numbers = count()
@@ -120,22 +120,22 @@ class RedisStore:
         now = trio.current_time()
         self._fault: Fault | None = Fault("not connected to Redis yet", now, now)
         self._slowness: Fault | None = None
-        # When an answer came last that was in time.
+        # When the last answer came that was quick enough to release tickets.
         self._in_time_at = now
         self._is_quick = False
         self._connection: Connection | None = None
         self._is_caught_up = False
         self._clock = ServerClock(self._longest_lease, self._answer_seconds)
-        # Since when the data is kept that this connection leads to.
+        # When the data began that this connection leads to (`since` in decisions.lua).
         self._since: int | None = None
-        # Since when the data is kept that has all starts of other replicas that are known here.
+        # When the data began that has all starts of other replicas that are known here.
         self._complete_since: int | None = None
-        # Since when the data is kept that was seen last, and when that was, by the server's clock.
+        # When the data began that was seen last, and when that was, by the server's clock.
         self._seen = (0, 0)
         self._hold = self._lease if rules.hold else 0.0
         # Whether the server's clock has made a step since this replica has caught up.
         self._clock_was_set = False
-        # From when on answers count, if the data is kept since the same time.
+        # From when on claims can be granted, and when the data began for which this is true.
         self._trusted_at = math.inf
         self._trusted_since: int | None = None
         # Claims that were not used here, though the server may have granted them.
@@ -159,7 +159,7 @@ class RedisStore:
         self._discord_budget: DiscordBudget | None = None
         self._known = ScriptReply(0, 0, 0, 0, 0, self._limit or -1, microseconds(DAY), 0)
         self._known_at = trio.current_time()
-        # When the server was asked last that has answered; this store need not have asked itself.
+        # When the last command with an answer was sent, by this store or by the link for it.
         self._heard_at = self._known_at
 
     def _set_rules(self, rules: Rules) -> None:
@@ -230,7 +230,7 @@ class RedisStore:
         return self._trusted_at if self._is_caught_up else math.inf
 
     def _may_rest(self, connection: Connection) -> bool:
-        """Tell whether the link can check the data instead, because there is nothing else to do."""
+        """Return whether the link can check the data instead, as there is nothing else to do."""
         return (
             self._is_quiet
             and self._is_quick
@@ -238,14 +238,14 @@ class RedisStore:
             and not self._doubtful
             and not self._untold
             and not self._identifying
-            and not self._line.has_places  # other replicas have to see that this one lives
-            and not connection.lost.is_set()  # the link wakes the stores only once
+            and not self._line.has_places  # other replicas have to see that this replica lives
+            and not connection.lost.is_set()  # a lost connection wakes the stores only once
         )
 
     async def _rest(self) -> None:
         """Let the link check the data until it changes."""
         self._awake = trio.Event()
-        resumes_in = self.session_starts().resumes_in  # then other figures hold
+        resumes_in = self.session_starts().resumes_in  # then the starts are reset
         with self._link.resting(self), trio.move_on_after(min(REST_SECONDS, resumes_in)):
             await self._awake.wait()
 
@@ -261,7 +261,7 @@ class RedisStore:
         self._heard_at = asked_at
 
     async def _follow_clock(self) -> None:
-        """Tell the server when the budget is reset, by a clock that was set by a small step."""
+        """Tell the server again when the budget is reset, if a small step has set its clock."""
         if self._clock.was_set:
             self._clock.was_set = False
             if self._discord_budget is not None:
@@ -275,7 +275,7 @@ class RedisStore:
         self._awake.set()
 
     def _when_to_trust(self) -> float:
-        """Return when no lease and no start can be left that the server does not know."""
+        """Return when no lease and no session start can be left that the server does not know."""
         if not self._hold:
             return trio.current_time()
         restored_at = self._clock.when(self._since or 0) + RESTORE_SECONDS
@@ -285,11 +285,11 @@ class RedisStore:
         """Tell a server what it may have missed.
 
         Returns:
-          Whether it is certain that a server with the same data has missed nothing else: a server
-          that does not say which one it is may be an older copy.
+          Whether the server has named its replication id. Without it, a server with the same data
+          may be an older copy, which has missed more.
 
         Raises:
-          Unreachable: it is lost again.
+          Unreachable: the connection is lost again.
         """
         self._looked_at = 0
         known = tuple(self._identifying.values())
@@ -301,8 +301,8 @@ class RedisStore:
             await self._hand_over(self._discord_budget)
         is_new = self._since != self._complete_since
         await self._restore(also_of_others=is_new)
-        # All of them also if only the connection was new: meanwhile, other replicas may have taken
-        # this one for dead.
+        # All places, even if only the connection is new: meanwhile, other replicas may have taken
+        # this replica for dead.
         self._line.tell_all(self._clock, is_lost=is_new)
         self._complete_since = self._since
         for lease in known:
@@ -314,7 +314,7 @@ class RedisStore:
         return is_identified
 
     async def _share_line(self) -> NoReturn:
-        """Tell the server of all places here, whenever it can be reached."""
+        """Tell the server of each change of a place here, whenever it can be reached."""
         while True:
             await self._line.has_changes()
             knows_line = self._knows_line
@@ -345,7 +345,7 @@ class RedisStore:
         """Learn the starts and confirmed claims of other replicas, and notice a loss of data.
 
         Returns:
-          Whether the server says which one it is.
+          Whether the server has named its replication id.
         """
         looked_at = self._looked_at
         self._is_quiet = True
@@ -360,15 +360,15 @@ class RedisStore:
         }
         since = self._clock.when(looked_at) + self._clock.longest_step()
         self._starts.compare(listed, since if self._since == self._complete_since else None)
-        if trio.current_time() >= self._opens_at:  # until then, replicas may restore older ones
+        if trio.current_time() >= self._opens_at:  # until then, replicas may restore older starts
             self._looked_at = answer.now - microseconds(2 * self._lease)
         for unused in self._starts.unused(listed):
             await self._ask("uncount", *unused)
         return bool(server)
 
     def _compare_identifying(self, listed: str) -> None:
-        """Take over the confirmed claims of other replicas from the server's list."""
-        # For a clock that was set forward, they have ended.
+        """Update the confirmed claims of other replicas from the server's list."""
+        # By a clock that was set forward, claims seem to have ended and are not listed.
         is_complete = self._since == self._complete_since and not self._clock_was_set
         for lease in tuple(self._identifying.values()):
             if not self._is_own(lease) and (is_complete or lease.until <= trio.current_time()):
@@ -391,7 +391,7 @@ class RedisStore:
             raise
 
     async def _settle_doubtful(self) -> None:
-        """Give back claims that may have been granted, until no request for one can arrive."""
+        """Give back claims that may have been granted, as long as their commands may arrive."""
         for claim in tuple(self._doubtful):
             asked_at = trio.current_time()
             await self._give_back(claim)
@@ -402,7 +402,7 @@ class RedisStore:
         """Run a command of the script in Redis.
 
         Returns:
-          Its answer, and what follows it.
+          The fields that every answer has, and what follows them.
 
         Raises:
           Unreachable: there is no answer, or none that can be trusted.
@@ -423,8 +423,8 @@ class RedisStore:
         is_same_clock = self._clock.agrees(answer.now, asked_at, answered_at)
         if self._since is None:
             self._since = answer.since
-            # After a longer time, another server may have taken over, which other replicas use, and
-            # this may be the former server that does not know it.
+            # After a longer time, other replicas may use a server that has taken over, while this
+            # may be the former server, which does not know it.
             self._clock_was_set |= not is_same_clock
             if not is_same_clock or answered_at > self._heard_at + RESTORE_SECONDS:
                 self._trusted_since = None
@@ -434,7 +434,7 @@ class RedisStore:
         elif not is_same_clock:
             self._doubt_clock(connection)
         if self._trusted_since != answer.since:
-            # An older copy of the data that was trusted may come back.
+            # If the data that was trusted comes back, it may be an older copy.
             self._trusted_since = None
         if self._since != answer.since:
             connection.close("its data was lost")
@@ -446,7 +446,7 @@ class RedisStore:
         return answer, reply[len(ScriptReply._fields) :]
 
     def _compare_speed(self, seconds: float) -> None:
-        """Note whether answers come in time to release tickets."""
+        """Note whether an answer came in time to release tickets, and log a change."""
         now = trio.current_time()
         self._is_quick = seconds <= self._usable_seconds
         if self._is_quick:
@@ -457,7 +457,7 @@ class RedisStore:
         elif now > self._in_time_at + SLOW_SECONDS:
             reason = (
                 f"it answers after {seconds:.2f} s; "
-                f"to release tickets takes an answer within {self._usable_seconds:.2g} s"
+                f"to release tickets, it has to answer within {self._usable_seconds:.2g} s"
             )
             if self._slowness is None:
                 log.warning("Redis is too slow, no ticket is released", reason=reason)
@@ -500,7 +500,7 @@ class RedisStore:
         return _refusal(answer, asked_at)
 
     async def _announce(self, key: int, shard: int | None, came_at: float) -> Refusal:
-        """Tell other replicas of a ticket here that cannot be released yet but may be older."""
+        """Tell other replicas of a ticket that cannot be released yet but may be the oldest."""
         asked_at = trio.current_time()
         if self._opens_at < math.inf:
             ticket = key, "" if shard is None else shard
@@ -525,14 +525,14 @@ class RedisStore:
 
     async def _tell(self, window: _Window) -> None:
         """Tell the server of a window that has started."""
-        # No more than has passed by the server's clock.
+        # Rounded down: no more than has passed by the server's clock.
         ago = math.floor((trio.current_time() - window.at) * (1 - DRIFT) * MICROSECONDS)
         seconds = self._closes_for(window.seconds)
         await self._ask("start_window", *words(window.claim), ago, seconds)
         self._untold.pop(window.claim.token, None)
 
     def _closes_for(self, seconds: float) -> int:
-        """Return how long the server has to close a key for some seconds of ours."""
+        """Return how many microseconds the server has to close a key for ``seconds`` of ours."""
         return microseconds(longest_there(seconds) + self._clock.set_back_by())
 
     async def give_back(self, claim: Claim) -> None:
@@ -545,7 +545,7 @@ class RedisStore:
         await self._ask("give_back", *words(claim), microseconds(self._clock.longest_step()))
 
     async def withdraw(self, key: int) -> None:
-        with suppress(Unreachable):  # then it is forgotten soon
+        with suppress(Unreachable):  # then the server soon forgets the ticket
             await self._ask("withdraw", self._max_concurrency, key)
 
     def place_time(self) -> float:
@@ -563,7 +563,7 @@ class RedisStore:
     async def line(self) -> Line | None:
         async with self._listing:
             if trio.current_time() >= self._listed_at + LIST_SECONDS:
-                # Cancelled, it would end the connection.
+                # To cancel a command closes the connection.
                 with trio.CancelScope(shield=True):
                     self._listed = await self._list_line()
                 self._listed_at = trio.current_time()
@@ -616,14 +616,14 @@ class RedisStore:
         self.wake()
 
     def regroup(self, max_concurrency: int) -> None:
-        self._max_concurrency = max_concurrency  # the server knows all the windows that it has
+        self._max_concurrency = max_concurrency  # the server keeps the windows of each number
 
     async def update_budget(self, budget: DiscordBudget) -> None:
         self._discord_budget = budget
-        # The loop guard needs them for an hour, also if they are in Discord's figure.
+        # The loop guard needs starts for an hour, even if Discord's figure includes them.
         counted = min(budget.asked_at - self._in_flight, trio.current_time() - HOUR)
         self._starts.forget_until(counted)
-        with suppress(Unreachable):  # then it catches up
+        with suppress(Unreachable):  # then _catch_up() tells the server
             await self._hand_over(budget)
 
     def session_starts(self) -> SessionStarts:

@@ -1,4 +1,4 @@
-"""Times as people read them, and so that the page's script can keep them up to date."""
+"""Writes times for people, in a form that the page's script can keep up to date."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Clock:
         self._today = datetime.fromtimestamp(now, UTC).date()
 
     def time(self, seconds: float) -> Markup:
-        """Write a time of day, in UTC; the script knows the zone of its reader."""
+        """Write a time of day, in UTC; the script converts it to the reader's time zone."""
         if math.isinf(seconds):
             return UNKNOWN
         at = datetime.fromtimestamp(self._now + seconds, UTC)
@@ -32,7 +32,7 @@ class Clock:
         )
 
     def until(self, seconds: float) -> Markup:
-        """Write how long it is until then."""
+        """Write a number of seconds as the time until a moment."""
         if math.isinf(seconds):
             return UNKNOWN
         return Markup('<span data-until="{:.1f}">{}</span>').format(
@@ -40,14 +40,14 @@ class Clock:
         )
 
     def since(self, seconds: float) -> Markup:
-        """Write how long ago it was."""
+        """Write a number of seconds as the time since a moment."""
         return Markup('<span data-since="{:.1f}">{}</span>').format(
             self._now - seconds, duration(seconds)
         )
 
 
 def duration(seconds: float, decimals: int = 0) -> str:
-    """Write a time of some length as briefly as it can be read."""
+    """Write a duration in a short form."""
     if seconds < 60:
         cut = math.floor(seconds * 10**decimals) / 10**decimals
         return f"{cut:.{decimals}f} s"
@@ -58,5 +58,5 @@ def duration(seconds: float, decimals: int = 0) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Write a very short time."""
+    """Write a duration in milliseconds."""
     return f"{seconds * 1000:.1f} ms"

