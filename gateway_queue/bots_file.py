@@ -121,7 +121,7 @@ def _text(key: str, value: object) -> str:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         kind = "a number, without quotes"
     if not fits:
-        got = f"a {type(value).__name__}" if "token" in key else _short(value)
+        got = f"a value of type {type(value).__name__}" if "token" in key else _short(value)
         raise BadSetting(key, f"must be {kind}, not {got}")
     return str(value).lower() if isinstance(value, bool) else str(value)
 

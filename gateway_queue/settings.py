@@ -356,7 +356,7 @@ def read_fields(
         except _Problem as error:
             raise BadSetting(variable, str(error)) from None
         except (ValueError, KeyError):
-            got = f"a secret of {len(text)} characters" if secret else repr(text)
+            got = f"the given value of {len(text)} characters" if secret else repr(text)
             problem = f"must be {field.metadata['takes']}, not {got}"
             raise BadSetting(
                 variable, problem if text else "is empty; set it or unset it"

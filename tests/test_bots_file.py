@@ -78,8 +78,13 @@ MISTAKES = {
     "[a]\nmax_concurrency = 1.5": ["[a] max_concurrency must be a whole number", "not '1.5'"],
     "[a]\nhold_on_start = 1": ["[a] hold_on_start must be true or false, without quotes, not 1"],
     "[a]\ndiscord_token = ''": ["[a] discord_token is empty"],
-    "[a]\ndiscord_token = 5": ["[a] discord_token must be a text in quotes, not a int"],
-    "[a]\ndiscord_token = 'Bot x'": ["[a] discord_token must be", "not a secret of 5 characters"],
+    "[a]\ndiscord_token = 5": [
+        "[a] discord_token must be a text in quotes, not a value of type int"
+    ],
+    "[a]\ndiscord_token = 'Bot x'": [
+        "[a] discord_token must be ",
+        "not the given value of 5 characters",
+    ],
     "[a]\ndiscord_token_file = '/nowhere'": [
         "[a] discord_token_file must be the path of a text file",
         "not '/nowhere' (No such file or directory)",
