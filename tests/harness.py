@@ -103,6 +103,11 @@ class Server:
         times = psutil.Process(self.process.pid).cpu_times()
         return times.user + times.system
 
+    def seconds_without_cpu(self) -> float:
+        """Return for how long it and this process were ready to run, but had no CPU."""
+        statistics = [Path(f"/proc/{pid}/schedstat") for pid in (self.process.pid, os.getpid())]
+        return sum(int(path.read_text().split()[1]) for path in statistics) / 1e9
+
     def voluntary_switches(self) -> int:
         """Return how often it has gone to sleep: its voluntary context switches."""
         return self._status("voluntary_ctxt_switches")

@@ -308,14 +308,14 @@ def test_max_concurrency_below_discords_limits_the_releases_of_all_keys() -> Non
     assert windows == [{0, 1, 2}, {16, 17, 3}, {32, 4, 5}, {6, 7, 8}]
 
 
-def test_max_concurrency_above_discords_limits_nothing() -> None:
+def test_a_max_concurrency_above_discords_has_no_effect() -> None:
     with (
         playing(max_concurrency=2) as discord,
         serving_with(discord, MAX_CONCURRENCY=8) as server,
     ):
         eventually(lambda: server.get("/readyz").status == 200)
         assert server.status()["max_concurrency"] == 2
-        eventually(lambda: any("MAX_CONCURRENCY is more" in line for line in server.lines))
+        eventually(lambda: any("MAX_CONCURRENCY is higher" in line for line in server.lines))
 
 
 def test_at_the_end_of_the_budget_tickets_are_held_until_the_reset() -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from itertools import chain, pairwise, repeat
 from pathlib import Path
@@ -149,9 +150,10 @@ class Fleet:
                     assert not later.has_its_place(shard.released_at), overtaken
 
 
-def stop(server: Server) -> None:
-    server.signal(signal.SIGTERM)
-    assert server.wait() == 0
+def stop(*servers: Server) -> None:
+    for server in servers:
+        server.signal(signal.SIGTERM)
+    assert {server.wait() for server in servers} == {0}
 
 
 def test_a_rolling_update_of_three_replicas_keeps_the_order(
@@ -219,9 +221,8 @@ def test_the_order_stays_when_compose_replaces_both_replicas_at_once(
             fleet.wait_for(1 / 2)
             fleet.stops.append(time.monotonic())
             names.hosts.clear()
-            for server in old:
-                stop(server)
-            start("replica-1", "127.0.1.3")
-            start("replica-2", "127.0.1.1")
+            stop(*old)
+            with ThreadPoolExecutor() as pool:  # Compose does not wait for one to start the other
+                list(pool.map(start, ("replica-1", "replica-2"), ("127.0.1.3", "127.0.1.1")))
             fleet.wait_for(1)
     fleet.check()

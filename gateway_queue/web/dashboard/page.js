@@ -268,7 +268,7 @@ setInterval(() => {
   tick(document);
   if (!STILL.matches) drift();
 }, TICK_MS);
-setInterval(judge, 1000);
+setInterval(showConnection, 1000);
 
 const search = document.getElementById("search");
 search.hidden = false;
