@@ -50,7 +50,8 @@ def test_10_000_connections_that_send_nothing_delay_no_release_and_are_closed() 
         answers = [server.connect().answer() for _ in range(19)]
         without_cpu = server.seconds_without_cpu() - without_cpu
         assert {answer.status for answer in (first, *answers)} == {200}
-        assert answers[-1].at - first.at - without_cpu < 19 * window + 1
+        # To close the silent connections, which may happen meanwhile, takes 1 s of CPU time.
+        assert answers[-1].at - first.at - without_cpu < 19 * window + 2
         wait_until_closed(idle, IDLE_SECONDS + 15)
         assert_serves(server)
 

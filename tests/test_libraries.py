@@ -219,7 +219,7 @@ def test_a_waiting_shard_sends_a_change_of_presence_only_after_its_identify() ->
         variables = gateway.discord.variables(PORT=port, WINDOW_SECONDS=WINDOW)
         with serving(**variables) as queue:
             bots.start(0)
-            eventually(lambda: gateway.presences == SHARDS // PROCESSES)
+            eventually(lambda: gateway.presences == SHARDS // PROCESSES, LONG)
             assert queue.status()["abandoned"] == 0
 
 

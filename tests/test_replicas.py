@@ -232,7 +232,8 @@ def test_each_replica_shows_the_shards_that_are_identifying(redis: RedisServer) 
         (lane,) = other.status()["lanes"]
         assert known_at - answered_at - 0.01 <= lane["identifying"]["for"]
         assert lane["identifying"]["for"] <= time.monotonic() - asked_at + 0.01
-        assert lane["opens_in"] == pytest.approx(1, abs=0.01)
+        # Not known while the connection to Redis is too slow, as it may be on a busy machine.
+        eventually(lambda: other.status()["lanes"][0]["opens_in"] == pytest.approx(1, abs=0.01))
         client.hang_up()
         for server in (one, other):
             eventually(lambda server=server: lanes(server) == [])  # type: ignore[misc]
@@ -555,8 +556,7 @@ def test_clients_of_a_replica_that_is_too_slow_ask_another_one(
         fleet = Fleet(6, [port])
         eventually(lambda: waiting_at(slow) > 0)
         proxy.delay = 0.3
-        eventually(lambda: not is_ready(slow))
-        assert "within 0.45 s" in readiness(slow)[1]
+        eventually(lambda: "within 0.45 s" in readiness(slow)[1])
         assert store_errors(slow) == 1
         eventually(lambda: waiting_at(slow) == 0, patience=5)
         assert is_ready(fast)

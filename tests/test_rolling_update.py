@@ -40,7 +40,11 @@ PAUSES = (1, 2, 4, 8)
 """Seconds until a client asks again after a refusal or without an answer; then 10 each time."""
 
 MOST_UNUSED = 2
-"""Windows of a key that one restart may cost."""
+"""Windows by which one restart may delay a key, if it takes at most RESTART_SECONDS."""
+
+RESTART_SECONDS = 2.0
+"""On a busy machine, a restart takes longer. Clients double their pauses, so they ask again after
+at most twice the time for which they were refused."""
 
 
 @pytest.fixture
@@ -104,8 +108,8 @@ class Fleet:
         self._over = threading.Event()
         self._keys = keys
         self.shards = [Shard(number, port, self._over) for number in range(SHARDS)]
-        self.stops: list[float] = []
-        """When replicas were stopped."""
+        self.restarts: list[tuple[float, float]] = []
+        """When replicas were stopped, and how many seconds later others served."""
 
     @contextmanager
     def asking(self) -> Iterator[None]:
@@ -116,6 +120,13 @@ class Fleet:
             yield
         finally:
             self._over.set()
+
+    @contextmanager
+    def restart(self) -> Iterator[None]:
+        """Stop replicas, and start others, in the context."""
+        stopped_at = time.monotonic()
+        yield
+        self.restarts.append((stopped_at, time.monotonic() - stopped_at))
 
     def wait_for(self, part: float) -> None:
         """Wait until a part of the shards has been released."""
@@ -138,9 +149,11 @@ class Fleet:
         for former, latter in pairwise(released_at):
             gap = latter - former
             assert gap >= WINDOW - SLACK
-            restart = sum(stopped_at < latter for stopped_at in self.stops)
+            restart = sum(stopped_at < latter for stopped_at, _ in self.restarts)
             unused[restart] += gap / (WINDOW + MARGIN) - 1
-        assert all(unused[restart] <= MOST_UNUSED for restart in range(1, len(self.stops) + 1))
+        for restart, (_, seconds) in enumerate(self.restarts, 1):
+            longer = 2 * max(0.0, seconds - RESTART_SECONDS)
+            assert unused[restart] <= MOST_UNUSED + longer / (WINDOW + MARGIN), seconds
 
     def _check_order(self, released: list[Shard]) -> None:
         for place, shard in enumerate(released):
@@ -174,9 +187,9 @@ def test_a_rolling_update_of_three_replicas_keeps_the_order(
         with fleet.asking():
             for done, server in enumerate(servers, 1):
                 fleet.wait_for(done / 5)
-                fleet.stops.append(time.monotonic())
-                stop(server)
-                start(server.port)
+                with fleet.restart():
+                    stop(server)
+                    start(server.port)
             fleet.wait_for(1)
     fleet.check()
 
@@ -185,14 +198,15 @@ def test_a_restart_of_the_only_replica_keeps_the_order(redis: RedisServer) -> No
     """Clients are refused meanwhile."""
     port, keys = free_port(), SHARDS // 2
     variables = {"PORT": port, "MAX_CONCURRENCY": keys}
-    with serving_with(redis, **variables, HOLD_ON_START="false") as server:
+    with ExitStack() as stack:
+        server = stack.enter_context(serving_with(redis, **variables, HOLD_ON_START="false"))
         fleet = Fleet(port, keys)
         with fleet.asking():
             fleet.wait_for(1 / 2)
-            fleet.stops.append(time.monotonic())
-            stop(server)
-            with serving_with(redis, **variables):
-                fleet.wait_for(1)
+            with fleet.restart():
+                stop(server)
+                stack.enter_context(serving_with(redis, **variables))
+            fleet.wait_for(1)
     fleet.check()
 
 
@@ -219,10 +233,11 @@ def test_the_order_stays_when_compose_replaces_both_replicas_at_once(
         fleet = Fleet(balancer, keys)
         with fleet.asking():
             fleet.wait_for(1 / 2)
-            fleet.stops.append(time.monotonic())
-            names.hosts.clear()
-            stop(*old)
-            with ThreadPoolExecutor() as pool:  # Compose does not wait for one to start the other
-                list(pool.map(start, ("replica-1", "replica-2"), ("127.0.1.3", "127.0.1.1")))
+            with fleet.restart():
+                names.hosts.clear()
+                stop(*old)
+                # Compose does not wait for one container to start the other.
+                with ThreadPoolExecutor() as pool:
+                    list(pool.map(start, ("replica-1", "replica-2"), ("127.0.1.3", "127.0.1.1")))
             fleet.wait_for(1)
     fleet.check()
