@@ -318,6 +318,8 @@ class Outcome:
     p99: float
     """Seconds by which releases were late."""
     worst: float
+    worst_with_cpu: float
+    """The worst without the time for which the server and the client had no CPU."""
     closed: int
     """Connections of the attackers that the server closed."""
     sent: int
@@ -337,16 +339,22 @@ def measure(attack: Attack, seconds: float, **variables: object) -> Outcome:
         server.settle()
         before, cpu = server.peak_memory(), server.cpu_seconds()
         with _attacking(server, attack, seconds) as outcome:
-            late = _lateness(server, seconds)
+            late, late_with_cpu = zip(*_lateness(server, seconds), strict=True)
         cpu = (server.cpu_seconds() - cpu) / seconds
         memory = server.peak_memory() - before
         closed, sent = outcome
         assert server.process.poll() is None, server.lines[-1]
         assert not [line for line in server.lines if "Traceback" in line], server.lines[:40]
         del wait_beside
-    late.sort()
     return Outcome(
-        len(late), late[math.ceil(0.99 * len(late)) - 1], late[-1], closed, sent, memory, cpu
+        releases=len(late),
+        p99=sorted(late)[math.ceil(0.99 * len(late)) - 1],
+        worst=max(late),
+        worst_with_cpu=max(late_with_cpu),
+        closed=closed,
+        sent=sent,
+        memory=memory,
+        cpu=cpu,
     )
 
 
@@ -365,18 +373,25 @@ def _attacking(server: Server, attack: Attack, seconds: float) -> Iterator[list[
         process.join()
 
 
-def _lateness(server: Server, seconds: float) -> list[float]:
-    """Keep two clients waiting, and return by how much each release came late."""
+def _lateness(server: Server, seconds: float) -> list[tuple[float, float]]:
+    """Keep two clients waiting, and return by how many seconds each release came late.
+
+    The second number of each release does not count the time for which there was no CPU.
+    """
     clients = [server.ask(ATTACKED_SHARD) for _ in range(3)]
-    times: list[float] = []
+    times, without_cpu = list[float](), list[float]()
     give_up = time.monotonic() + seconds
     for client in cycle(clients):
         times.append(client.answer().at)
+        without_cpu.append(server.seconds_without_cpu())
         if times[-1] > give_up:
             break
         client.socket.sendall(asking(ATTACKED_SHARD))
     # The first three requests may arrive in another order.
-    return [later - earlier - WINDOW for earlier, later in pairwise(sorted(times))]
+    times.sort()
+    late = [later - earlier - WINDOW for earlier, later in pairwise(times)]
+    waits = [later - earlier for earlier, later in pairwise(without_cpu)]
+    return [(seconds, seconds - wait) for seconds, wait in zip(late, waits, strict=True)]
 
 
 DESCRIPTION = f"""Attacks a server in {len(ATTACKS)} ways, and prints how late its releases are

@@ -46,9 +46,9 @@ FLOODS = [
     "h2 requests, reset",
 ]
 
-LATE_MAX = 0.5
-"""Seconds that a release may be late on a machine where other processes need the CPU, too. Before
-frames were counted, these attacks made releases 1 to 20 s late."""
+LATE_MAX = 0.2
+"""Seconds that a release may be late, without the time for which other processes had the CPU.
+Before frames were counted, these attacks made releases 1 to 20 s late."""
 
 CONNECTION_MAX = 64_000
 """Bytes that a connection without a ticket may cost."""
@@ -77,7 +77,7 @@ def path(text: str) -> list[tuple[str, str]]:
     ],
 )
 def test_an_attack_delays_no_release(name: str) -> None:
-    assert measure(ATTACKS[name], 3.0).p99 < LATE_MAX
+    assert measure(ATTACKS[name], 3.0).worst_with_cpu < LATE_MAX
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_refused_upload_ends_within_2_seconds(stalling: Server) -> None:
     client = stalling.connect(upload)
     assert client.answer().status == 400
     assert client.rest() == b""
-    assert time.monotonic() - started < 2 + LATE_MAX
+    assert time.monotonic() - started < 2.5  # s: 1.5, and 1 for a busy machine
     h2_upload = h2_client(stalling)
     refused = h2_upload.ask(path("/?shard=x"), end=False)
     while refused not in h2_upload.resets:
@@ -292,7 +292,7 @@ def test_a_stream_without_flow_control_credit_is_reset_within_2_seconds() -> Non
         while not any(kind == 3 for kind, _ in seen):
             client.received += client.socket.recv(65_536)
             seen = frames(client.received)
-        assert time.monotonic() - started < 2 + LATE_MAX
+        assert time.monotonic() - started < 2.5  # s: 1.5, and 1 for a busy machine
         assert not any(kind == 0 for kind, _ in seen)
 
 

@@ -249,6 +249,7 @@ def test_a_rejected_token_in_the_file_affects_only_its_bot(tmp_path: Path) -> No
             eventually(lambda: "401" in str(bots.status("?bot=a")["reason"]))
             held = bots.ask("a")
             assert bots.server.connect().answer().body == GO
+            eventually(lambda: bots.count("rejected") > 0)
             assert bots.count("rejected") == 1
             assert '"bot": "a"' in next(line for line in bots.server.lines if "rejected" in line)
             bots.write(f"[a]\ndiscord_token = 'right'\ndiscord_api_url = '{good.url}'\n")
