@@ -390,7 +390,9 @@ def _lateness(server: Server, seconds: float) -> list[tuple[float, float]]:
     # The first three requests may arrive in another order.
     times.sort()
     late = [later - earlier - WINDOW for earlier, later in pairwise(times)]
-    waits = [later - earlier for earlier, later in pairwise(without_cpu)]
+    # A client that had no CPU asked late, which delays a release two answers later.
+    before = [without_cpu[0]] * 2 + without_cpu
+    waits = [later - earlier for earlier, later in zip(before, without_cpu[1:], strict=False)]
     return [(seconds, seconds - wait) for seconds, wait in zip(late, waits, strict=True)]
 
 

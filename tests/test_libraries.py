@@ -196,7 +196,16 @@ def test_dead_connections_are_found_while_shards_wait_and_later(name: str) -> No
         eventually(lambda: process.queue.status()["abandoned"] >= SHARDS // PROCESSES - KEYS, LONG)
 
 
-CHANGE_PRESENCE = """
+PRESENCE_AT_ONCE = """
+class AtOnce(discord.client.DiscordWebSocket):
+    async def identify(self):
+        await super().identify()  # no other task runs before the change
+        await self.change_presence(status=discord.Status.idle)
+
+discord.client.DiscordWebSocket = discord.shard.DiscordWebSocket = AtOnce
+bot.run"""
+
+PRESENCE_WHEN_CONNECTED = """
 @bot.event
 async def on_shard_connect(shard_id):
     if shard_id == shards[0]:
@@ -208,9 +217,10 @@ import asyncio
 bot.run"""
 
 
-def test_a_waiting_shard_sends_a_change_of_presence_only_after_its_identify() -> None:
+@pytest.mark.parametrize("change", [PRESENCE_AT_ONCE, PRESENCE_WHEN_CONNECTED])
+def test_a_waiting_shard_sends_a_change_of_presence_only_after_its_identify(change: str) -> None:
     """Discord closes a connection that sends anything before the IDENTIFY."""
-    start = DISCORD_PY.start.replace("bot.run", CHANGE_PRESENCE)
+    start = DISCORD_PY.start.replace("bot.run", change)
     port = free_port()
     with (
         enforcing(WINDOW) as gateway,
@@ -219,7 +229,7 @@ def test_a_waiting_shard_sends_a_change_of_presence_only_after_its_identify() ->
         variables = gateway.discord.variables(PORT=port, WINDOW_SECONDS=WINDOW)
         with serving(**variables) as queue:
             bots.start(0)
-            eventually(lambda: gateway.presences == SHARDS // PROCESSES, LONG)
+            eventually(lambda: gateway.presences == SHARDS // PROCESSES)
             assert queue.status()["abandoned"] == 0
 
 

@@ -104,7 +104,9 @@ class _AskingWebSocket(_Base):  # type: ignore[misc]
     async def identify(self) -> None:
         # The library goes on as if this shard had identified: it reads from the connection, and
         # connects and resumes other shards.
-        self._turn = asyncio.create_task(self._identify_in_turn())
+        held = _Held(self.send)
+        self.send = held.hold  # here, because other tasks may run before the new one
+        self._turn = asyncio.create_task(self._identify_in_turn(held))
         if hasattr(self._connection, "shards_launched"):
             self._delay_on_ready(self._turn)
 
@@ -128,15 +130,12 @@ class _AskingWebSocket(_Base):  # type: ignore[misc]
             state.shards_launched = _Launched()
         state.shards_launched.add(turn)
 
-    async def _identify_in_turn(self) -> None:
+    async def _identify_in_turn(self, held: _Held) -> None:
         ready = self.wait_for("READY", lambda _: True)
         self.call_hooks = _call_no_hook  # the library's own hook sleeps for 5 s
-        send = self.send
-        held = _Held(send)
-        self.send = held.hold
         try:
             async with self.queue.turn(self.shard_id or 0):
-                self.send = send
+                self.send = held.send
                 await super().identify()
                 await ready
             await held.release()
@@ -153,20 +152,20 @@ class _Held:
     """
 
     def __init__(self, send: Callable[[str], Awaitable[None]]) -> None:
-        self._send = send
+        self.send = send
         self._messages: list[str] = []
 
     async def hold(self, message: str) -> None:
         """Keep a message until the shard has identified; a heartbeat is sent at once."""
         if json.loads(message)["op"] == _HEARTBEAT:
-            await self._send(message)
+            await self.send(message)
         else:
             self._messages.append(message)
 
     async def release(self) -> None:
         """Send the kept messages."""
         for message in self._messages:
-            await self._send(message)
+            await self.send(message)
 
 
 class _Launched(asyncio.Event):

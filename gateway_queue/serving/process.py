@@ -104,7 +104,8 @@ def exit_unable_to_serve(line: str) -> NoReturn:
     Hypercorn cannot handle an app that does not start: it continues without the app, or prints the
     stacks of all its tasks, and reports success although its workers failed.
     """
-    print(line, file=sys.stderr, flush=True)
+    # In one write, unlike print(): another worker may write a line at the same time.
+    sys.stderr.write(f"{line}\n")
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid == os.getppid() and _is_worker_of_hypercorns_command():
         _end_hypercorn(os.getppid())
