@@ -35,6 +35,9 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: queue\r\n\r\n"
 
 README = Path(__file__).parent.with_name("README.md")
 
+IDLE_SECONDS = 5.0
+"""The server closes a connection without a complete request after this time."""
+
 SLACK = 0.001
 """Seconds by which a client may measure a gap too short: clocks and wake-ups are not exact."""
 
@@ -104,7 +107,7 @@ class Server:
         return times.user + times.system
 
     def seconds_without_cpu(self) -> float:
-        """Return for how long it and this process were ready to run, but had no CPU."""
+        """Return for how long the server and this process were ready to run but had no CPU."""
         statistics = [Path(f"/proc/{pid}/schedstat") for pid in (self.process.pid, os.getpid())]
         return sum(int(path.read_text().split()[1]) for path in statistics) / 1e9
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.harness import (
     GO,
+    IDLE_SECONDS,
     REQUEST,
     Client,
     Server,
@@ -23,9 +24,6 @@ from tests.harness import (
     with_open_files,
 )
 from tests.test_http2 import H2Client
-
-IDLE_SECONDS = 5.0
-"""A client that does not send a whole request in this time is disconnected."""
 
 
 def assert_serves(server: Server) -> None:

@@ -16,10 +16,16 @@ import h2.events
 import pytest
 import trustme
 
-from tests.harness import GO, PATIENCE, SLACK, Server, installed, kernel_stamp, serving
-
-IDLE_SECONDS = 5.0
-"""A connection without a request is closed after this time."""
+from tests.harness import (
+    GO,
+    IDLE_SECONDS,
+    PATIENCE,
+    SLACK,
+    Server,
+    installed,
+    kernel_stamp,
+    serving,
+)
 
 GET = [(":method", "GET"), (":scheme", "http"), (":authority", "queue"), (":path", "/")]
 

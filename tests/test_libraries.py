@@ -217,7 +217,9 @@ import asyncio
 bot.run"""
 
 
-@pytest.mark.parametrize("change", [PRESENCE_AT_ONCE, PRESENCE_WHEN_CONNECTED])
+@pytest.mark.parametrize(
+    "change", [PRESENCE_AT_ONCE, PRESENCE_WHEN_CONNECTED], ids=["at once", "when connected"]
+)
 def test_a_waiting_shard_sends_a_change_of_presence_only_after_its_identify(change: str) -> None:
     """Discord closes a connection that sends anything before the IDENTIFY."""
     start = DISCORD_PY.start.replace("bot.run", change)

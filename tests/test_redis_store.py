@@ -280,14 +280,6 @@ async def test_after_a_loss_all_replicas_have_time_to_restore_what_they_know(
             pytest.fail("a start was granted beyond the limit of two")
 
 
-async def test_all_keys_expire(redis: RedisServer) -> None:
-    async with opened(redis.url, Rules(0.1, hold=False, loop_free_starts=2)) as store:
-        await connected(store)
-        await store.start_window(await claimed(store, shard=3), trio.current_time())
-        for key in ("state", "starts", "shards"):
-            assert int(redis.command("TTL", f"test:{key}").removeprefix(":")) > 86_400
-
-
 @pytest.mark.parametrize(
     ("memory", "policy", "warned"),
     [

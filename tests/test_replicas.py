@@ -173,13 +173,14 @@ def test_all_keys_in_redis_expire(redis: RedisServer) -> None:
         assert server.ask(1).answer().status == 200
         server.ask(1)
         eventually(lambda: known_places(redis) == ":1")
-        kinds = ("state", "starts", "shards", "heads", "line")
-        keys = {f"{{gateway-queue}}:{kind}" for kind in kinds}
+        lasting = {f"{{gateway-queue}}:{kind}" for kind in ("state", "starts", "shards")}
+        keys = lasting | {"{gateway-queue}:heads", "{gateway-queue}:line"}
         eventually(
             lambda: set(re.findall(r"\{gateway-queue\}:\w+", redis.command("KEYS", "*"))) == keys
         )
         never = ":-1"
         assert all(redis.command("TTL", key) != never for key in keys)
+        assert all(int(redis.command("TTL", key).removeprefix(":")) > 86_400 for key in lasting)
 
 
 def test_each_replica_shows_the_tickets_of_all(redis: RedisServer) -> None:
